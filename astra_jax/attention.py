@@ -1,0 +1,133 @@
+"""Mixed-precision attention: one online softmax over a list of sources. Collective-free.
+
+Everything attention ever sees is a list of sources: local keys and values in full precision, remote ones from
+codes. Attention on one device is the case of one source.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Shaped
+
+from astra_jax.config import AstraConfig
+from astra_jax.quantizer import VectorQuantizer
+
+
+class Source(NamedTuple):
+    """Keys and values of R tokens, and who may see them. The mask broadcasts to [B, S, R]."""
+
+    key: Float[Array, "B R J E"]
+    value: Float[Array, "B R J E"]
+    mask: Bool[Array, "*#B #S R"]
+
+
+class Partial(NamedTuple):
+    """Softmax statistics of one source: `sum_r exp(s_r - max_score) v_r`, the same sum without v, and the maximum."""
+
+    numerator: Float[Array, "B S H E"]
+    denominator: Float[Array, "B S H"]
+    max_score: Float[Array, "B S H"]
+
+
+def attend(query: Float[Array, "B S H E"], source: Source) -> Partial:
+    """Attention of queries to one source, left unnormalised. H may be a multiple of J (grouped-query attention)."""
+    B, S, H, E = query.shape
+    J = source.key.shape[2]
+    q = query.reshape(B, S, J, H // J, E) / math.sqrt(E)
+    scores = jnp.einsum("bsjhe,brje->bjhsr", q, source.key, preferred_element_type=jnp.float32)
+    mask = jnp.broadcast_to(source.mask, (B, S, source.mask.shape[-1]))[:, None, None]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    # A finite floor: where nothing is visible, exp(-inf - floor) is 0 instead of nan.
+    floor = jnp.finfo(scores.dtype).min
+    max_score = jax.lax.stop_gradient(jnp.max(scores, axis=-1, initial=floor))
+    weights = jnp.exp(scores - max_score[..., None])
+    numerator = jnp.einsum("bjhsr,brje->bsjhe", weights.astype(source.value.dtype), source.value)
+    per_head = ((0, 3, 1, 2), (B, S, H))  # [B,J,H/J,S] -> [B,S,H]
+    return Partial(
+        numerator.reshape(B, S, H, E).astype(jnp.float32),
+        weights.sum(axis=-1).transpose(per_head[0]).reshape(per_head[1]),
+        max_score.transpose(per_head[0]).reshape(per_head[1]),
+    )
+
+
+def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
+    """The softmax over all sources together, exactly, from their statistics. A query that sees nothing gets 0."""
+    top = jnp.max(jnp.stack([p.max_score for p in partials]), axis=0)
+    scales = [jnp.exp(p.max_score - top) for p in partials]
+    numerator = sum(p.numerator * scale[..., None] for p, scale in zip(partials, scales, strict=True))
+    denominator = sum(p.denominator * scale for p, scale in zip(partials, scales, strict=True))
+    return numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)[..., None]
+
+
+class MixedPrecisionAttention(nnx.Module):
+    """Attention of local queries to local tokens in full precision and to remote tokens through codes.
+
+    Args:
+      D, H, J, E: hidden width, query heads, key/value heads, head width.
+      qkv_bias: whether the q, k and v projections have a bias.
+      astra: the codec's configuration; None for a model that has no codebooks yet.
+      dtype: what activations are computed in. Parameters are float32.
+      rngs: initialisation.
+    """
+
+    def __init__(
+        self,
+        D: int,
+        H: int,
+        J: int,
+        E: int,
+        *,
+        qkv_bias: bool,
+        astra: AstraConfig | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.J, self.E = J, E
+        self.q = nnx.Linear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.k = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.o = nnx.Linear(H * E, D, dtype=dtype, rngs=rngs)
+        self.site = astra.site if astra else None
+        self.codec = VectorQuantizer(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
+
+    def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
+        """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
+        return x.reshape(*x.shape[:-1], -1, self.E)
+
+    def remote_key_value(self, message: Shaped[Array, "B R _"]) -> tuple[Array, Array]:
+        """K^ and V^ of remote tokens: `y^ Wk, y^ Wv` at site `hidden`, the two halves of the vector at site `kv`.
+
+        `message` is codes, or an estimate of the quantized vector where a strategy already has one.
+        """
+        if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
+            message = self.codec.decode(message)
+        k, v = (self.k(message), self.v(message)) if self.site == "hidden" else jnp.split(message, 2, axis=-1)
+        return self.heads(k), self.heads(v)
+
+    def __call__(self, y: Float[Array, "B S D"], strategy: Any, carry: Any, block: Any) -> tuple[Array, Any, Any]:
+        """One block's attention (DESIGN section 3).
+
+        Args:
+          y: the input of the projections, normalised.
+          strategy: what exchanges codes and knows who sees whom (astra_jax/strategies.py).
+          carry: what the strategy keeps per remote token from block to block; () for this codec.
+          block: number of the block.
+
+        Returns:
+          the attention output [B,S,D], the new carry, and what the strategy reports of this block.
+        """
+        k, v = self.k(y), self.v(y)
+        quantized = jnp.concatenate([k, v], axis=-1) if self.site == "kv" else y
+        # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
+        remote, carry, report = strategy.exchange(self.codec, quantized, carry, block)
+        q = self.heads(self.q(y))
+        sources = [Source(self.heads(k), self.heads(v), strategy.local_mask())]
+        if remote is not None:
+            k_hat, v_hat = self.remote_key_value(remote.message)
+            sources.append(Source(k_hat.astype(k.dtype), v_hat.astype(v.dtype), remote.mask))
+        attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
+        return self.o(attended.reshape(*y.shape[:2], -1)), carry, report

@@ -1,0 +1,71 @@
+"""`astra VERB`: a table of verbs; the module behind a verb is imported only when it is called."""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from astra_jax import __version__
+from astra_jax.errors import AstraError
+
+# verb -> (module, what it does). Every module has a dataclass `Args` and a function `main(args)`.
+VERBS = {
+    "convert": ("checkpoints.convert", "Hugging Face folder or hub id -> checkpoint"),
+    "calibrate": ("train.calibrate", "find codebooks by k-means on real activations"),
+    "finetune": ("train.finetune", "train the model to live with quantized exchange (NAVQ)"),
+    "eval": ("eval.evaluate", "accuracy, bits and predicted latency, on one device and on several"),
+    "run": ("eval.run", "classify images on a mesh of devices"),
+    "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
+    "info": ("checkpoints.info", "what a checkpoint holds"),
+}
+
+
+def usage() -> str:
+    """The text of `astra --help`."""
+    lines = [f"astra {__version__}: one Transformer on several devices joined by a slow link", ""]
+    lines += ["usage: astra VERB [options]        astra VERB --help explains a verb", ""]
+    lines += [f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()]
+    lines += ["", "options of every verb: --json FILE (what was printed, for machines), --debug (tracebacks)"]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb. Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        print(__version__)
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except AstraError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"astra: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("astra: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str, rest: Sequence[str]) -> int:
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(VERBS)}"
+        raise AstraError(f"there is no verb {verb!r}: {hint}")
+    import tyro
+
+    module = importlib.import_module(VERBS[verb][0])
+    args = tyro.cli(module.Args, prog=f"astra {verb}", description=module.__doc__, args=rest)
+    module.main(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What a verb prints: tables, notes and progress for people, the same as JSON for machines."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from astra_jax.errors import AstraError
+
+console = Console(stderr=False, highlight=False)
+
+
+class Report:
+    """Collects everything that a verb prints and writes it to `--json FILE` at the end.
+
+    Args:
+      verb: name of the verb, the first field of the JSON.
+      path: where the JSON goes; None for nowhere.
+    """
+
+    def __init__(self, verb: str, path: Path | None = None):
+        self.path = path
+        self.data: dict[str, Any] = {"verb": verb}
+        if path is not None and not path.parent.is_dir():
+            raise AstraError(f"--json {path}: the folder {path.parent} does not exist: create it first")
+
+    def say(self, text: str, **values: Any) -> None:
+        """Prints a line; `values` are what it says, for machines."""
+        console.print(text, soft_wrap=True, markup=False)
+        self.data.update(values)
+
+    def table(self, name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Prints rows (dicts with the same keys) as a table and records them under `name`."""
+        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for column in rows[0] if rows else []:
+            table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        console.print(table)
+        self.data[name] = list(rows)
+
+    def close(self) -> None:
+        """Writes the JSON file, whole or not at all."""
+        if self.path is not None:
+            write_atomically(self.path, json.dumps(self.data, indent=2) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A progress bar. Yields `advance(n=1, **fields)`; `fields` (such as loss=0.3) are shown behind the bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=total, completed=done, note="")
+
+        def advance(n: int = 1, **fields: Any) -> None:
+            note = "  ".join(f"{key} {_cell(value)}" for key, value in fields.items())
+            bar.update(task, advance=n, note=note)
+
+        yield advance

@@ -1,0 +1,128 @@
+"""ViT (`ViTForImageClassification`): the whole forward pass on one page."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from astra_jax.attention import MixedPrecisionAttention
+from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
+from astra_jax.models.blocks import scan_blocks, stack_blocks
+from astra_jax.models.layers import MLP, check_activation
+from astra_jax.quantizer import VectorQuantizer
+from astra_jax.sharding import Shards
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """The numbers of a ViT under the names of Hugging Face's `ViTConfig`; `num_labels` is C.
+
+    Raises:
+      AstraError: a value does not fit the others; the message names value, range and fix.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    num_labels: int = 1000
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and (not isinstance(value, int) or value < 1):
+                raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise AstraError(
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise AstraError(
+                f"config.json: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        check_activation(self.hidden_act)
+
+    @property
+    def num_patches(self) -> int:
+        """T: tokens of an image, class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ViTBlock(nnx.Module):
+    """Pre-norm block: attention, then MLP, each behind a LayerNorm and around a residual."""
+
+    def __init__(self, config: ViTConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
+        D, H, F, eps = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
+        self.norm1 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.attention = MixedPrecisionAttention(
+            D, H, H, D // H, qkv_bias=config.qkv_bias, astra=astra, dtype=dtype, rngs=rngs
+        )
+        self.norm2 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
+        attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), remote, report
+
+
+class ViT(nnx.Module):
+    """Vision Transformer with a class token and a linear head.
+
+    Args:
+      config: the architecture.
+      astra: how it is compressed; None without codebooks.
+      dtype: what activations are computed in. Parameters, softmax and statistics are float32.
+      rngs: initialisation.
+    """
+
+    def __init__(
+        self, config: ViTConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config, self.astra = config, astra
+        D, P, init = config.hidden_size, config.patch_size, nnx.initializers.truncated_normal(0.02)
+        self.embed = nnx.Linear(P * P * config.num_channels, D, dtype=dtype, rngs=rngs)
+        self.cls = nnx.Param(jnp.zeros((D,)))
+        self.position = nnx.Param(init(rngs.params(), (1 + config.num_patches, D)))
+        self.blocks = stack_blocks(lambda r: ViTBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
+        self.norm = nnx.LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(D, config.num_labels, dtype=dtype, rngs=rngs)
+
+    @property
+    def codec(self) -> VectorQuantizer | None:
+        """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
+        return self.blocks.attention.codec
+
+    def shards(self, N: int) -> Shards:
+        """The even split of an image's patches over N devices."""
+        return Shards.even(self.config.num_patches, N, self.astra.class_token if self.astra else "distributed")
+
+    def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
+        """Cuts images into patches, row by row; a patch is (row, column, channel)."""
+        B, P, n = images.shape[0], self.config.patch_size, self.config.image_size // self.config.patch_size
+        expected = (n * P, n * P, self.config.num_channels)
+        if images.shape[1:] != expected:
+            raise AstraError(f"images are {images.shape[1:]}; this model takes {expected} (height, width, channels)")
+        patches = images.reshape(B, n, P, n, P, -1).swapaxes(2, 3)
+        return patches.reshape(B, n * n, -1)
+
+    def __call__(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B C"], Any]:
+        """Patches of the shards that this device holds -> logits, and the strategy's reports of all blocks."""
+        positions = self.position[...]
+        x = self.embed(patches)
+        x = x + positions[1 + strategy.positions()].astype(x.dtype)
+        x = strategy.prepend_class((self.cls[...] + positions[0]).astype(x.dtype), x)
+        x, reports = scan_blocks(self.blocks, x, strategy)
+        # The head reads the mean of the final class states (our choice: after the final norm).
+        logits = self.head(strategy.pool_class(self.norm(x)))
+        return logits.astype(jnp.float32), reports

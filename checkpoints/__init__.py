@@ -1,0 +1,1 @@
+"""Hugging Face <-> Flax weights, and the checkpoint store. See `store` for the format."""

@@ -1,0 +1,1 @@
+"""Measuring: accuracy, bits, time."""

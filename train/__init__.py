@@ -1,0 +1,1 @@
+"""Calibration and finetuning of codebooks and models."""

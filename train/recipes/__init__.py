@@ -1,0 +1,1 @@
+"""Runnable recipes: whole experiments in one command."""
