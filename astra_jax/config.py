@@ -35,12 +35,13 @@ class AstraConfig:
     class_token: ClassToken = "distributed"
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise AstraError(f"groups is {self.groups}; it must be at least 1: try 1, 8 or 32")
-        if not 2 <= self.codewords <= MAX_CODEWORDS or self.codewords & (self.codewords - 1):
-            nearest = min(MAX_CODEWORDS, max(2, 1 << max(1, int(self.codewords).bit_length() - 1)))
+        if not isinstance(self.groups, int) or self.groups < 1:
+            raise AstraError(f"groups is {self.groups!r}; it must be a whole number of at least 1: try 1, 8 or 32")
+        K = self.codewords
+        if not isinstance(K, int) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
+            nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if isinstance(K, int | float) else 1024
             raise AstraError(
-                f"codewords is {self.codewords}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}"
+                f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}"
             )
         for field, allowed in (("site", get_args(Site)), ("class_token", get_args(ClassToken))):
             value = getattr(self, field)

@@ -14,7 +14,9 @@ from rich.table import Table
 
 from astra_jax.errors import AstraError
 
-console = Console(stderr=False, highlight=False)
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=140)  # a file or a pipe has no width of its own
 
 
 class Report:

@@ -34,7 +34,7 @@ class Observation(NamedTuple):
       error: the same over the mean of `||y||^2`, a number between 0 (exact) and about 1.
     """
 
-    count: Float[Array, "*L G K"]
+    count: Float[Array, "*L G K"]  # type: ignore[assignment]  # hides tuple.count
     total: Float[Array, "*L G K d"]
     residual_mean: Float[Array, "*L D"]
     residual_var: Float[Array, "*L D"]
@@ -160,14 +160,17 @@ class VectorQuantizer(nnx.Module):
     def follow(self, seen: Observation, decay: float, revive_below: float) -> None:
         """Moves codebook and residual statistics towards what was seen (in place; stacked blocks work alike).
 
-        EMA of counts and sums, `C = total / count`; a codeword whose count falls below `revive_below` times the
-        mean count of its group is replaced by a vector of the batch and given the mean count.
+        EMA of shares and sums per token, `C = total / count`; a codeword whose count falls below `revive_below` times
+        the mean count of its group is replaced by a vector of the batch and given the mean count.
         """
 
         def ema(old: Array, new: Array) -> Array:
             return decay * old + (1 - decay) * new
 
-        count, total = ema(self.count[...], seen.count), ema(self.total[...], seen.total)
+        # Per token, so that a batch of any size, or the calibration set, weighs the same.
+        tokens = jnp.maximum(seen.count.sum(-1, keepdims=True), 1.0)
+        count = ema(self.count[...], seen.count / tokens)
+        total = ema(self.total[...], seen.total / tokens[..., None])
         mean_count = jnp.mean(count, axis=-1, keepdims=True)
         dead = (count < revive_below * mean_count)[..., None]
         count = jnp.where(dead[..., 0], mean_count, count)

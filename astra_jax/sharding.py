@@ -38,15 +38,15 @@ def make_mesh(seq: int, data: int = 1) -> Mesh:
     wanted = data * seq
     try:
         # Only the CPU backend reads this; an accelerator's devices are what they are.
-        if jax.config.jax_num_cpu_devices < wanted:
+        if jax.config.jax_num_cpu_devices < wanted:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:
         pass  # the backend is running: its device count, checked below, is final
     devices = jax.devices()
     if len(devices) < wanted:
         raise AstraError(
-            f"{data} x {seq} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}): use fewer, or on "
-            f'a CPU call jax.config.update("jax_num_cpu_devices", {wanted}) before any other use of JAX'
+            f"{data} x {seq} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}): use fewer, or "
+            f'on a CPU call jax.config.update("jax_num_cpu_devices", {wanted}) before any other use of JAX'
         )
     return jax.make_mesh((data, seq), (DATA, SEQ), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
 
@@ -141,7 +141,7 @@ class Shards:
 
     def class_weights(self) -> np.ndarray:
         """[N]: the weight of every shard's final class state in the pooled one."""
-        used = self.tokens().valid[:, 0].astype(np.float32)
+        used = np.asarray(self.tokens().valid[:, 0], np.float32)
         return used / used.sum()
 
     def scatter(self, x: Shaped[Array, "B T *feature"]) -> Shaped[Array, "B slots *feature"]:

@@ -11,7 +11,6 @@ A strategy is a small object that a model is called with; models never mention a
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -158,7 +157,7 @@ class Astra:
 
     shards: Shards
 
-    def _mine(self, table: np.ndarray) -> Array:
+    def _mine(self, table: Array | np.ndarray) -> Array:
         return jnp.asarray(table)[collectives.shard_index(SEQ)]
 
     def positions(self) -> Int[Array, "S"]:
@@ -199,7 +198,7 @@ class Astra:
 class OneOfN(Astra):
     """The work of one device of N without the others: its own codes stand in for theirs. Only for timing."""
 
-    def _mine(self, table: np.ndarray) -> Array:
+    def _mine(self, table: Array | np.ndarray) -> Array:
         return jnp.asarray(table)[0]
 
     def _gather(self, packed: Array) -> Array:
@@ -212,7 +211,27 @@ class OneOfN(Astra):
         return x[:, 0]
 
 
-def parallelize(model: Any, mesh: Mesh) -> Callable[[Array], Array]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model that is compiled for a mesh: a function of its inputs.
+
+    Attributes:
+      run: the jitted function of weights and inputs.
+      state: the weights, placed on the mesh.
+    """
+
+    run: Any
+    state: Any
+
+    def __call__(self, inputs: Array) -> Array:
+        return self.run(self.state, inputs)
+
+    def lower(self, inputs: Array) -> Any:
+        """The lowered program; `.compile().as_text()` of it shows every collective."""
+        return self.run.lower(self.state, inputs)
+
+
+def parallelize(model: Any, mesh: Mesh) -> Program:
     """Jit-compiles `model` for a (data, seq) mesh: ASTRA over N = `mesh.shape["seq"]` devices, one device for N = 1.
 
     Args:
@@ -221,7 +240,7 @@ def parallelize(model: Any, mesh: Mesh) -> Callable[[Array], Array]:
 
     Returns:
       A function from the model's input (for ViT: images [B, height, width, channels]) to its output. Any batch size
-      goes; it is padded to a multiple of the mesh's data axis. `.lower(inputs)` gives the lowered program.
+      goes; it is padded to a multiple of the mesh's data axis.
 
     Raises:
       AstraError: there are more devices than tokens, or N > 1 and the model has no codebooks.
@@ -237,9 +256,7 @@ def parallelize(model: Any, mesh: Mesh) -> Callable[[Array], Array]:
         return nnx.merge(graphdef, state)(tokens, astra if N > 1 else Single(astra.shards.T))[0]
 
     # With one shard there is nothing to prove about replication over SEQ, and no collective that would.
-    sharded = jax.shard_map(
-        one_shard, mesh=mesh, in_specs=(P(), P(DATA, SEQ)), out_specs=P(DATA), check_vma=N > 1
-    )
+    sharded = jax.shard_map(one_shard, mesh=mesh, in_specs=(P(), P(DATA, SEQ)), out_specs=P(DATA), check_vma=N > 1)
 
     @jax.jit
     def run(state: Any, inputs: Array) -> Array:
@@ -247,8 +264,4 @@ def parallelize(model: Any, mesh: Mesh) -> Callable[[Array], Array]:
         padded = jnp.pad(inputs, [(0, -B % batches)] + [(0, 0)] * (inputs.ndim - 1))
         return sharded(state, astra.shards.scatter(model.to_tokens(padded)))[:B]
 
-    def call(inputs: Array) -> Array:
-        return run(state, inputs)
-
-    call.lower = lambda inputs: run.lower(state, inputs)  # type: ignore[attr-defined]
-    return call
+    return Program(run, state)

@@ -25,5 +25,3 @@ def unpack(packed: UInt8[Array, "*batch bytes"], count: int, bits: int) -> UInt1
     flat = jnp.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
     one_bit_each = flat.reshape(*packed.shape[:-1], count, bits).astype(jnp.uint16)
     return jnp.sum(one_bit_each << jnp.arange(bits, dtype=jnp.uint16), axis=-1, dtype=jnp.uint16)
-
-

@@ -1,0 +1,69 @@
+"""Reading and writing files that people hand us: every failure is an AstraError of one line."""
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from astra_jax.errors import AstraError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises AstraError where it is missing, unreadable, or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise AstraError(f"{path.parent}: has no {path.name}") from None
+    except OSError as error:
+        raise AstraError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AstraError(f"{path}: is not valid JSON ({error}): is the file damaged?") from error
+    if not isinstance(content, dict):
+        raise AstraError(f"{path}: holds a {type(content).__name__}; it must be a JSON object")
+    return content
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether `name`, which came from a file, names something directly inside that file's folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
+    """Whether nothing is in the way of writing a folder: it is absent, or holds only names that start with `but_for`.
+
+    Raises:
+      AstraError: there is something, but no folder.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        raise AstraError(f"{folder}: is a file; the output must be a folder: choose another name")
+    return all(but_for and entry.name.startswith(but_for) for entry in folder.iterdir())
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind `error`, also where a library wrapped it and only the text is left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what can go wrong with the disk while `path` is written into an AstraError."""
+    try:
+        yield
+    except AstraError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise AstraError(f"{path}: the disk is full: free some space and repeat the command") from error
+        if isinstance(error, OSError):
+            raise AstraError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise

@@ -1,0 +1,90 @@
+"""Show what a checkpoint holds: the model, how it is compressed, how well its codes are used, and how it was made.
+
+    astra info vit-base-calibrated
+
+Of the codes it says how many bits a token takes per block, how many times fewer that is than the token's float32
+embedding, and per block: the share of codewords in use (1 is all of them) and the perplexity, the number of codewords
+that are effectively chosen among (K at best). A share far below 1 means that codewords are wasted.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+from flax import nnx
+
+import checkpoints
+from astra_jax.config import AstraConfig
+from astra_jax.console import Report
+from astra_jax.quantizer import usage
+from checkpoints.store import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of `astra info`."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint."""
+    json: Path | None = None
+    """Write everything that is printed to this file."""
+
+
+def parameters(model: Any) -> int:
+    """How many numbers the model's parameters are; codebooks and statistics not counted."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def compression(astra: AstraConfig, D: int) -> dict[str, Any]:
+    """Bits per token and block, and their ratio to the float32 embedding, D * 32 / (G log2 K)."""
+    bits = astra.groups * astra.bits
+    return {"bits per token and block": bits, "compression ratio": D * 32 / bits}
+
+
+def codebook_usage(model: Any) -> list[dict[str, Any]]:
+    """One row per block: the means over its groups of share of codewords in use and perplexity."""
+    used = usage(model.codec.count[...])
+    return [
+        {"block": block, "codewords used": float(share), "perplexity": float(perplexity)}
+        for block, (share, perplexity) in enumerate(
+            zip(np.mean(used.used, axis=-1), np.mean(used.perplexity, axis=-1), strict=True)
+        )
+    ]
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything about a checkpoint that is one value."""
+    values = {"family": checkpoint.family, **dataclasses.asdict(checkpoint.config)}
+    values |= {"parameters": parameters(checkpoint.model), "exported as": checkpoint.dtype}
+    if checkpoint.astra is not None:
+        values |= dataclasses.asdict(checkpoint.astra)
+        values |= compression(checkpoint.astra, checkpoint.config.hidden_size)
+    return values
+
+
+def main(args: Args) -> None:
+    """Runs `astra info`."""
+    report = Report("info", args.json)
+    checkpoint = checkpoints.load(args.checkpoint)
+    report.table(
+        "facts",
+        str(args.checkpoint),
+        [
+            {"name": name, "value": str(value) if isinstance(value, bool) else value}
+            for name, value in facts(checkpoint).items()
+        ],
+    )
+    if checkpoint.astra is None:
+        report.say("codebooks: none: `astra calibrate` finds them", calibrated=False)
+    else:
+        report.table("blocks", "how codes are used", codebook_usage(checkpoint.model))
+    report.table("history", "how it was made", [_step(step) for step in checkpoint.history])
+    report.close()
+
+
+def _step(step: dict[str, Any]) -> dict[str, Any]:
+    details = ", ".join(f"{name} {value}" for name, value in step.items() if name != "verb")
+    return {"verb": str(step.get("verb")), "details": details}

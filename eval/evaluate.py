@@ -1,0 +1,164 @@
+"""Accuracy, bits and predicted latency of one or more checkpoints, as one table and one plot.
+
+A checkpoint with codebooks runs as ASTRA over the mesh that --devices picks, one without on a single device: give the
+original first to compare. On a CPU the devices are made by the program itself.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from jaxtyping import Array
+
+import checkpoints
+from astra_jax.console import Report, progress
+from astra_jax.errors import AstraError
+from astra_jax.preprocess import ImageProcessor
+from astra_jax.sharding import make_mesh, parse_devices
+from astra_jax.strategies import Astra, Single, Virtual, need_codec, parallelize
+from eval import plots
+from eval.data import ImageData, batches, load_images
+from eval.hlo import collectives_in
+from eval.network import latency, parse_rate
+from eval.timing import compute_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of `astra eval`."""
+
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """One or more checkpoints, the original first."""
+    data: str
+    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
+    split: str = "test"
+    """Which part of the data; a slice such as test[:1000] goes too."""
+    image_column: str | None = None
+    """The column with the images, where there are several."""
+    label_column: str | None = None
+    """The column with the labels, where there are several."""
+    devices: str = "4"
+    """The mesh: N devices over the tokens, or DxN for D batches at once."""
+    virtual: bool = False
+    """Run the N shards on one device: the same numbers, no mesh needed."""
+    strategy: Literal["auto", "single"] = "auto"
+    """`single` also runs checkpoints with codebooks on one device, without exchange."""
+    batch_size: int = 64
+    """Images per batch."""
+    limit: int | None = None
+    """Stop after this many images."""
+    rates: tuple[str, ...] = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
+    """Link rates to predict the latency of one image for."""
+    plot: Path | None = None
+    """Draw accuracy over bits and latency over the link's rate into this file (PNG or SVG)."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+
+def classifier(model: Any, N: int, data_devices: int, virtual: bool) -> Callable[[Array], Array]:
+    """Images -> logits: on a (data, N) mesh, or with N virtual shards on one device. N = 1 is one device."""
+    if not virtual:
+        return parallelize(model, make_mesh(N, data_devices))
+    graphdef, state = nnx.split(model)
+    shards = model.shards(N)
+
+    @jax.jit
+    def run(state: Any, images: Array) -> Array:
+        model = nnx.merge(graphdef, state)
+        strategy = Virtual(shards) if N > 1 else Single(shards.T)
+        return model(shards.scatter(model.to_tokens(images)), strategy)[0]
+
+    return lambda images: run(state, images)
+
+
+def accuracy(
+    classify: Callable[[Array], Array], data: ImageData, processor: ImageProcessor, batch: int, limit: int | None
+) -> float:
+    """Share of the images whose highest logit is their label."""
+    total = min(len(data), limit or len(data))
+    right = 0
+    with progress("images", total) as advance:
+        for images, labels in batches(data, processor, batch, limit=limit):
+            # The last batch is filled up, so that one compiled program serves all.
+            filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
+            predicted = np.argmax(np.asarray(classify(jnp.asarray(filled))), axis=-1)[: len(labels)]
+            right += int((predicted == labels).sum())
+            advance(len(labels), accuracy=right / total)
+    return right / total
+
+
+def sent_bytes(model: Any, N: int) -> tuple[int, int]:
+    """Bytes that one device sends for one image: codes in all blocks, and the class state after the last.
+
+    Read from the compiled program. Raises AstraError if that is not what the strategy predicts.
+    """
+    config = model.config
+    image = jnp.zeros((1, config.image_size, config.image_size, config.num_channels))
+    program = parallelize(model, make_mesh(N)).lower(image).compile().as_text()
+    found = collectives_in(program)
+    codes = sum(c.bytes // N * (c.trip_count or 1) for c in found if c.kind == "all-gather")
+    predicted = Astra(model.shards(N)).wire_bits(need_codec(model.codec)) * config.num_hidden_layers
+    if 8 * codes != predicted:
+        raise AstraError(f"the compiled program gathers {8 * codes} bits where {predicted} were predicted: please report it")
+    return codes, sum(c.bytes for c in found if c.kind != "all-gather")
+
+
+def measure(path: Path, args: Args) -> dict[str, Any]:
+    """One row of the table: what a checkpoint reaches and what it costs."""
+    checkpoint = checkpoints.load(path)
+    model, astra = checkpoint.model, checkpoint.astra
+    data_devices, N = parse_devices(args.devices)
+    if astra is None or args.strategy == "single":
+        astra, N = None, 1
+    data = load_images(
+        args.data,
+        args.split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=checkpoint.labels,
+    )
+    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    classify = classifier(model, N, data_devices, args.virtual)
+    reached = accuracy(classify, data, processor, args.batch_size, args.limit)
+    codes, pooled = sent_bytes(model, N) if N > 1 else (0, 0)
+    compute = compute_seconds(model, N)
+    bits = astra.groups * astra.bits if astra else None
+    return {
+        "checkpoint": path.name,
+        "devices": N,
+        "G": astra.groups if astra else None,
+        "accuracy %": 100 * reached,
+        "bits/token/block": bits,
+        "compression": model.config.hidden_size * 32 / bits if bits else None,
+        "bytes/image": codes + pooled,
+        "compute ms": 1e3 * compute,
+        **{f"{rate} ms": 1e3 * latency(compute, 8 * codes, 8 * pooled, parse_rate(rate)) for rate in args.rates},
+    }
+
+
+def main(args: Args) -> None:
+    """Runs `astra eval`."""
+    report = Report("eval", args.json)
+    if not args.checkpoints:
+        raise AstraError("no checkpoint was given: astra eval CHECKPOINT [CHECKPOINT ...] --data DATA")
+    for rate in args.rates:
+        parse_rate(rate)
+    data_devices, N = parse_devices(args.devices)
+    make_mesh(N, 1 if args.virtual else data_devices)  # before JAX starts, so that it makes enough CPU devices
+    rows = [measure(path, args) for path in args.checkpoints]
+    report.table("rows", f"{args.data} [{args.split}]", rows)
+    report.say(
+        "bytes/image: what one device sends for one image, read from the compiled program. compute ms: one device's share, "
+        "measured here, one image.\n"
+        "10mbit ms ...: predicted latency of one image = compute + bytes on the link at that rate."
+    )
+    if args.plot:
+        plots.accuracy_and_latency(rows, args.rates, args.plot)
+        report.say(f"plot: {args.plot}", plot=str(args.plot))
+    report.close()

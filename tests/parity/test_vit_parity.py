@@ -1,0 +1,206 @@
+"""Our ViT against Hugging Face's in torch: every module, logits, gradients, and the way there and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors import safe_open
+from transformers import ViTConfig as TorchViTConfig
+from transformers import ViTForImageClassification
+
+import checkpoints
+from astra_jax.models.blocks import block_at
+from astra_jax.models.vit import ViTConfig
+from astra_jax.strategies import Single
+from checkpoints import huggingface
+
+BASE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 7,
+}
+VARIANTS = {
+    "base": {},
+    "gelu_new": {"hidden_act": "gelu_new"},
+    "relu": {"hidden_act": "relu"},
+    "silu": {"hidden_act": "silu"},
+    "no projection bias": {"qkv_bias": False},
+    "large patches": {"image_size": 24, "patch_size": 8, "num_channels": 1},
+    "one head": {"hidden_size": 20, "num_attention_heads": 1, "intermediate_size": 96},
+    "narrow MLP, wide heads": {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 2},
+    "large weights": {"initializer_range": 0.2},
+    "large weights, large epsilon": {"initializer_range": 0.2, "layer_norm_eps": 1e-3},
+    "epsilon 1e-6, one block": {"layer_norm_eps": 1e-6, "num_hidden_layers": 1},
+}
+
+
+def make_torch(options: dict[str, Any], seed: int = 0) -> ViTForImageClassification:
+    """A random ViT whose biases, norms and class token are random too: at their initial 0 and 1 they hide mistakes."""
+    torch.manual_seed(seed)
+    config = TorchViTConfig(**{**BASE, **options}, attn_implementation="eager")
+    model = ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += config.initializer_range * torch.randn_like(parameter)
+    return model
+
+
+def images_for(config: Any, B: int = 3) -> jax.Array:
+    """Random images [B, height, width, channels]."""
+    shape = (B, config.image_size, config.image_size, config.num_channels)
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+
+def to_torch(images: jax.Array) -> torch.Tensor:
+    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+
+
+def close(ours: Any, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=0, atol=tolerance)
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_module_and_the_logits(name: str, tmp_path: Path) -> None:
+    theirs = make_torch(VARIANTS[name])
+    theirs.save_pretrained(tmp_path)
+    checkpoint = huggingface.read(str(tmp_path))
+    ours, config = checkpoint.model, checkpoint.config
+    images, strategy = images_for(config), Single(config.num_patches)
+    with torch.no_grad():
+        embedded = theirs.vit.embeddings(to_torch(images))
+        x = ours.embed(ours.to_tokens(images)) + ours.position[...][1:]
+        x = strategy.prepend_class(ours.cls[...] + ours.position[...][0], x)
+        close(x, embedded)
+        x = jnp.asarray(embedded.numpy())
+        for number, layer in enumerate(theirs.vit.layers):
+            block = block_at(ours.blocks, number)
+            normed = layer.layernorm_before(torch.from_numpy(np.array(x)))
+            close(block.norm1(x), normed)
+            y = jnp.asarray(normed.numpy())
+            for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "o_proj")):
+                close(getattr(block.attention, mine)(y), getattr(layer.attention, other)(normed))
+            close(block.attention(y, strategy, (), number)[0], layer.attention(normed)[0])
+            close(block.mlp(y), layer.mlp(normed))
+            output = layer(torch.from_numpy(np.array(x)))
+            output = output[0] if isinstance(output, tuple) else output
+            close(block(x, strategy, (), number)[0], output)
+            x = jnp.asarray(output.numpy())
+        close(ours.norm(x), theirs.vit.layernorm(torch.from_numpy(np.array(x))))
+        expected = theirs(to_torch(images)).logits
+    logits, _ = ours(ours.to_tokens(images), strategy)
+    np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_gradients(tmp_path: Path) -> None:
+    theirs = make_torch({})
+    theirs.save_pretrained(tmp_path)
+    checkpoint = huggingface.read(str(tmp_path))
+    ours, strategy = checkpoint.model, Single(checkpoint.config.num_patches)
+    images, labels = images_for(checkpoint.config), np.array([0, 3, 6])
+    torch.nn.functional.cross_entropy(theirs(to_torch(images)).logits, torch.from_numpy(labels)).backward()
+
+    def loss(model: Any) -> jax.Array:
+        logits, _ = model(model.to_tokens(images), strategy)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(3), labels])
+
+    gradients = nnx.grad(loss)(ours)
+    for block, layer in enumerate(theirs.vit.layers):
+        close(gradients.blocks.attention.q.kernel[...][block], layer.attention.q_proj.weight.grad.T)
+        close(gradients.blocks.attention.v.bias[...][block], layer.attention.v_proj.bias.grad)
+        close(gradients.blocks.mlp.up.kernel[...][block], layer.mlp.fc1.weight.grad.T)
+        close(gradients.blocks.norm1.scale[...][block], layer.layernorm_before.weight.grad)
+    close(gradients.head.kernel[...], theirs.classifier.weight.grad.T)
+    close(gradients.cls[...], theirs.vit.embeddings.cls_token.grad[0, 0])
+    patches = theirs.vit.embeddings.patch_embeddings.projection.weight.grad  # [D, C, P, P]
+    close(gradients.embed.kernel[...], patches.permute(2, 3, 1, 0).reshape(-1, BASE["hidden_size"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["base", "no projection bias", "large patches"])
+def test_there_and_back_is_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source, kept, back = tmp_path / "source", tmp_path / "kept", tmp_path / "back"
+    theirs = make_torch(VARIANTS[name]).to(dtype)
+    theirs.save_pretrained(source)
+    (source / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "size": {"height": 16, "width": 16}}'
+    )
+    checkpoints.save(kept, huggingface.read(str(source)))
+    huggingface.write_folder(checkpoints.load(kept), back)
+    before, after = tensors(source), tensors(back)
+    assert before.keys() == after.keys()
+    for tensor, original in before.items():
+        assert after[tensor].dtype == original.dtype
+        assert after[tensor].tobytes() == original.tobytes(), tensor
+    for file in ("config.json", "preprocessor_config.json"):
+        assert huggingface.read_json(back / file) == huggingface.read_json(source / file)
+    loaded, problems = ViTForImageClassification.from_pretrained(back, output_loading_info=True)
+    assert not any(problems.values()), problems
+    for ours, original in zip(loaded.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours.to(dtype), original)
+
+
+def test_half_precision_weights_compute_the_same(tmp_path: Path) -> None:
+    theirs = make_torch({}).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    checkpoint = huggingface.read(str(tmp_path))
+    assert checkpoint.dtype == "bfloat16"
+    images = images_for(checkpoint.config)
+    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.config.num_patches))
+    with torch.no_grad():
+        expected = theirs.float()(to_torch(images)).logits
+    np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_shards_are_read_like_a_single_file(tmp_path: Path) -> None:
+    theirs = make_torch({})
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    one, many = (nnx.state(huggingface.read(str(tmp_path / name)).model) for name in ("one", "many"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))
+
+
+def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path) -> None:
+    config = ViTConfig(**BASE)
+    checkpoint = checkpoints.Checkpoint(
+        family="vit",
+        config=config,
+        astra=None,
+        labels=tuple("abcdefg"),
+        preprocessing=None,
+        hf_config={},
+        dtype="float32",
+        history=(),
+        model=checkpoints.keys.build("vit", config, abstract=False),
+    )
+    huggingface.write_folder(checkpoint, tmp_path)
+    loaded, problems = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems.values()), problems
+    assert loaded.config.id2label == dict(enumerate("abcdefg"))
+    images = images_for(config)
+    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(config.num_patches))
+    with torch.no_grad():
+        np.testing.assert_allclose(np.asarray(logits), loaded(to_torch(images)).logits.numpy(), rtol=0, atol=1e-4)
+
+
+def test_defaults_are_those_of_hugging_face() -> None:
+    theirs = TorchViTConfig()
+    for field in dataclasses.fields(ViTConfig):
+        if field.name != "num_labels":  # read from the labels; the reader has Hugging Face's default of 2
+            assert getattr(theirs, field.name) == field.default, field.name
+    assert huggingface.config_from_hf("vit", {}, Path())[0].num_labels == theirs.num_labels

@@ -1,0 +1,87 @@
+"""Finetune a calibrated model with Noise-Augmented Quantization (NAVQ), so that it lives with quantized exchange.
+
+Every batch runs on N virtual shards: each token sees its own shard exactly and the others through noisy codes. The run
+logs to OUT/train.jsonl and saves its state in OUT/train; after Ctrl-C or a crash the same command goes on where it was.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+import checkpoints
+from astra_jax.console import Report
+from astra_jax.preprocess import ImageProcessor
+from astra_jax.sharding import make_mesh, parse_devices
+from eval.data import load_images
+from train.data import Augment, train_batches
+from train.loop import Training, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of `astra finetune`."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint made by `astra calibrate`."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Where the finetuned checkpoint goes. Repeat the command to resume."""
+    data: str
+    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
+    split: str = "train"
+    """Which part of the data; a slice such as train[:1000] goes too."""
+    image_column: str | None = None
+    """The column with the images, where there are several."""
+    label_column: str | None = None
+    """The column with the labels, where there are several."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = Training()
+    augment: bool = True
+    """Shift the images at random."""
+    flip: bool = True
+    """Also mirror them at random; turn off where left and right matter, as in digits."""
+    devices: str | None = None
+    """Devices to spread every batch over; all accelerators by default, one CPU."""
+    save_every: int = 100
+    """Steps between saved states."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+
+def main(args: Args) -> None:
+    """Runs `astra finetune`."""
+    report = Report("finetune", args.json)
+    training = args.training
+    data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
+    mesh = make_mesh(1, data_devices * seq)
+    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
+    data = load_images(
+        args.data,
+        args.split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=checkpoint.labels,
+    )
+    augment = Augment(flip=args.flip) if args.augment else None
+    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    iterator = train_batches(data, processor, training.batch_size, training.seed, augment)
+    model, done = train(
+        checkpoint.model, training, iterator, args.out, mesh=mesh, save_every=args.save_every, label="finetune"
+    )
+    provenance = {"verb": "finetune", "data": args.data, "steps": done, **dataclasses.asdict(training)}
+    finished = dataclasses.replace(checkpoint, model=model, history=(*checkpoint.history, provenance))
+    checkpoints.save(args.out, finished)
+    report.say(f"wrote {args.out} after {done} of {training.steps} steps", out=str(args.out), steps=done)
+    if done < training.steps:
+        report.say("stopped early: repeat the command to go on")
+        report.close()
+        raise KeyboardInterrupt
+    report.say(f"next: astra eval {args.out} --data {args.data} --devices {max(training.shards)}")
+    report.close()
+
+
+def _all_devices() -> int:
+    devices = jax.devices()
+    return 1 if devices[0].platform == "cpu" else len(devices)

@@ -1,0 +1,104 @@
+"""Train a ViT from scratch on labelled images and write it as a Hugging Face folder (`ViTForImageClassification`).
+
+    python -m train.recipes.pretrain OUT --data FOLDER
+
+ASTRA starts from a trained model; this recipe makes one where none can be downloaded. The folder is what `transformers`
+would have written, so the rest of the way is the same as for any other checkpoint: `astra convert`, and on.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from flax import nnx
+
+import checkpoints
+from astra_jax.console import console
+from astra_jax.models.vit import ViT, ViTConfig
+from astra_jax.preprocess import ImageProcessor
+from astra_jax.sharding import make_mesh
+from checkpoints.huggingface import write_folder
+from eval.data import load_images
+from train.data import Augment, train_batches
+from train.loop import Training, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of the recipe. The defaults are a small ViT for 32x32 pictures."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
+    data: str
+    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
+    split: str = "train"
+    """Which part of the data."""
+    label_column: str | None = None
+    """The column with the labels, where there are several."""
+    training: Annotated[Training, tyro.conf.arg(name="")] = Training(
+        steps=1000, learning_rate=1e-3, weight_decay=0.05, shards=(1,), label_smoothing=0.1
+    )
+    flip: bool = True
+    """Mirror images at random."""
+    image_size: int = 32
+    """Height and width that images are resized to."""
+    patch_size: int = 4
+    """Height and width of a patch."""
+    hidden_size: int = 64
+    """D."""
+    layers: int = 4
+    """L."""
+    heads: int = 4
+    """H."""
+    intermediate_size: int = 128
+    """F."""
+    save_every: int = 500
+    """Steps between saved states."""
+
+
+def main(args: Args) -> None:
+    """Runs the recipe."""
+    mesh = make_mesh(1)
+    data = load_images(args.data, args.split, label_column=args.label_column)
+    config = ViTConfig(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        intermediate_size=args.intermediate_size,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        num_labels=len(data.names),
+    )
+    processor = ImageProcessor.from_hf(
+        {
+            "size": {"height": args.image_size, "width": args.image_size},
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+    )
+    model = ViT(config, rngs=nnx.Rngs(args.training.seed))
+    batches = train_batches(data, processor, args.training.batch_size, args.training.seed, Augment(flip=args.flip))
+    kept = args.out.with_name(args.out.name + "-training")
+    model, done = train(
+        model, args.training, batches, kept, mesh=mesh, save_every=args.save_every, label="train the original"
+    )
+    if done < args.training.steps:
+        raise KeyboardInterrupt
+    checkpoint = checkpoints.Checkpoint(
+        family="vit",
+        config=config,
+        astra=None,
+        labels=data.names,
+        preprocessing=processor.to_hf(),
+        hf_config={},
+        dtype="float32",
+        history=(),
+        model=model,
+    )
+    write_folder(checkpoint, args.out)
+    console.print(f"wrote {args.out}", markup=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
