@@ -3,7 +3,7 @@
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from astra_jax import __version__
 from astra_jax.errors import AstraError
@@ -40,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version", "version"):
         print(__version__)
         return 0
+    return guarded(lambda: _run(argv[0], argv[1:]), debug)
+
+
+def guarded(work: Callable[[], object], debug: bool = False) -> int:
+    """Runs `work` and turns what a user can fix into one line and an exit code: 0, 2 or, after Ctrl-C, 130."""
     try:
-        return _run(argv[0], argv[1:])
-    except AstraError as error:
+        work()
+        return 0
+    except (AstraError, OSError) as error:  # OSError: permissions, a full disk
         if debug:
             traceback.print_exc()
         print(f"astra: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -52,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(verb: str, rest: Sequence[str]) -> int:
+def _run(verb: str, rest: Sequence[str]) -> None:
     if verb not in VERBS:
         import difflib
 
@@ -64,7 +70,6 @@ def _run(verb: str, rest: Sequence[str]) -> int:
     module = importlib.import_module(VERBS[verb][0])
     args = tyro.cli(module.Args, prog=f"astra {verb}", description=module.__doc__, args=rest)
     module.main(args)
-    return 0
 
 
 if __name__ == "__main__":

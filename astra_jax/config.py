@@ -40,9 +40,7 @@ class AstraConfig:
         K = self.codewords
         if not isinstance(K, int) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
             nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if isinstance(K, int | float) else 1024
-            raise AstraError(
-                f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}"
-            )
+            raise AstraError(f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}")
         for field, allowed in (("site", get_args(Site)), ("class_token", get_args(ClassToken))):
             value = getattr(self, field)
             if value not in allowed:

@@ -104,8 +104,8 @@ def _download(hub_id: str) -> Path:
             raise AstraError(f"{hub_id}: the disk is full: free some space and repeat the command") from error
         reason = str(error).strip().split("\n")[0][:160]
         raise AstraError(
-            f"{hub_id}: the download failed ({type(error).__name__}: {reason}): check the network and repeat the command, "
-            "which resumes the download"
+            f"{hub_id}: there is no such folder, and the download from the Hugging Face hub failed "
+            f"({type(error).__name__}: {reason}): check the network and repeat the command, which resumes the download"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Labelled pictures from the Hugging Face hub, parquet files or folders, and batches of them in order."""
 
+import dataclasses
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,26 @@ class ImageData(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """The options of every verb that reads labelled images."""
+
+    data: str
+    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
+    split: str = "train"
+    """Which part of the data; a slice such as train[:1000] goes too."""
+    image_column: str | None = None
+    """The column with the images, where there are several."""
+    label_column: str | None = None
+    """The column with the labels, where there are several."""
+
+    def open(self, labels: Sequence[str] | None = None) -> "DatasetImages":
+        """The images; `labels` are the classes of a checkpoint. Raises AstraError; see `load_images`."""
+        return load_images(
+            self.data, self.split, image_column=self.image_column, label_column=self.label_column, labels=labels
+        )
 
 
 class DatasetImages:

@@ -23,26 +23,20 @@ from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh, parse_devices
 from astra_jax.strategies import Astra, Single, Virtual, need_codec, parallelize
 from eval import plots
-from eval.data import ImageData, batches, load_images
+from eval.data import ImageData, batches, DataArgs
 from eval.hlo import collectives_in
 from eval.network import latency, parse_rate
 from eval.timing import compute_seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
     """Arguments of `astra eval`."""
 
-    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
     """One or more checkpoints, the original first."""
-    data: str
-    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
     split: str = "test"
     """Which part of the data; a slice such as test[:1000] goes too."""
-    image_column: str | None = None
-    """The column with the images, where there are several."""
-    label_column: str | None = None
-    """The column with the labels, where there are several."""
     devices: str = "4"
     """The mesh: N devices over the tokens, or DxN for D batches at once."""
     virtual: bool = False
@@ -116,13 +110,7 @@ def measure(path: Path, args: Args) -> dict[str, Any]:
     data_devices, N = parse_devices(args.devices)
     if astra is None or args.strategy == "single":
         astra, N = None, 1
-    data = load_images(
-        args.data,
-        args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        labels=checkpoint.labels,
-    )
+    data = args.open(checkpoint.labels)
     processor = ImageProcessor.from_hf(checkpoint.preprocessing)
     classify = classifier(model, N, data_devices, args.virtual)
     reached = accuracy(classify, data, processor, args.batch_size, args.limit)

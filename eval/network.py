@@ -15,7 +15,7 @@ def parse_rate(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def link_seconds(bits: float, rate: float) -> float:
+def link_seconds(bits: int, rate: float) -> float:
     """Seconds on the link when every device sends `bits`: `bits / rate`.
 
     The paper's convention: a device waits for the volume of one shard, all devices send at once, and the network
@@ -24,7 +24,7 @@ def link_seconds(bits: float, rate: float) -> float:
     return bits / rate
 
 
-def latency(compute: float, code_bits: float, class_bits: float, rate: float) -> float:
+def latency(compute: float, code_bits: int, class_bits: int, rate: float) -> float:
     """Seconds for one forward pass: `compute + (code_bits + class_bits) / rate`.
 
     Args:

@@ -25,7 +25,7 @@ from astra_jax.strategies import Astra, need_codec, parallelize
 class Args:
     """Arguments of `astra run`."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint; with codebooks for more than one device."""
     image: tuple[Path, ...]
     """One or more pictures."""

@@ -22,26 +22,18 @@ from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.quantizer import usage
 from astra_jax.strategies import Single
-from eval.data import batches, load_images
+from eval.data import batches, DataArgs
 from train.kmeans import assign, kmeans
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
     """Arguments of `astra calibrate`."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint made by `astra convert`."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the checkpoint with codebooks goes."""
-    data: str
-    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
-    split: str = "train"
-    """Which part of the data; a slice such as train[:1000] goes too."""
-    image_column: str | None = None
-    """The column with the images, where there are several."""
-    label_column: str | None = None
-    """The column with the labels, where there are several."""
     groups: int = 32
     """G: codes per token and block. More groups cost more bits and keep more accuracy."""
     codewords: int = 1024
@@ -126,7 +118,7 @@ def main(args: Args) -> None:
     astra = AstraConfig(args.groups, args.codewords, args.site, args.class_token)
     source = checkpoints.load(args.checkpoint)
     checkpoint = checkpoints.with_codebooks(source, astra)
-    data = load_images(args.data, args.split, image_column=args.image_column, label_column=args.label_column)
+    data = args.open()
     processor = ImageProcessor.from_hf(checkpoint.preprocessing)
     images = [images for images, _ in batches(data, processor, 32, limit=args.images)]
     model = checkpoint.model

@@ -16,27 +16,19 @@ import checkpoints
 from astra_jax.console import Report
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh, parse_devices
-from eval.data import load_images
+from eval.data import DataArgs
 from train.data import Augment, train_batches
 from train.loop import Training, train
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
     """Arguments of `astra finetune`."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint made by `astra calibrate`."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the finetuned checkpoint goes. Repeat the command to resume."""
-    data: str
-    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
-    split: str = "train"
-    """Which part of the data; a slice such as train[:1000] goes too."""
-    image_column: str | None = None
-    """The column with the images, where there are several."""
-    label_column: str | None = None
-    """The column with the labels, where there are several."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training()
     augment: bool = True
     """Shift the images at random."""
@@ -57,20 +49,27 @@ def main(args: Args) -> None:
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
     checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
-    data = load_images(
-        args.data,
-        args.split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        labels=checkpoint.labels,
-    )
+    data = args.open(checkpoint.labels)
     augment = Augment(flip=args.flip) if args.augment else None
     processor = ImageProcessor.from_hf(checkpoint.preprocessing)
     iterator = train_batches(data, processor, training.batch_size, training.seed, augment)
+    source = {
+        "checkpoint": str(args.checkpoint),
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(DataArgs)},
+        "augment": args.augment,
+        "flip": args.flip,
+    }
     model, done = train(
-        checkpoint.model, training, iterator, args.out, mesh=mesh, save_every=args.save_every, label="finetune"
+        checkpoint.model,
+        training,
+        iterator,
+        args.out,
+        mesh=mesh,
+        source=source,
+        save_every=args.save_every,
+        label="finetune",
     )
-    provenance = {"verb": "finetune", "data": args.data, "steps": done, **dataclasses.asdict(training)}
+    provenance = {"verb": "finetune", **source, **dataclasses.asdict(training), "steps": done}
     finished = dataclasses.replace(checkpoint, model=model, history=(*checkpoint.history, provenance))
     checkpoints.save(args.out, finished)
     report.say(f"wrote {args.out} after {done} of {training.steps} steps", out=str(args.out), steps=done)

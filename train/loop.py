@@ -220,6 +220,7 @@ def train(
     out: Path,
     *,
     mesh: Mesh,
+    source: dict[str, Any],
     save_every: int,
     label: str,
 ) -> tuple[Any, int]:
@@ -230,6 +231,7 @@ def train(
       data: an infinite iterator of dict(image, label) with `get_state` and `set_state`.
       out: folder for `train/` (the saved states) and `train.jsonl`.
       mesh: its data axis splits every batch.
+      source: what `model` and `data` come from, for JSON; with the same settings and source a run is resumed.
       save_every: steps between saved states.
       label: of the progress bar.
 
@@ -249,7 +251,7 @@ def train(
     replicated = NamedSharding(mesh, P())
     state = jax.device_put(state, replicated)
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(dataclasses.asdict(training)))
+    settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
     with ocp.CheckpointManager(
         (out / "train").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     ) as manager:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], L: int, rngs: nnx.Rngs) -> Any:
     """L blocks made by `make`, as one module whose variables have a leading axis L."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=L))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(L))
 
 
 def block_at(blocks: Any, index: int) -> Any:

@@ -15,8 +15,9 @@ from astra_jax.sharding import DATA, SEQ, Shards, make_mesh, parse_devices
 def test_an_even_split_covers_all_tokens_once_and_in_order(N, more):
     shards = Shards.even(N + more, N)
     tokens = shards.tokens()
-    assert (shards.N, shards.T) == (N, N + more)
-    assert shards.S == max(shards.lengths)
+    assert shards.N == N
+    assert N + more == shards.T
+    assert max(shards.lengths) == shards.S
     assert max(shards.lengths) - min(shards.lengths) <= 1
     assert shards.index()[tokens.valid].tolist() == list(range(N + more))
     assert tokens.position[tokens.valid].tolist() == list(range(N + more))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.models.blocks import block_at
+from astra_jax.models.blocks import block_at, scan_blocks
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.strategies import Single
 
@@ -58,8 +58,6 @@ def test_a_stack_of_blocks_is_its_blocks_one_after_the_other(tiny_vit):
     expected = x
     for index in range(2):
         expected = block_at(model.blocks, index)(expected, single, (), index)[0]
-    from astra_jax.models.blocks import scan_blocks
-
     np.testing.assert_allclose(scan_blocks(model.blocks, x, single)[0], expected, atol=1e-5)
 
 
@@ -69,6 +67,7 @@ def test_activations_may_be_bfloat16_while_weights_and_logits_stay_float32(tiny_
     nnx.update(half, nnx.state(full))
     assert {a.dtype for a in jax.tree.leaves(nnx.state(half, nnx.Param))} == {jnp.dtype("float32")}
     assert dataclasses.asdict(half.config) == dataclasses.asdict(full.config)
-    logits = [m(m.to_tokens(rank_coded(2)), Single(25))[0] for m in (full, half)]
+    run = nnx.jit(lambda model: model(model.to_tokens(rank_coded(2)), Single(25))[0])
+    logits = [run(model) for model in (full, half)]
     assert logits[1].dtype == jnp.float32
     np.testing.assert_allclose(logits[1], logits[0], atol=0.1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from astra_jax.cli import guarded
 from astra_jax.console import console
 from train.data import write_digits
 
@@ -88,4 +89,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))

@@ -7,6 +7,7 @@ would have written, so the rest of the way is the same as for any other checkpoi
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,28 +15,23 @@ import tyro
 from flax import nnx
 
 import checkpoints
+from astra_jax.cli import guarded
 from astra_jax.console import console
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh
 from checkpoints.huggingface import write_folder
-from eval.data import load_images
+from eval.data import DataArgs
 from train.data import Augment, train_batches
 from train.loop import Training, train
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
     """Arguments of the recipe. The defaults are a small ViT for 32x32 pictures."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
-    data: str
-    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
-    split: str = "train"
-    """Which part of the data."""
-    label_column: str | None = None
-    """The column with the labels, where there are several."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training(
         steps=1000, learning_rate=1e-3, weight_decay=0.05, shards=(1,), label_smoothing=0.1
     )
@@ -43,15 +39,15 @@ class Args:
     """Mirror images at random."""
     image_size: int = 32
     """Height and width that images are resized to."""
-    patch_size: int = 4
+    patch_size: int = 8
     """Height and width of a patch."""
-    hidden_size: int = 64
+    hidden_size: int = 96
     """D."""
     layers: int = 4
     """L."""
     heads: int = 4
     """H."""
-    intermediate_size: int = 128
+    intermediate_size: int = 192
     """F."""
     save_every: int = 500
     """Steps between saved states."""
@@ -60,7 +56,7 @@ class Args:
 def main(args: Args) -> None:
     """Runs the recipe."""
     mesh = make_mesh(1)
-    data = load_images(args.data, args.split, label_column=args.label_column)
+    data = args.open()
     config = ViTConfig(
         hidden_size=args.hidden_size,
         num_hidden_layers=args.layers,
@@ -81,7 +77,14 @@ def main(args: Args) -> None:
     batches = train_batches(data, processor, args.training.batch_size, args.training.seed, Augment(flip=args.flip))
     kept = args.out.with_name(args.out.name + "-training")
     model, done = train(
-        model, args.training, batches, kept, mesh=mesh, save_every=args.save_every, label="train the original"
+        model,
+        args.training,
+        batches,
+        kept,
+        mesh=mesh,
+        source={"config": dataclasses.asdict(config), "data": args.data, "split": args.split, "flip": args.flip},
+        save_every=args.save_every,
+        label="train the original",
     )
     if done < args.training.steps:
         raise KeyboardInterrupt
@@ -101,4 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))

@@ -1,0 +1,43 @@
+# make demo | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all lint venv clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	@$(BIN)/python -m train.recipes.digits
+
+test: .venv/installed-test
+	@$(BIN)/python -m pytest
+
+test-all: .venv/installed-test
+	@$(BIN)/python -m pytest -m ""
+
+lint: .venv/installed-lint
+	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format --check -q
+	@$(BIN)/mypy --no-error-summary
+
+venv: .venv/installed
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp is older than the files that say what to install until that is installed.
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into .venv"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into .venv (with what $* needs)"
+	@$(PIP) -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is not: try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv

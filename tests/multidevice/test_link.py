@@ -1,0 +1,53 @@
+"""What crosses the link, read from the optimized program: packed codes once per block, and the pooled class state."""
+
+import numpy as np
+import pytest
+
+from astra_jax.config import AstraConfig
+from astra_jax.quantizer import VectorQuantizer
+from astra_jax.sharding import Shards, make_mesh
+from astra_jax.strategies import Astra, parallelize
+from eval.hlo import collectives_in
+
+
+@pytest.mark.parametrize(
+    ("N", "data", "astra"),
+    [
+        (4, 1, AstraConfig(groups=4, codewords=1024)),
+        (4, 1, AstraConfig(groups=1, codewords=8, class_token="single")),
+        (4, 2, AstraConfig(groups=16, codewords=2, site="kv")),
+        pytest.param(8, 1, AstraConfig(groups=8, codewords=512, class_token="single"), marks=pytest.mark.slow),
+        pytest.param(3, 2, AstraConfig(groups=2, codewords=4096), marks=pytest.mark.slow),
+        pytest.param(2, 1, AstraConfig(groups=1, codewords=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_only_codes_cross_the_link(tiny_vit, rank_coded, N, data, astra):
+    model = tiny_vit(astra)
+    images_per_device = 3
+    program = parallelize(model, make_mesh(N, data)).lower(rank_coded(data * images_per_device))
+    gather, reduce = collectives_in(program.compile().as_text())
+
+    bits = Astra(model.shards(N)).wire_bits(model.codec)
+    assert (gather.kind, gather.dtype) == ("all-gather", "u8")
+    assert gather.bytes == N * images_per_device * bits / 8
+    assert gather.in_loop
+    assert gather.trip_count == model.config.num_hidden_layers
+
+    assert (reduce.kind, reduce.dtype) == ("all-reduce", "f32")
+    assert reduce.shape == (images_per_device, model.config.hidden_size)
+    assert not reduce.in_loop
+
+
+@pytest.mark.parametrize(("N", "data"), [(1, 1), (1, 4)])
+def test_nothing_crosses_the_link_where_tokens_stay_together(tiny_vit, rank_coded, N, data):
+    program = parallelize(tiny_vit(AstraConfig(groups=4, codewords=16)), make_mesh(N, data)).lower(rank_coded(4))
+    assert collectives_in(program.compile().as_text()) == []
+
+
+def test_vit_base_of_the_paper():
+    """10 bits, G = 32: 49 tokens on each of 4 devices are 1960 bytes per block, 76.8 times less than float32."""
+    codec = VectorQuantizer(AstraConfig(groups=32, codewords=1024), 768)
+    bits = Astra(Shards.even(196, 4, "distributed")).wire_bits(codec)
+    assert bits == 8 * 1960
+    np.testing.assert_allclose(49 * 768 * 32 / bits, 76.8)

@@ -1,0 +1,53 @@
+"""Reports say the same to people and to machines."""
+
+import json
+
+import pytest
+
+from astra_jax.console import Report, progress, write_atomically
+from astra_jax.errors import AstraError
+
+
+def test_a_report_is_printed_and_written(tmp_path, capsys):
+    report = Report("work", tmp_path / "report.json")
+    report.say("half a [bold] line", half=0.5)
+    report.table("rows", "All rows", [{"name": "a", "share": 0.123456, "count": 12_345, "rest": None}])
+    report.close()
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("half a [bold] line", "All rows", "0.1235", "12,345", "-"))
+    assert json.loads((tmp_path / "report.json").read_text()) == {
+        "verb": "work",
+        "half": 0.5,
+        "rows": [{"name": "a", "share": 0.123456, "count": 12_345, "rest": None}],
+    }
+
+
+def test_nothing_is_written_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = Report("work")
+    report.table("rows", "No rows", [])
+    report.close()
+    assert report.data == {"verb": "work", "rows": []}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_into_no_folder_is_refused_at_the_start(tmp_path):
+    with pytest.raises(AstraError, match="the folder .* does not exist: create it first"):
+        Report("work", tmp_path / "none" / "report.json")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "half \ud800")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_advances():
+    with progress("steps", 3) as advance:
+        advance(loss=0.25)
+        advance(2)
