@@ -119,14 +119,14 @@ def measure(path: Path, args: Args) -> dict[str, Any]:
     bits = astra.groups * astra.bits if astra else None
     return {
         "checkpoint": path.name,
-        "devices": N,
+        "N": N,
         "G": astra.groups if astra else None,
         "accuracy %": 100 * reached,
-        "bits/token/block": bits,
-        "compression": model.config.hidden_size * 32 / bits if bits else None,
-        "bytes/image": codes + pooled,
+        "bits": bits,
+        "ratio": model.config.hidden_size * 32 / bits if bits else None,
+        "bytes": codes + pooled,
         "compute ms": 1e3 * compute,
-        **{f"{rate} ms": 1e3 * latency(compute, 8 * codes, 8 * pooled, parse_rate(rate)) for rate in args.rates},
+        **{rate: 1e3 * latency(compute, 8 * codes, 8 * pooled, parse_rate(rate)) for rate in args.rates},
     }
 
 
@@ -137,14 +137,15 @@ def main(args: Args) -> None:
         raise AstraError("no checkpoint was given: astra eval CHECKPOINT [CHECKPOINT ...] --data DATA")
     for rate in args.rates:
         parse_rate(rate)
+    if args.plot:
+        plots.check_plot(args.plot)
     data_devices, N = parse_devices(args.devices)
     make_mesh(N, 1 if args.virtual else data_devices)  # before JAX starts, so that it makes enough CPU devices
     rows = [measure(path, args) for path in args.checkpoints]
     report.table("rows", f"{args.data} [{args.split}]", rows)
     report.say(
-        "bytes/image: what one device sends for one image, read from the compiled program. compute ms: one device's share, "
-        "measured here, one image.\n"
-        "10mbit ms ...: predicted latency of one image = compute + bytes on the link at that rate."
+        "N devices; bits per token and block; compression ratio; bytes that a device sends for one image, as compiled;\n"
+        "compute: one device's share of one image, measured here; the rest: latency predicted at that rate of the link, ms"
     )
     if args.plot:
         plots.accuracy_and_latency(rows, args.rates, args.plot)

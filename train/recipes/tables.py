@@ -1,0 +1,106 @@
+"""The shape of the paper's Tables 1, 12 and 13 on a model of your own: accuracy for every G, with and without NAVQ, with
+distributed and with a single class token.
+
+    python -m train.recipes.tables ORIGINAL OUT --data DATA
+
+Every cell is calibrated from the original, finetuned, and evaluated on a mesh. A cell that OUT already has is not run
+again, so an interrupted run goes on where it was.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import tyro
+
+from astra_jax.cli import guarded
+from astra_jax.config import ClassToken
+from astra_jax.console import Report, console, write_atomically
+from astra_jax.sharding import make_mesh
+from eval import evaluate
+from eval.data import DataArgs
+from train import calibrate, finetune
+from train.loop import Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
+    """Arguments of the recipe."""
+
+    original: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ORIGINAL")]
+    """A checkpoint made by `astra convert`."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the checkpoints and the results."""
+    groups: tuple[int, ...] = (32, 16, 8, 1)
+    """G, one after the other."""
+    devices: int = 4
+    """N: devices to train for and to evaluate on."""
+    steps: int = 500
+    """Finetuning steps of every cell."""
+    batch_size: int = 64
+    """Images per batch."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    test: str = "test"
+    """Which part of the data to evaluate on."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+
+def accuracy(checkpoint: Path, args: Args) -> float:
+    """Accuracy in percent on `args.devices` devices, or on one for the original."""
+    options = evaluate.Args(
+        checkpoints=(checkpoint,), data=args.data, split=args.test, label_column=args.label_column, rates=()
+    )
+    return evaluate.measure(checkpoint, dataclasses.replace(options, devices=str(args.devices)))["accuracy %"]
+
+
+def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
+    """Calibrates, finetunes and evaluates one model, or reads what an earlier run found. Returns accuracy in percent."""
+    calibrated = args.out / f"calibrated-G{G}-{class_token}"
+    tuned = args.out / f"G{G}-{class_token}-noise{noise:g}"
+    result = tuned / "accuracy.json"
+    if result.exists():
+        return json.loads(result.read_text(encoding="utf8"))["accuracy %"]
+    console.rule(tuned.name)
+    data: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArgs)}
+    if not calibrated.exists():
+        calibrate.main(
+            calibrate.Args(checkpoint=args.original, out=calibrated, groups=G, class_token=class_token, **data)
+        )
+    training = Training(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        shards=(args.devices,),
+        noise=noise,
+    )
+    finetune.main(finetune.Args(checkpoint=calibrated, out=tuned, training=training, **data))
+    found = accuracy(tuned, args)
+    write_atomically(result, json.dumps({"accuracy %": found}) + "\n")
+    return found
+
+
+def main(args: Args) -> None:
+    """Runs the recipe."""
+    report = Report("tables", args.json)
+    make_mesh(args.devices)  # before JAX starts, so that it makes enough CPU devices
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = args.out / "original.json"
+    if not result.exists():
+        write_atomically(result, json.dumps({"accuracy %": accuracy(args.original, args)}) + "\n")
+    original = json.loads(result.read_text(encoding="utf8"))["accuracy %"]
+    rows = []
+    for G, class_token in itertools.product(args.groups, get_args(ClassToken)):
+        plain, noisy = (cell(args, G, class_token, noise) for noise in (0.0, 1.0))
+        rows.append({"G": G, "class token": class_token, "without NAVQ %": plain, "with NAVQ %": noisy})
+    report.table("rows", f"{args.data} [{args.test}], N={args.devices}; original {original:.2f} %", rows)
+    report.say(f"original on one device: {original:.2f} %", original=original)
+    report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
