@@ -26,6 +26,7 @@ from flax import nnx, traverse_util
 from astra_jax.config import AstraConfig, from_dict
 from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
+from astra_jax.preprocess import ImageProcessor
 from checkpoints.files import is_empty, is_plain_name, read_json, writing
 from checkpoints.keys import FAMILIES, build, config_class, flat_state, with_state
 
@@ -62,6 +63,16 @@ class Checkpoint:
     dtype: str
     history: tuple[dict[str, Any], ...]
     model: Any
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """What turns pictures into the model's input. Raises AstraError if the checkpoint does not say."""
+        if self.preprocessing is None:
+            raise AstraError(
+                "the checkpoint has no image preprocessing: put a preprocessor_config.json beside the model's "
+                "config.json and convert it again"
+            )
+        return ImageProcessor.from_hf(self.preprocessing)
 
 
 def save(path: Path | str, checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ from astra_jax.config import AstraConfig
 from astra_jax.console import Report
 from astra_jax.models.vit import ViTBlock, ViTConfig
 from astra_jax.sharding import Shards
-from astra_jax.strategies import OneOfN
+from astra_jax.strategies import OneOfN, need_codec
 from eval.timing import median_seconds
 
 
@@ -45,7 +45,7 @@ def measure(args: Args, G: int) -> dict[str, Any]:
     D = args.hidden_size
     config = ViTConfig(hidden_size=D, num_attention_heads=D // 64, intermediate_size=4 * D)
     block = ViTBlock(config, AstraConfig(groups=G), jnp.float32, nnx.Rngs(0))
-    codec = block.attention.codec
+    codec = need_codec(block.attention.codec)
     codec.codebook[...] = jax.random.normal(jax.random.key(0), codec.codebook[...].shape)
     graphdef, state = nnx.split(block)
     strategy = OneOfN(Shards.even(args.tokens, args.devices, "distributed"))
@@ -57,7 +57,7 @@ def measure(args: Args, G: int) -> dict[str, Any]:
 
     @jax.jit
     def encoding(state: Any, y: Array) -> Array:
-        return nnx.merge(graphdef, state).attention.codec.encode(y)
+        return need_codec(nnx.merge(graphdef, state).attention.codec).encode(y)
 
     block_ms = 1e3 * median_seconds(lambda: whole(state, x), 21)
     encode_ms = 1e3 * median_seconds(lambda: encoding(state, x[:, 1:]), 21)

@@ -23,7 +23,7 @@ from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh, parse_devices
 from astra_jax.strategies import Astra, Single, Virtual, need_codec, parallelize
 from eval import plots
-from eval.data import ImageData, batches, DataArgs
+from eval.data import DataArgs, ImageData, batches
 from eval.hlo import collectives_in
 from eval.network import latency, parse_rate
 from eval.timing import compute_seconds
@@ -99,7 +99,9 @@ def sent_bytes(model: Any, N: int) -> tuple[int, int]:
     codes = sum(c.bytes // N * (c.trip_count or 1) for c in found if c.kind == "all-gather")
     predicted = Astra(model.shards(N)).wire_bits(need_codec(model.codec)) * config.num_hidden_layers
     if 8 * codes != predicted:
-        raise AstraError(f"the compiled program gathers {8 * codes} bits where {predicted} were predicted: please report it")
+        raise AstraError(
+            f"the compiled program gathers {8 * codes} bits where {predicted} were predicted: please report it"
+        )
     return codes, sum(c.bytes for c in found if c.kind != "all-gather")
 
 
@@ -111,7 +113,7 @@ def measure(path: Path, args: Args) -> dict[str, Any]:
     if astra is None or args.strategy == "single":
         astra, N = None, 1
     data = args.open(checkpoint.labels)
-    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    processor = checkpoint.processor
     classify = classifier(model, N, data_devices, args.virtual)
     reached = accuracy(classify, data, processor, args.batch_size, args.limit)
     codes, pooled = sent_bytes(model, N) if N > 1 else (0, 0)
@@ -144,8 +146,8 @@ def main(args: Args) -> None:
     rows = [measure(path, args) for path in args.checkpoints]
     report.table("rows", f"{args.data} [{args.split}]", rows)
     report.say(
-        "N devices; bits per token and block; compression ratio; bytes that a device sends for one image, as compiled;\n"
-        "compute: one device's share of one image, measured here; the rest: latency predicted at that rate of the link, ms"
+        "N devices; bits per token and block; compression ratio; bytes that a device sends for one image, as compiled\n"
+        "compute: one device's share of one image, measured here; then its latency in ms, predicted for each rate"
     )
     if args.plot:
         plots.accuracy_and_latency(rows, args.rates, args.plot)

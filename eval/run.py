@@ -16,7 +16,7 @@ import tyro
 import checkpoints
 from astra_jax.console import Report
 from astra_jax.errors import AstraError
-from astra_jax.preprocess import ImageProcessor, decode_image
+from astra_jax.preprocess import decode_image
 from astra_jax.sharding import make_mesh, parse_devices
 from astra_jax.strategies import Astra, need_codec, parallelize
 
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     checkpoint = checkpoints.load(args.checkpoint)
     model = checkpoint.model
     pictures = [decode_image(path) for path in args.image]
-    images = jnp.asarray(ImageProcessor.from_hf(checkpoint.preprocessing)(pictures))
+    images = jnp.asarray(checkpoint.processor(pictures))
     classify = parallelize(model, mesh)
     start = time.perf_counter()
     jax.block_until_ready(classify(images))

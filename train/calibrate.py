@@ -19,10 +19,9 @@ import checkpoints
 from astra_jax.config import AstraConfig, ClassToken, Site
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
-from astra_jax.preprocess import ImageProcessor
 from astra_jax.quantizer import usage
 from astra_jax.strategies import Single
-from eval.data import batches, DataArgs
+from eval.data import DataArgs, batches
 from train.kmeans import assign, kmeans
 
 
@@ -119,7 +118,7 @@ def main(args: Args) -> None:
     source = checkpoints.load(args.checkpoint)
     checkpoint = checkpoints.with_codebooks(source, astra)
     data = args.open()
-    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    processor = checkpoint.processor
     images = [images for images, _ in batches(data, processor, 32, limit=args.images)]
     model = checkpoint.model
     y = capture(model, images, args.tokens, args.seed)

@@ -14,7 +14,6 @@ import tyro
 
 import checkpoints
 from astra_jax.console import Report
-from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh, parse_devices
 from eval.data import DataArgs
 from train.data import Augment, train_batches
@@ -51,7 +50,7 @@ def main(args: Args) -> None:
     checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
     data = args.open(checkpoint.labels)
     augment = Augment(flip=args.flip) if args.augment else None
-    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    processor = checkpoint.processor
     iterator = train_batches(data, processor, training.batch_size, training.seed, augment)
     source = {
         "checkpoint": str(args.checkpoint),

@@ -123,7 +123,7 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 def start(model: Any, training: Training) -> tuple[Any, TrainState]:
     """Splits a model into its graph and the state that training changes."""
-    graphdef, params, codecs = nnx.split(model, nnx.Param, ...)
+    graphdef, params, codecs = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     # Copies, because the steps donate their input and the caller keeps the model.
     params, codecs = jax.tree.map(jnp.copy, (params, codecs))
     frozen = training.trains == "codebooks"
@@ -168,7 +168,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
         if N > 1:
             model = nnx.merge(graphdef, params, codecs)
             model.codec.follow(seen, training.ema_decay, training.revive_below)
-            codecs = nnx.split(model, nnx.Param, ...)[2]
+            codecs = nnx.split(model, nnx.Param, ...)[2]  # type: ignore[misc]
         return TrainState(params, codecs, opt_state, number + 1), metrics
 
     return step
@@ -181,7 +181,7 @@ def draw_shards(training: Training, step: int) -> int:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C into a question, "was it pressed?", so that a step is finished and saved. A second one interrupts."""
+    """Turns Ctrl-C into a question, "was it pressed?", so that a step is finished and saved; a second interrupts."""
     pressed = False
 
     def handler(number: int, frame: Any) -> None:
@@ -239,7 +239,8 @@ def train(
       the trained model, and how many steps it has had: fewer than asked for after Ctrl-C.
 
     Raises:
-      AstraError: `out` holds a run with other settings, the batch does not divide over the devices, or the disk is full.
+      AstraError: `out` holds a run with other settings, the batch does not divide over the devices, the disk is full,
+        or the loss is not finite.
     """
     if training.batch_size % mesh.shape[DATA]:
         raise AstraError(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import checkpoints
 from astra_jax import make_mesh, parallelize
 from astra_jax.cli import main
 from astra_jax.models.vit import ViT, ViTConfig
-from astra_jax.preprocess import ImageProcessor, decode_image
+from astra_jax.preprocess import decode_image
 from checkpoints.huggingface import write_folder
 
 CLASSES = ("black", "dark", "light", "white")
@@ -78,7 +79,11 @@ def done(place) -> dict[str, dict]:
         ],
         "run": [
             *(place / "tuned", "--devices", 4, "--top", 2),
-            *("--image", place / "pictures" / "test" / "white" / "0.png", place / "pictures" / "test" / "dark" / "1.png"),
+            *(
+                "--image",
+                place / "pictures" / "test" / "white" / "0.png",
+                place / "pictures" / "test" / "dark" / "1.png",
+            ),
         ],
         "info": [place / "tuned"],
         "export": [place / "original", place / "exported"],
@@ -105,7 +110,7 @@ def test_eval_says_what_the_model_says(done, place):
     """Accuracy counted here, picture by picture."""
     checkpoint = checkpoints.load(place / "tuned")
     classify = parallelize(checkpoint.model, make_mesh(4))
-    processor = ImageProcessor.from_hf(checkpoint.preprocessing)
+    processor = checkpoint.processor
     right = [
         checkpoint.labels[int(np.argmax(classify(jnp.asarray(processor([decode_image(path)])))))] == path.parent.name
         for path in sorted((place / "pictures" / "test").glob("*/*.png"))
@@ -164,7 +169,10 @@ BAD = {
         "calibrate {place}/original {place}/new {data} --groups 4 --codewords 1000",
         "power of two.*try 512",
     ),
-    "too few tokens": ("calibrate {place}/original {place}/new {data} --groups 4 --tokens 100", "100 tokens are too few"),
+    "too few tokens": (
+        "calibrate {place}/original {place}/new {data} --groups 4 --tokens 100",
+        "100 tokens are too few",
+    ),
     "a split that is not there": ("eval {place}/tuned {data} --split dev", "train"),
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
@@ -187,6 +195,15 @@ def test_bad_input_gets_one_line(case, done, place, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("astra: error: ") and re.search(expected, lines[0]), lines
     assert sorted(os.listdir(place)) == before  # nothing half-written
+
+
+def test_a_model_without_preprocessing_says_so(place, tmp_path, capsys):
+    shutil.copytree(place / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    picture = place / "pictures" / "test" / "dark" / "0.png"
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "bare")]) == 0
+    assert main(["run", str(tmp_path / "bare"), "--image", str(picture)]) == 2
+    assert "preprocessor_config.json" in capsys.readouterr().err
 
 
 def test_a_label_outside_the_classes_is_named(done, place, tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""The shape of the paper's Tables 1, 12 and 13 on a model of your own: accuracy for every G, with and without NAVQ, with
-distributed and with a single class token.
+"""The shape of the paper's Tables 1, 12 and 13 on a model of your own: accuracy for every G, with and without NAVQ,
+with distributed and with a single class token.
 
     python -m train.recipes.tables ORIGINAL OUT --data DATA
 
@@ -59,7 +59,7 @@ def accuracy(checkpoint: Path, args: Args) -> float:
 
 
 def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
-    """Calibrates, finetunes and evaluates one model, or reads what an earlier run found. Returns accuracy in percent."""
+    """Accuracy in percent of one model: calibrated, finetuned and evaluated, or read where an earlier run found it."""
     calibrated = args.out / f"calibrated-G{G}-{class_token}"
     tuned = args.out / f"G{G}-{class_token}-noise{noise:g}"
     result = tuned / "accuracy.json"
