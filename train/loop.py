@@ -124,10 +124,15 @@ def learning_rate(training: Training) -> optax.Schedule:
 def start(model: Any, training: Training) -> tuple[Any, TrainState]:
     """Splits a model into its graph and the state that training changes."""
     graphdef, params, codecs = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    # Copies, because the steps donate their input and the caller keeps the model.
-    params, codecs = jax.tree.map(jnp.copy, (params, codecs))
-    frozen = training.trains == "codebooks"
-    return graphdef, TrainState(params, codecs, () if frozen else optimizer(training).init(params), jnp.int32(0))
+
+    @jax.jit  # one program instead of many small ones
+    def fresh(params: Any, codecs: Any) -> TrainState:
+        # Copies, because the steps donate their input and the caller keeps the model.
+        params, codecs = jax.tree.map(jnp.copy, (params, codecs))
+        frozen = training.trains == "codebooks"
+        return TrainState(params, codecs, () if frozen else optimizer(training).init(params), jnp.int32(0))
+
+    return graphdef, fresh(params, codecs)
 
 
 def task_loss(
@@ -141,7 +146,7 @@ def task_loss(
 
 def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """One training step for N shards: (state, images [B,h,w,c], labels [B]) -> (state, metrics)."""
-    tx = optimizer(training)
+    tx, rate = optimizer(training), learning_rate(training)
 
     def loss(params: Any, codecs: Any, images: Array, labels: Array, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params, codecs)
@@ -169,6 +174,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
             model = nnx.merge(graphdef, params, codecs)
             model.codec.follow(seen, training.ema_decay, training.revive_below)
             codecs = nnx.split(model, nnx.Param, ...)[2]  # type: ignore[misc]
+        metrics["learning_rate"] = rate(number // training.accumulate)
         return TrainState(params, codecs, opt_state, number + 1), metrics
 
     return step
@@ -261,7 +267,6 @@ def train(
         done = int(state.step)
         journal = Journal(out / "train.jsonl", done)
         steps = {N: make_step(graphdef, training, N) for N in sorted(set(training.shards))}
-        rate = learning_rate(training)
         with stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
                 batch = next(data)
@@ -271,8 +276,7 @@ def train(
                 values = {k: float(v) for k, v in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise AstraError(f"the loss is {values['loss']} at step {done}: try a lower --learning-rate")
-                lr = float(rate(done // training.accumulate))
-                journal.write({"step": done + 1, "shards": N, "learning_rate": lr, **values})
+                journal.write({"step": done + 1, "shards": N, **values})
                 done += 1
                 advance(loss=values["loss"], accuracy=values["accuracy"])
                 if done % save_every == 0 and done < training.steps:

@@ -33,7 +33,7 @@ class Args(DataArgs):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training(
-        steps=1000, learning_rate=1e-3, weight_decay=0.05, shards=(1,), label_smoothing=0.1
+        steps=1000, learning_rate=3e-3, weight_decay=0.05, shards=(1,), label_smoothing=0.1
     )
     flip: bool = True
     """Mirror images at random."""
@@ -73,7 +73,7 @@ def main(args: Args) -> None:
             "image_std": [0.5] * 3,
         }
     )
-    model = ViT(config, rngs=nnx.Rngs(args.training.seed))
+    model = nnx.jit(lambda: ViT(config, rngs=nnx.Rngs(args.training.seed)))()  # one program instead of many small ones
     batches = train_batches(data, processor, args.training.batch_size, args.training.seed, Augment(flip=args.flip))
     kept = args.out.with_name(args.out.name + "-training")
     model, done = train(
