@@ -1,7 +1,10 @@
 """Reading and writing files that people hand us: every failure is an AstraError of one line."""
 
+import contextlib
 import errno
+import io
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,3 +70,18 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise AstraError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Orbax and TensorStore from printing tracebacks of their threads: the error is raised to us as well."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -9,13 +9,10 @@ temporary name and renamed, astra.json is replaced at once, and only then the ol
 in the folder (the state and log of a training run) is left alone.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from astra_jax.config import AstraConfig, from_dict
 from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor
-from checkpoints.files import is_empty, is_plain_name, read_json, writing
+from checkpoints.files import is_empty, is_plain_name, quiet, read_json, writing
 from checkpoints.keys import FAMILIES, build, config_class, flat_state, with_state
 
 FORMAT = 1
@@ -92,7 +89,7 @@ def save(path: Path | str, checkpoint: Checkpoint) -> None:
         temporary = path / f"{UNFINISHED}{name.removeprefix(WEIGHTS)}"
         _remove_weights(path, UNFINISHED)  # what a killed save left
         try:
-            with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+            with quiet(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary.absolute(), nnx.to_pure_dict(nnx.state(checkpoint.model)))
                 checkpointer.wait_until_finished()
             temporary.rename(path / name)
@@ -140,19 +137,6 @@ def with_codebooks(checkpoint: Checkpoint, astra: AstraConfig, dtype: Any = jnp.
         for path, empty in flat_state(model).items()
     }
     return dataclasses.replace(checkpoint, astra=astra, model=with_state(model, flat))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax and TensorStore from printing tracebacks of their threads: the error is raised to us as well."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _remove_weights(path: Path, *prefixes: str, but_for: str | None = None) -> None:
@@ -236,7 +220,7 @@ def _read_weights(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for path, a in expected.items()}
     try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        with quiet(), ocp.StandardCheckpointer() as checkpointer:
             found = traverse_util.flatten_dict(checkpointer.metadata(folder.absolute()).item_metadata.tree, sep=".")
             differ = sorted(
                 path

@@ -20,7 +20,7 @@ from astra_jax.config import AstraConfig
 from astra_jax.console import Report
 from astra_jax.models.vit import ViTBlock, ViTConfig
 from astra_jax.sharding import Shards
-from astra_jax.strategies import OneOfN, need_codec
+from astra_jax.strategies import OneOfN, Single, need_codec
 from eval.timing import median_seconds
 
 
@@ -40,16 +40,18 @@ class Args:
     """Also write everything printed to this file."""
 
 
-def measure(args: Args, G: int) -> dict[str, Any]:
-    """Milliseconds of a block and of its encoding."""
+def measure(args: Args, G: int | None) -> dict[str, Any]:
+    """Milliseconds of a block and of its encoding; without G of the block of a single device with all tokens."""
     D = args.hidden_size
     config = ViTConfig(hidden_size=D, num_attention_heads=D // 64, intermediate_size=4 * D)
-    block = ViTBlock(config, AstraConfig(groups=G), jnp.float32, nnx.Rngs(0))
-    codec = need_codec(block.attention.codec)
-    codec.codebook[...] = jax.random.normal(jax.random.key(0), codec.codebook[...].shape)
+    block = ViTBlock(config, AstraConfig(groups=G) if G else None, jnp.float32, nnx.Rngs(0))
+    shards = Shards.even(args.tokens, args.devices if G else 1, "distributed")
+    strategy = OneOfN(shards) if G else Single(args.tokens)
+    x = jax.random.normal(jax.random.key(1), (1, 1 + shards.S, D))
+    if G:
+        codec = need_codec(block.attention.codec)
+        codec.codebook[...] = jax.random.normal(jax.random.key(0), codec.codebook[...].shape)
     graphdef, state = nnx.split(block)
-    strategy = OneOfN(Shards.even(args.tokens, args.devices, "distributed"))
-    x = jax.random.normal(jax.random.key(1), (1, 1 + strategy.shards.S, D))
 
     @jax.jit
     def whole(state: Any, x: Array) -> Array:
@@ -60,15 +62,18 @@ def measure(args: Args, G: int) -> dict[str, Any]:
         return need_codec(nnx.merge(graphdef, state).attention.codec).encode(y)
 
     block_ms = 1e3 * median_seconds(lambda: whole(state, x), 21)
+    if not G:
+        return {"N": 1, "G": None, "block ms": block_ms, "encoding ms": None, "share %": None}
     encode_ms = 1e3 * median_seconds(lambda: encoding(state, x[:, 1:]), 21)
-    return {"G": G, "block ms": block_ms, "encoding ms": encode_ms, "share %": 100 * encode_ms / block_ms}
+    share = 100 * encode_ms / block_ms
+    return {"N": args.devices, "G": G, "block ms": block_ms, "encoding ms": encode_ms, "share %": share}
 
 
 def main(args: Args) -> None:
     """Runs the benchmark."""
     report = Report("encoding", args.json)
-    rows = [measure(args, G) for G in args.groups]
-    report.table("rows", f"D={args.hidden_size}, {args.tokens} tokens on {args.devices} devices, K=1024", rows)
+    rows = [measure(args, G) for G in (None, *args.groups)]
+    report.table("rows", f"one block of one device: D={args.hidden_size}, {args.tokens} tokens, K=1024", rows)
     report.close()
 
 

@@ -1,8 +1,12 @@
 """What every test runs under: eight CPU devices, no network, exact matmuls, the same examples every time."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiling is most of what tests do: the same program is compiled once, also for the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import functools
 from collections.abc import Callable, Iterator

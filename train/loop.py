@@ -27,6 +27,7 @@ from astra_jax.console import progress
 from astra_jax.errors import AstraError
 from astra_jax.sharding import DATA
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
+from checkpoints.files import quiet, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,24 +281,22 @@ def train(
                 done += 1
                 advance(loss=values["loss"], accuracy=values["accuracy"])
                 if done % save_every == 0 and done < training.steps:
-                    save(manager, state, data, settings)
+                    save(manager, state, data, settings, out)
             if manager.latest_step() != done:
-                save(manager, state, data, settings)
+                save(manager, state, data, settings, out)
     return nnx.merge(graphdef, state.params, state.codecs), done
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict) -> None:
-    """Saves the state, the position in the data and the settings. Raises AstraError where that fails."""
+def save(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict, out: Path) -> None:
+    """Saves the state, the position in the data and the settings. Raises AstraError if the disk is full."""
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_leaves(state)),
         data=ocp.args.JsonSave(data.get_state()),
         settings=ocp.args.JsonSave(settings),
     )
-    try:
+    with writing(out), quiet():
         manager.save(int(state.step), args=items)
         manager.wait_until_finished()
-    except (OSError, ValueError) as error:
-        raise AstraError(f"cannot save the training state: {error}: free some space and repeat the command") from error
 
 
 def _leaves(state: TrainState) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop: what it trains, and that a stopped run goes on as if it had never stopped."""
 
+import errno
 import json
 import os
 import shutil
@@ -150,9 +151,9 @@ def test_weight_decay_spares_biases_and_norms():
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
-    training = Training(steps=2, batch_size=8, shards=(2,), dtype="bfloat16")
     losses = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype, trains in (("float32", "codebooks"), ("bfloat16", "all")):
+        training = Training(steps=2, batch_size=8, shards=(2,), dtype=dtype, trains=trains)
         model = ViT(CONFIG, AstraConfig(groups=4, codewords=16), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
         graphdef, state = start(model, training)
@@ -198,6 +199,16 @@ def test_batch_must_divide_over_the_devices(tmp_path):
 def test_a_model_without_codebooks_is_refused(tmp_path):
     with pytest.raises(AstraError, match="astra calibrate"):
         fit(make_model(codebooks=False), Training(steps=1, batch_size=8, shards=(2,)), tmp_path)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def save(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", save)
+    training = Training(steps=1, batch_size=8, shards=(2,), trains="codebooks")
+    with pytest.raises(AstraError, match="disk is full"):
+        fit(make_model(), training, tmp_path)
 
 
 PROGRAM = """

@@ -30,9 +30,9 @@ class Args:
     """Folder for everything that the demo writes."""
     devices: int = 4
     """N: devices that share the tokens."""
-    pretrain_steps: int = 900
+    pretrain_steps: int = 1300
     """Training steps of the original model."""
-    finetune_steps: int = 250
+    finetune_steps: int = 120
     """Finetuning steps of every quantized model."""
 
 
@@ -63,10 +63,10 @@ def main(args: Args) -> None:
     finetuned = []
     for G in GROUPS:
         calibrated, tuned = str(out / f"calibrated-G{G}"), str(out / f"astra-G{G}")
-        run("astra", "calibrate", original, calibrated, "--data", data, "--groups", str(G))
+        run("astra", "calibrate", original, calibrated, "--data", data, "--groups", str(G), "--tokens", "8192")
         run(
             *("astra", "finetune", calibrated, tuned, "--data", data, "--no-flip"),
-            *("--shards", N, "--steps", str(args.finetune_steps)),
+            *("--shards", N, "--steps", str(args.finetune_steps), "--learning-rate", "3e-4"),
         )
         finetuned.append(tuned)
     table, plot = out / "results.json", out / "results.png"

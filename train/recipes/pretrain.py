@@ -33,7 +33,7 @@ class Args(DataArgs):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training(
-        steps=1000, learning_rate=3e-3, weight_decay=0.05, shards=(1,), label_smoothing=0.1
+        steps=1300, learning_rate=4e-3, weight_decay=0.2, shards=(1,), label_smoothing=0.1
     )
     flip: bool = True
     """Mirror images at random."""
@@ -41,13 +41,13 @@ class Args(DataArgs):
     """Height and width that images are resized to."""
     patch_size: int = 8
     """Height and width of a patch."""
-    hidden_size: int = 96
+    hidden_size: int = 64
     """D."""
     layers: int = 4
     """L."""
     heads: int = 4
     """H."""
-    intermediate_size: int = 192
+    intermediate_size: int = 128
     """F."""
     save_every: int = 500
     """Steps between saved states."""

@@ -40,6 +40,8 @@ class Args(DataArgs):
     """N: devices to train for and to evaluate on."""
     steps: int = 500
     """Finetuning steps of every cell."""
+    tokens: int = 32_768
+    """Tokens to cluster in every block."""
     batch_size: int = 64
     """Images per batch."""
     learning_rate: float = 3e-4
@@ -69,7 +71,14 @@ def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
     data: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArgs)}
     if not calibrated.exists():
         calibrate.main(
-            calibrate.Args(checkpoint=args.original, out=calibrated, groups=G, class_token=class_token, **data)
+            calibrate.Args(
+                checkpoint=args.original,
+                out=calibrated,
+                groups=G,
+                class_token=class_token,
+                tokens=args.tokens,
+                **data,
+            )
         )
     training = Training(
         steps=args.steps,
