@@ -51,6 +51,6 @@ def accuracy_and_latency(rows: Sequence[dict[str, Any]], rates: Sequence[str], p
     right.set_xticks(megabits, [f"{m:g}" for m in megabits])
     right.set_xlabel("link (Mbps)")
     right.set_ylabel("predicted latency of one image (ms)")
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)

@@ -55,8 +55,9 @@ def main(args: Args) -> None:
     jax.block_until_ready(classify(images))
     first = time.perf_counter() - start
     start = time.perf_counter()
-    probabilities = np.asarray(jax.nn.softmax(classify(images)))
+    logits = jax.block_until_ready(classify(images))
     seconds = time.perf_counter() - start
+    probabilities = np.asarray(jax.nn.softmax(logits))
     names = checkpoint.labels or tuple(str(c) for c in range(probabilities.shape[1]))
     rows = [
         {"image": str(path), "class": names[c], "probability": float(p[c])}
