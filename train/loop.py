@@ -268,7 +268,7 @@ def train(
         done = int(state.step)
         journal = Journal(out / "train.jsonl", done)
         steps = {N: make_step(graphdef, training, N) for N in sorted(set(training.shards))}
-        with stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
+        with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
                 batch = next(data)
                 images, labels = (jax.device_put(batch[k], NamedSharding(mesh, P(DATA))) for k in ("image", "label"))

@@ -245,7 +245,7 @@ def run_until(out: Path, steps: int, number: signal.Signals) -> str:
 def test_kill_and_interrupt_then_resume(tmp_path):
     training = Training(steps=40, batch_size=8, shards=(2,))
     run_until(tmp_path / "run", 6, signal.SIGKILL)
-    stopped = run_until(tmp_path / "run", 10, signal.SIGINT)
+    stopped = run_until(tmp_path / "run", 20, signal.SIGINT)
     assert int(stopped.split("done")[1]) < 40  # it finished its step, saved, and said how far it came
     resumed, done = fit(make_model(), training, tmp_path / "run", save_every=4)
     whole, _ = fit(make_model(), training, tmp_path / "whole", save_every=40)

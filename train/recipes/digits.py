@@ -77,8 +77,8 @@ def main(args: Args) -> None:
     picture = next((out / "digits" / "test" / "7").iterdir())
     console.rule(style="dim")
     console.print(
-        "A model this small computes in about a millisecond, so that several devices cannot make it faster; what it shows\n"
-        "is accuracy and bits. docs/results.md has times at the size of ViT-Base.\n"
+        "A model this small computes in about a millisecond, so that several devices cannot make it faster; it shows\n"
+        "accuracy and bits. docs/results.md has times at the size of ViT-Base.\n"
         f"done in {time.perf_counter() - start:.0f} s. Look at:\n"
         f"  {plot}   accuracy over bits, latency over the link's rate\n"
         f"  {table}  the table, for machines\n"
