@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from astra_jax.config import AstraConfig
 from astra_jax.quantizer import VectorQuantizer
+from astra_jax.rotary import Rotary
 
 
 class Source(NamedTuple):
@@ -23,6 +24,17 @@ class Source(NamedTuple):
     key: Float[Array, "B R J E"]
     value: Float[Array, "B R J E"]
     mask: Bool[Array, "*#B #S R"]
+
+
+class Kept(NamedTuple):
+    """What a block leaves for a cache: its local keys and values, and what it received of remote tokens.
+
+    `message` is codes [B,R,G], as they arrived; None on one device.
+    """
+
+    key: Float[Array, "*L B S J E"]
+    value: Float[Array, "*L B S J E"]
+    message: Shaped[Array, "*L B R G"] | None
 
 
 class Partial(NamedTuple):
@@ -70,6 +82,8 @@ class MixedPrecisionAttention(nnx.Module):
     Args:
       D, H, J, E: hidden width, query heads, key/value heads, head width.
       qkv_bias: whether the q, k and v projections have a bias.
+      o_bias: whether the output projection has one.
+      rotary: the rotary embedding of queries and keys; None where positions are in the input.
       astra: the codec's configuration; None for a model that has no codebooks yet.
       dtype: what activations are computed in. Parameters are float32.
       rngs: initialisation.
@@ -83,15 +97,17 @@ class MixedPrecisionAttention(nnx.Module):
         E: int,
         *,
         qkv_bias: bool,
+        o_bias: bool = True,
+        rotary: Rotary | None = None,
         astra: AstraConfig | None,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.J, self.E = J, E
+        self.J, self.E, self.rotary = J, E, rotary
         self.q = nnx.Linear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.k = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.o = nnx.Linear(H * E, D, dtype=dtype, rngs=rngs)
+        self.o = nnx.Linear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
         self.codec = VectorQuantizer(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
 
@@ -109,6 +125,10 @@ class MixedPrecisionAttention(nnx.Module):
         k, v = (self.k(message), self.v(message)) if self.site == "hidden" else jnp.split(message, 2, axis=-1)
         return self.heads(k), self.heads(v)
 
+    def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
+        """Queries or keys at their places in the sequence; as they are without a rotary embedding."""
+        return self.rotary(x, position) if self.rotary else x
+
     def __call__(self, y: Float[Array, "B S D"], strategy: Any, carry: Any, block: Any) -> tuple[Array, Any, Any]:
         """One block's attention (DESIGN section 3).
 
@@ -125,10 +145,14 @@ class MixedPrecisionAttention(nnx.Module):
         quantized = jnp.concatenate([k, v], axis=-1) if self.site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
         remote, carry, report = strategy.exchange(self.codec, quantized, carry, block)
-        q = self.heads(self.q(y))
-        sources = [Source(self.heads(k), self.heads(v), strategy.local_mask())]
+        position = strategy.positions() if self.rotary else None
+        q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
+        sources = [Source(k, v, strategy.local_mask()), *strategy.cached(block)]
         if remote is not None:
             k_hat, v_hat = self.remote_key_value(remote.message)
+            k_hat = self.rotate(k_hat, remote.position)
             sources.append(Source(k_hat.astype(k.dtype), v_hat.astype(v.dtype), remote.mask))
+        if strategy.keep:
+            report = Kept(k, v, remote.message if remote is not None else None)
         attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
         return self.o(attended.reshape(*y.shape[:2], -1)), carry, report

@@ -2,18 +2,20 @@
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from astra_jax.errors import AstraError
 
 DATA = "data"  # the batch is split over this axis
 SEQ = "seq"  # the tokens are split over this axis: N devices
+
+Pooling = Literal["class", "mean", "last"]
 
 
 def parse_devices(text: str) -> tuple[int, int]:
@@ -54,32 +56,37 @@ def make_mesh(seq: int, data: int = 1) -> Mesh:
 class Tokens(NamedTuple):
     """What attention has to know of the tokens in a row of slots, besides their contents."""
 
-    shard: Int[Array, "S"] | Int[np.ndarray, "S"]  # which shard a slot belongs to
-    position: Int[Array, "S"] | Int[np.ndarray, "S"]  # place in the sequence
-    valid: Bool[Array, "S"] | Bool[np.ndarray, "S"]  # False for padding
-    sent: Bool[Array, "S"] | Bool[np.ndarray, "S"]  # False for what stays on its device
+    shard: Shaped[ArrayLike, "*B S"]  # which shard a slot belongs to
+    position: Shaped[ArrayLike, "*B S"]  # place in the sequence
+    valid: Shaped[ArrayLike, "*B S"]  # False for padding
+    sent: Shaped[ArrayLike, "*B S"]  # False for what stays on its device
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """A split of T tokens into N contiguous shards, each padded to the same S slots.
+    """A split of the tokens of a sequence into N contiguous shards, each padded to the same S slots.
 
     With a class token every shard has one more slot at its head. Under `distributed` all N of them hold a replica
     that stays at home; under `single` only shard 0's is in use, and it is sent like any other token.
 
     Attributes:
-      lengths: tokens in every shard, class tokens not counted; they may differ.
+      lengths: tokens in every shard, class tokens not counted; they may differ. A tuple of N numbers is the same split
+        for every sequence of a batch; an array [B,N], which may be traced, is one split per sequence.
+      slots: S; None for the longest shard of a tuple.
       class_token: `distributed`, `single`, or None for a family that has none.
+      causal: whether a token sees only itself and those before it.
 
     Raises:
-      AstraError: a shard would be empty.
+      AstraError: a shard of a tuple would be empty.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | Int[Array, "B N"]
     class_token: str | None = None
+    slots: int | None = None
+    causal: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.lengths, default=0) < 1:
+        if isinstance(self.lengths, tuple) and min(self.lengths, default=0) < 1:
             raise AstraError(
                 f"{sum(self.lengths)} tokens cannot be split over {len(self.lengths)} devices: "
                 f"use at most {max(1, sum(self.lengths))} devices"
@@ -87,22 +94,37 @@ class Shards:
 
     @classmethod
     def even(cls, T: int, N: int, class_token: str | None = None) -> "Shards":
-        """Splits T tokens over N devices as evenly as can be, the longer shards first."""
-        return cls(tuple(T // N + (n < T % N) for n in range(N)), class_token)
+        """Splits T tokens over N devices as evenly as can be, the longer shards last."""
+        return cls(tuple(int(n) for n in _even(np.asarray(T), N)), class_token)
+
+    @classmethod
+    def ragged(
+        cls, lengths: Int[Array, "B"], T: int, N: int, class_token: str | None = None, causal: bool = False
+    ) -> "Shards":
+        """Splits every sequence of a batch, padded to T, on its own: each as if it were alone.
+
+        The longer shards are last, so that the end of every sequence is in the last shard. A sequence with fewer than
+        N tokens leaves the first shards empty.
+        """
+        return cls(_even(lengths, N), class_token, -(-T // N), causal)
 
     @property
     def N(self) -> int:
         """Devices on the sequence axis."""
-        return len(self.lengths)
+        return np.shape(self.lengths)[-1]
 
     @property
     def T(self) -> int:
-        """Tokens in the sequence, class tokens not counted."""
+        """Tokens in a sequence, class tokens not counted. Only of a tuple of lengths."""
+        assert isinstance(self.lengths, tuple)
         return sum(self.lengths)
 
     @property
     def S(self) -> int:
         """Slots of a shard for the tokens that the input has, class token not counted."""
+        if self.slots is not None:
+            return self.slots
+        assert isinstance(self.lengths, tuple)
         return max(self.lengths)
 
     @property
@@ -120,34 +142,75 @@ class Shards:
         """Slots whose codes every device sends in every block, padding included."""
         return self.class_slots + self.S - self.home_slots
 
-    def index(self) -> Int[np.ndarray, "N S"]:
+    @property
+    def _np(self) -> Any:
+        """numpy where the split is known, so that masks are constants of a program."""
+        return np if isinstance(self.lengths, tuple) else jnp
+
+    def _lengths(self) -> Any:
+        """[*B,N,1]."""
+        return self._np.asarray(self.lengths)[..., None]
+
+    def index(self) -> Int[ArrayLike, "*B N S"]:
         """The token in every slot; padding repeats the last token of its shard."""
-        starts = np.cumsum([0, *self.lengths[:-1]])
-        return starts[:, None] + np.minimum(np.arange(self.S), np.asarray(self.lengths)[:, None] - 1)
+        lengths = self._lengths()
+        return lengths.cumsum(-2) - lengths + self._np.minimum(np.arange(self.S), (lengths - 1).clip(0))
 
     def tokens(self) -> Tokens:
-        """The attributes of all slots, class tokens included: arrays [N, class_slots + S]."""
-        valid = np.arange(self.S) < np.asarray(self.lengths)[:, None]
+        """The attributes of all slots, class tokens included: arrays [*B, N, class_slots + S], or without B."""
+        lengths = self._lengths()
+        valid = np.arange(self.S) < lengths
         position = self.index() + self.class_slots
-        sent = np.ones_like(valid)
+        sent = np.ones((self.N, self.class_slots + self.S), bool)
         if self.class_token is not None:
-            used = np.arange(self.N) == 0 if self.class_token == "single" else np.ones(self.N, bool)
-            head = used[:, None]
-            valid = np.concatenate([head, valid], axis=1)
-            position = np.concatenate([np.zeros_like(head, dtype=position.dtype), position], axis=1)
-            sent = np.concatenate([np.full_like(head, self.home_slots == 0), sent], axis=1)
-        shard = np.broadcast_to(np.arange(self.N)[:, None], valid.shape)
+            # A replica counts where there are tokens; the single one has its place whatever else is there.
+            head = lengths > 0 if self.class_token == "distributed" else (0 * lengths + np.arange(self.N)[:, None]) == 0
+            valid = self._np.concatenate([head, valid], axis=-1)
+            position = self._np.concatenate([0 * position[..., :1], position], axis=-1)
+            sent[:, 0] = self.home_slots == 0
+        shard = np.broadcast_to(np.arange(self.N)[:, None], sent.shape)
         return Tokens(shard, position, valid, sent)
 
-    def class_weights(self) -> np.ndarray:
-        """[N]: the weight of every shard's final class state in the pooled one."""
-        used = np.asarray(self.tokens().valid[:, 0], np.float32)
-        return used / used.sum()
+    def weights(self, pooling: Pooling) -> Float[ArrayLike, "*B N slots"]:
+        """What every slot weighs in the state that a head reads.
+
+        `class` is the mean of the class tokens in use, `mean` that of all tokens, `last` is the last token.
+        """
+        valid = self.tokens().valid
+        if pooling == "class":
+            used = valid & (np.arange(valid.shape[-1]) == 0)
+        elif pooling == "mean":
+            used = valid
+        else:
+            slot = np.arange(self.S) + self.S * np.arange(self.N)[:, None]
+            last = self.S * (self.N - 1) + self._lengths()[..., -1:, :] - 1
+            used = slot == last
+        return used / used.sum((-2, -1), keepdims=True)
 
     def scatter(self, x: Shaped[Array, "B T *feature"]) -> Shaped[Array, "B slots *feature"]:
         """[B,T,...] -> [B,N*S,...]: puts tokens into the slots of their shards."""
-        if x.shape[1] != self.T:
-            raise AstraError(f"the input has {x.shape[1]} tokens; the split {self.lengths} is for {self.T}")
-        if len(set(self.lengths)) == 1:
-            return x
-        return jnp.take(x, self.index().reshape(-1), axis=1)
+        if isinstance(self.lengths, tuple):
+            if x.shape[1] != self.T:
+                raise AstraError(f"the input has {x.shape[1]} tokens; the split {self.lengths} is for {self.T}")
+            if len(set(self.lengths)) == 1:
+                return x
+            return jnp.take(x, self.index().reshape(-1), axis=1)
+        return _take(x, self.index().reshape(x.shape[0], -1))
+
+    def gather(self, x: Shaped[Array, "B slots *feature"], T: int) -> Shaped[Array, "B T *feature"]:
+        """[B,N*S,...] -> [B,T,...]: back into the order of the sequence; beyond a sequence's end it repeats tokens."""
+        lengths = jnp.broadcast_to(self._lengths()[..., 0], (x.shape[0], self.N))
+        ends = lengths.cumsum(-1)
+        t = jnp.arange(T)
+        shard = jnp.minimum((t[:, None] >= ends[:, None, :]).sum(-1), self.N - 1)  # [B,T]
+        return _take(x, shard * self.S + t - jnp.take_along_axis(ends - lengths, shard, axis=1))
+
+
+def _even(T: Any, N: int) -> Any:
+    """[*B] -> [*B,N]: T tokens in N parts that differ by at most 1, the longer ones last."""
+    return T[..., None] // N + (np.arange(N) >= N - T[..., None] % N)
+
+
+def _take(x: Shaped[Array, "B M *feature"], index: Int[Array, "B T"]) -> Shaped[Array, "B T *feature"]:
+    """Row by row, `x[b, index[b]]`; an index that is out of bounds takes the last."""
+    return jax.vmap(lambda row, places: jnp.take(row, places, axis=0, mode="clip"))(x, index)

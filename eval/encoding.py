@@ -46,7 +46,7 @@ def measure(args: Args, G: int | None) -> dict[str, Any]:
     config = ViTConfig(hidden_size=D, num_attention_heads=D // 64, intermediate_size=4 * D)
     block = ViTBlock(config, AstraConfig(groups=G) if G else None, jnp.float32, nnx.Rngs(0))
     shards = Shards.even(args.tokens, args.devices if G else 1, "distributed")
-    strategy = OneOfN(shards) if G else Single(args.tokens)
+    strategy = OneOfN(shards) if G else Single(shards)
     x = jax.random.normal(jax.random.key(1), (1, 1 + shards.S, D))
     if G:
         codec = need_codec(block.attention.codec)

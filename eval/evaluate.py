@@ -65,7 +65,7 @@ def classifier(model: Any, N: int, data_devices: int, virtual: bool) -> Callable
     @jax.jit
     def run(state: Any, images: Array) -> Array:
         model = nnx.merge(graphdef, state)
-        strategy = Virtual(shards) if N > 1 else Single(shards.T)
+        strategy = Virtual(shards) if N > 1 else Single(shards)
         return model(shards.scatter(model.to_tokens(images)), strategy)[0]
 
     return lambda images: run(state, images)

@@ -29,7 +29,7 @@ def compute_seconds(model: Any, N: int, batch: int = 1) -> float:
     """Seconds in which one device of N does its share of a forward pass, exchange excluded; all of it for N = 1."""
     graphdef, state = nnx.split(model)
     shards = model.shards(N)
-    strategy = OneOfN(shards) if N > 1 else Single(shards.T)
+    strategy = OneOfN(shards) if N > 1 else Single(shards)
 
     @jax.jit
     def forward(state: Any, tokens: Array) -> Array:

@@ -56,13 +56,14 @@ class Args(DataArgs):
 def capture(model: Any, images: list[np.ndarray], tokens: int, seed: int) -> Float[np.ndarray, "L M D"]:
     """What every block's quantizer sees, for up to `tokens` random tokens of the images (batches [B,h,w,c])."""
     graphdef, state = nnx.split(model)
-    T = model.shards(1).T
+    shards = model.shards(1)
+    T = shards.T
     total = sum(len(batch) for batch in images) * T
 
     @jax.jit
     def run(state: Any, batch: Array) -> Array:
         model = nnx.merge(graphdef, state)
-        y = model(model.to_tokens(batch), Single(T, capture=True))[1]  # [L,B,S,D]
+        y = model(model.to_tokens(batch), Single(shards, capture=True))[1]  # [L,B,S,D]
         sent = y[:, :, y.shape[2] - T :]  # class tokens are not among the codes that training has to serve
         return sent.reshape(sent.shape[0], -1, sent.shape[-1]).astype(jnp.float32)
 

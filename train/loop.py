@@ -152,7 +152,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
     def loss(params: Any, codecs: Any, images: Array, labels: Array, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params, codecs)
         shards = model.shards(N)
-        strategy = Virtual(shards, Noise(key, training.noise)) if N > 1 else Single(shards.T)
+        strategy = Virtual(shards, Noise(key, training.noise)) if N > 1 else Single(shards)
         logits, seen = model(shards.scatter(model.to_tokens(images)), strategy)
         task, accuracy = task_loss(logits, labels, training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)

@@ -1,5 +1,6 @@
-"""Small layers that several families share."""
+"""Small layers and checks that several families share."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,10 +28,27 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def check_activation(name: str) -> None:
+def check_activation(field: str, name: str) -> None:
     """Raises AstraError for an activation that is not known."""
     if name not in ACTIVATIONS:
-        raise AstraError(f"config.json: hidden_act is {name!r}; known are {', '.join(sorted(ACTIVATIONS))}")
+        raise AstraError(f"config.json: {field} is {name!r}; known are {', '.join(sorted(ACTIVATIONS))}")
+
+
+def check_numbers(config: Any) -> None:
+    """Raises AstraError unless every whole number of a configuration is one, and at least 1 (or None if it may be)."""
+    for field in dataclasses.fields(config):
+        value, optional = getattr(config, field.name), field.type in ("int | None", int | None)
+        if (field.type in ("int", int) or optional) and not (optional and value is None):
+            if not isinstance(value, int) or value < 1:
+                raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
+
+
+def check_divides(config: Any, whole: str, part: str) -> None:
+    """Raises AstraError unless the field `whole` is a multiple of the field `part`."""
+    if getattr(config, whole) % getattr(config, part):
+        raise AstraError(
+            f"config.json: {whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
+        )
 
 
 class MLP(nnx.Module):
@@ -43,3 +61,16 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class GatedMLP(nnx.Module):
+    """[B,S,D] -> [B,S,D]: `down(activation(gate(x)) * up(x))`, F wide inside."""
+
+    def __init__(self, D: int, F: int, activation: str, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
+        self.gate = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(F, D, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))

@@ -11,7 +11,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
-from astra_jax.models.layers import MLP, check_activation
+from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Shards
 
@@ -37,20 +37,10 @@ class ViTConfig:
     num_labels: int = 1000
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", int) and (not isinstance(value, int) or value < 1):
-                raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise AstraError(
-                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.image_size % self.patch_size:
-            raise AstraError(
-                f"config.json: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        check_activation(self.hidden_act)
+        check_numbers(self)
+        check_divides(self, "hidden_size", "num_attention_heads")
+        check_divides(self, "image_size", "patch_size")
+        check_activation("hidden_act", self.hidden_act)
 
     @property
     def num_patches(self) -> int:
@@ -86,6 +76,8 @@ class ViT(nnx.Module):
       rngs: initialisation.
     """
 
+    per_token = False
+
     def __init__(
         self, config: ViTConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
@@ -103,7 +95,7 @@ class ViT(nnx.Module):
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
-    def shards(self, N: int) -> Shards:
+    def shards(self, N: int, images: Any = None) -> Shards:
         """The even split of an image's patches over N devices."""
         return Shards.even(self.config.num_patches, N, self.astra.class_token if self.astra else "distributed")
 
@@ -124,5 +116,5 @@ class ViT(nnx.Module):
         x = strategy.prepend_class((self.cls[...] + positions[0]).astype(x.dtype), x)
         x, reports = scan_blocks(self.blocks, x, strategy)
         # The head reads the mean of the final class states (our choice: after the final norm).
-        logits = self.head(strategy.pool_class(self.norm(x)))
+        logits = self.head(strategy.pool(self.norm(x), "class"))
         return logits.astype(jnp.float32), reports

@@ -24,7 +24,7 @@ def run_virtual(model, images, strategy, shards):
 
 def check(model, images, N, data=1):
     shards = model.shards(N)
-    expected = run_virtual(model, images, Virtual(shards) if N > 1 else Single(shards.T), shards)
+    expected = run_virtual(model, images, Virtual(shards) if N > 1 else Single(shards), shards)
     on_mesh = parallelize(model, make_mesh(N, data))(images)
     assert on_mesh.shape == expected.shape
     np.testing.assert_allclose(on_mesh, expected, rtol=1e-5, atol=1e-5)

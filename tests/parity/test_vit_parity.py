@@ -80,7 +80,7 @@ def test_every_module_and_the_logits(name: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
     ours, config = checkpoint.model, checkpoint.config
-    images, strategy = images_for(config), Single(config.num_patches)
+    images, strategy = images_for(config), Single(ours.shards(1))
     with torch.no_grad():
         embedded = theirs.vit.embeddings(to_torch(images))
         x = ours.embed(ours.to_tokens(images)) + ours.position[...][1:]
@@ -110,7 +110,7 @@ def test_gradients(tmp_path: Path) -> None:
     theirs = make_torch({})
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
-    ours, strategy = checkpoint.model, Single(checkpoint.config.num_patches)
+    ours, strategy = checkpoint.model, Single(checkpoint.model.shards(1))
     images, labels = images_for(checkpoint.config), np.array([0, 3, 6])
     torch.nn.functional.cross_entropy(theirs(to_torch(images)).logits, torch.from_numpy(labels)).backward()
 
@@ -160,7 +160,7 @@ def test_half_precision_weights_compute_the_same(tmp_path: Path) -> None:
     checkpoint = huggingface.read(str(tmp_path))
     assert checkpoint.dtype == "bfloat16"
     images = images_for(checkpoint.config)
-    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.config.num_patches))
+    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
         expected = theirs.float()(to_torch(images)).logits
     np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=0, atol=1e-4)
@@ -193,7 +193,7 @@ def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path) -> No
     assert not any(problems.values()), problems
     assert loaded.config.id2label == dict(enumerate("abcdefg"))
     images = images_for(config)
-    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(config.num_patches))
+    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
         np.testing.assert_allclose(np.asarray(logits), loaded(to_torch(images)).logits.numpy(), rtol=0, atol=1e-4)
 

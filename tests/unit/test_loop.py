@@ -82,7 +82,7 @@ def test_a_plain_model_learns(tmp_path):
     assert done == 60 and [row["step"] for row in log] == list(range(1, 61))
     assert np.mean([row["accuracy"] for row in log[-5:]]) > 0.9
     batch = next(Batches(16))
-    logits = model(model.to_tokens(jnp.asarray(batch["image"])), Single(16))[0]
+    logits = model(model.to_tokens(jnp.asarray(batch["image"])), Single(model.shards(1)))[0]
     assert np.mean(np.argmax(np.asarray(logits), -1) == batch["label"]) > 0.9
 
 

@@ -40,7 +40,7 @@ def test_a_distributed_class_token_heads_every_shard_and_stays_at_home():
     assert tokens.sent.tolist() == [[False, True, True]] * 2
     assert tokens.position.tolist() == [[0, 1, 2], [0, 3, 3]]
     assert (shards.class_slots, shards.home_slots, shards.sent_slots) == (1, 1, 2)
-    assert shards.class_weights().tolist() == [0.5, 0.5]
+    assert shards.weights("class").tolist() == [[0.5, 0, 0], [0.5, 0, 0]]
 
 
 def test_a_single_class_token_is_in_use_on_shard_0_and_sent():
@@ -49,7 +49,7 @@ def test_a_single_class_token_is_in_use_on_shard_0_and_sent():
     assert tokens.valid.tolist() == [[True, True, True], [False, True, False]]
     assert tokens.sent.all()
     assert (shards.class_slots, shards.home_slots, shards.sent_slots) == (1, 0, 3)
-    assert shards.class_weights().tolist() == [1, 0]
+    assert shards.weights("class").tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("lengths", [(2, 2), (3, 1, 2)])

@@ -101,7 +101,7 @@ def test_virtual_attention_computes_the_equations(site, class_token, losses):
 def test_one_virtual_shard_is_a_single_device(tiny_vit, rank_coded, class_token):
     model, images = tiny_vit(AstraConfig(groups=4, codewords=16, class_token=class_token)), rank_coded(2)
     one = model.shards(1)
-    alone, _ = run(model, images, Single(25), one)
+    alone, _ = run(model, images, Single(one), one)
     np.testing.assert_allclose(run(model, images, Virtual(one), one)[0], alone, atol=1e-6)
 
 
@@ -110,7 +110,7 @@ def test_with_a_perfect_codebook_virtual_shards_change_nothing(tiny_vit, rank_co
     """Codewords are the very vectors that are quantized, found by capturing them on one device."""
     model = tiny_vit(AstraConfig(groups=groups, codewords=32, site=site, class_token="single"))
     images = rank_coded(1)
-    alone, vectors = run(model, images, Single(25, capture=True), model.shards(1))
+    alone, vectors = run(model, images, Single(model.shards(1), capture=True), model.shards(1))
     L, _, T, width = vectors.shape  # 1 + 25 vectors for 32 codewords: the last ones repeat
     codewords = jnp.pad(vectors[:, 0], [(0, 0), (0, 32 - T), (0, 0)], mode="edge")
     model.codec.codebook[...] = codewords.reshape(L, 32, groups, width // groups).swapaxes(1, 2)
@@ -145,7 +145,7 @@ def test_wire_bits(tiny_vit, class_token, slots):
     shards = model.shards(4)
     expected = -(-slots * 4 * 3 // 8) * 8
     assert Virtual(shards).wire_bits(model.codec) == Astra(shards).wire_bits(model.codec) == expected
-    assert Single(25).wire_bits(model.codec) == 0
+    assert Single(model.shards(1)).wire_bits(model.codec) == 0
 
 
 def test_one_of_n_runs_without_the_others(tiny_vit, rank_coded):

@@ -12,6 +12,7 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at, scan_blocks
 from astra_jax.models.vit import ViT, ViTConfig
+from astra_jax.sharding import Shards
 from astra_jax.strategies import Single
 
 
@@ -54,7 +55,7 @@ def test_patches_are_read_row_by_row(tiny_vit):
 def test_a_stack_of_blocks_is_its_blocks_one_after_the_other(tiny_vit):
     model = tiny_vit()
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-    single = Single(6)
+    single = Single(Shards((5,), "distributed"))
     expected = x
     for index in range(2):
         expected = block_at(model.blocks, index)(expected, single, (), index)[0]
@@ -67,7 +68,7 @@ def test_activations_may_be_bfloat16_while_weights_and_logits_stay_float32(tiny_
     nnx.update(half, nnx.state(full))
     assert {a.dtype for a in jax.tree.leaves(nnx.state(half, nnx.Param))} == {jnp.dtype("float32")}
     assert dataclasses.asdict(half.config) == dataclasses.asdict(full.config)
-    run = nnx.jit(lambda model: model(model.to_tokens(rank_coded(2)), Single(25))[0])
+    run = nnx.jit(lambda model: model(model.to_tokens(rank_coded(2)), Single(model.shards(1)))[0])
     logits = [run(model) for model in (full, half)]
     assert logits[1].dtype == jnp.float32
     np.testing.assert_allclose(logits[1], logits[0], atol=0.1)

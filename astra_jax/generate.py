@@ -1,0 +1,263 @@
+"""Generation: prefill on all devices, then decoding on those that hold the end of the prompts, from their own cache.
+
+The longer shards are last, so that the end of every prompt is in the last shard. After prefill its device already has
+what decoding needs (paper section 3): keys and values of its own tokens in full precision, and the codes of all others,
+which it received block by block. So nothing crosses the link after the first token. The cache keeps remote tokens as
+codes; every step decodes them anew (DESIGN section 3).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key, UInt16
+
+from astra_jax.attention import Kept, Source
+from astra_jax.errors import AstraError
+from astra_jax.sharding import DATA, SEQ
+from astra_jax.strategies import Remote, Single, on_mesh, place
+from astra_jax.text import Text, bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, in this order.
+
+    Raises:
+      AstraError: a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have at least this probability."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not math.isfinite(self.temperature):
+            raise AstraError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more: try 0.8")
+        if self.top_k < 0:
+            raise AstraError(f"--top-k is {self.top_k}; it must be 0 (all tokens) or more: try 40")
+        if not 0 < self.top_p <= 1:
+            raise AstraError(f"--top-p is {self.top_p}; it must be above 0 and at most 1: try 0.9")
+        if not 0 <= self.seed < 2**32:
+            raise AstraError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+
+
+def sample(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
+    """Draws the next token of every sequence."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(ordered, axis=-1)
+        # A token stays if those before it have not reached top_p yet; the likeliest always does.
+        smallest = jnp.min(jnp.where(p.cumsum(-1) - p < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits)
+
+
+class Cache(NamedTuple):
+    """A mixed-precision KV cache: own tokens exactly, remote ones as codes.
+
+    Attributes:
+      key, value: of own tokens, at their places in the sequence; M slots, of which the first `own` are in use.
+      own: tokens in these slots.
+      position: place of the next token in the sequence.
+      codes: of remote tokens; None where one device has seen the whole prompt.
+      remote_position, remote_valid: place of every remote token, and whether there is one.
+    """
+
+    key: Float[Array, "L B M J E"]
+    value: Float[Array, "L B M J E"]
+    own: Int[Array, "B"]
+    position: Int[Array, "B"]
+    codes: UInt16[Array, "L B R G"] | None
+    remote_position: Int[Array, "B R"] | None
+    remote_valid: Bool[Array, "B R"] | None
+
+    def append(self, kept: Kept) -> "Cache":
+        """With one more own token in every sequence."""
+        rows = jnp.arange(self.own.size)
+        return self._replace(
+            key=self.key.at[:, rows, self.own].set(kept.key[:, :, 0], mode="drop"),
+            value=self.value.at[:, rows, self.own].set(kept.value[:, :, 0], mode="drop"),
+            own=self.own + 1,
+            position=self.position + 1,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """The strategy of one new token per sequence: it sees itself, the own tokens of the cache, and the remote ones."""
+
+    cache: Cache
+    keep = True
+
+    def positions(self) -> Int[Array, "B 1"]:
+        return self.cache.position[:, None]
+
+    def exchange(self, codec: Any, y: Array, carry: Any, block: Any) -> tuple[Remote | None, Any, None]:
+        cache = self.cache
+        if cache.codes is None:
+            return None, carry, None
+        assert cache.remote_valid is not None
+        return Remote(cache.codes[block], cache.remote_position, cache.remote_valid[:, None, :]), carry, None
+
+    def cached(self, block: Any) -> list[Source]:
+        cache = self.cache
+        mask = jnp.arange(cache.key.shape[2]) < cache.own[:, None, None]
+        return [Source(cache.key[block], cache.value[block], mask)]
+
+    def local_mask(self) -> Bool[Array, "1 1"]:
+        return jnp.ones((1, 1), bool)
+
+
+class Memory(NamedTuple):
+    """Bytes of the tokens of the prompts in a cache: as they are kept, and as full-precision keys and values."""
+
+    kept: int
+    full: int
+
+
+def memory(cache: Cache) -> Memory:
+    """What codes save: bytes of the remote tokens' codes, and of the keys and values that they stand for."""
+    if cache.codes is None:
+        return Memory(0, 0)
+    L, B, R, _ = cache.codes.shape
+    J, E = cache.key.shape[3:]
+    return Memory(cache.codes.nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)
+
+
+class Generator:
+    """A decoder that is compiled for a (data, seq) mesh: a prefill program and a decoding program per bucket.
+
+    Args:
+      model: a causal language model of `astra_jax.models`.
+      mesh: from `make_mesh`. Prefill uses all of it; decoding the devices of the last shard, one per data row.
+
+    Raises:
+      AstraError: the model is no causal language model, or there are several shards and it has no codebooks.
+    """
+
+    def __init__(self, model: Any, mesh: Mesh):
+        if not model.per_token:
+            raise AstraError("this checkpoint is no language model: it cannot generate text")
+        self.model, self.mesh = model, mesh
+        self.graphdef, self.state = place(model, mesh)
+        self.ends = Mesh(mesh.devices[:, -1], (DATA,))
+        self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state)
+        self._prefill = jax.jit(self._run_prefill)
+        self._cache = jax.jit(_make_cache, static_argnames="more")
+        self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnames="cache")
+        self._sample = jax.jit(sample, static_argnames="sampling")
+
+    def _at_the_end(self, array: Array, spec: P) -> Array:
+        """What the devices of the last shard hold of an array, as an array on them alone: nothing moves."""
+        pieces = {shard.device: shard.data for shard in array.addressable_shards}
+        local = [pieces[device] for device in self.ends.devices]
+        shape = [
+            n * len(local) if axis == DATA else n for n, axis in zip(local[0].shape, [*spec, *[None] * 9], strict=False)
+        ]
+        return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(self.ends, spec), local)
+
+    def _run_prefill(self, state: Any, text: Text) -> Any:
+        N = self.mesh.shape[SEQ]
+        shards = self.model.shards(N, text)
+
+        def work(state: Any, ids: Array, strategy: Any) -> Any:
+            model = nnx.merge(self.graphdef, state)
+            states, kept = model.states(ids, dataclasses.replace(strategy, keep=True))
+            own = strategy.tokens().valid.sum(-1)  # [B]
+            last = jnp.take_along_axis(states, jnp.maximum(own - 1, 0)[:, None, None], axis=1)
+            remote = None if isinstance(strategy, Single) else strategy.remote_tokens()
+            if remote is not None:
+                remote = (remote.position, remote.valid)
+            return model.logits(last), kept, own[:, None], remote
+
+        by_block, by_row = P(None, DATA, SEQ), P(DATA, SEQ)
+        several = N > 1
+        specs = (by_row, Kept(by_block, by_block, by_block if several else None), by_row, by_row if several else None)
+        return on_mesh(work, self.mesh, shards, specs)(state, shards.scatter(self.model.to_tokens(text)))
+
+    def prefill(self, text: Text, new_tokens: int) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs prompts through the model on all devices.
+
+        Args:
+          text: the prompts; B must be a multiple of the mesh's data axis.
+          new_tokens: how many tokens the cache shall have room for.
+
+        Returns:
+          The logits of the next token of every prompt, and the cache, both on the devices of the last shard.
+        """
+        logits, kept, own, remote = self._prefill(self.state, text)
+        by_block = P(None, DATA)
+        kept = jax.tree.map(lambda a: self._at_the_end(a, by_block), kept)
+        logits, own, remote = jax.tree.map(lambda a: self._at_the_end(a, P(DATA)), (logits, own, remote))
+        lengths = jax.device_put(jnp.asarray(text.lengths), NamedSharding(self.ends, P(DATA)))
+        cache = self._cache(kept, own[:, 0], lengths, remote, more=bucket(new_tokens, 1 << 30))
+        return logits[:, 0], cache
+
+    def _run_decode(
+        self, state: Any, cache: Cache, ids: Int[Array, "B"], key: Key[Array, ""], sampling: Sampling
+    ) -> tuple[Cache, Float[Array, "B V"], Int[Array, "B"]]:
+        model = nnx.merge(self.graphdef, state)
+        states, kept = model.states(ids[:, None], Decode(cache))
+        logits = model.logits(states)[:, 0]
+        return cache.append(kept), logits, sample(logits, key, sampling)
+
+    def decode(
+        self, cache: Cache, ids: Int[Array, "B"], key: Key[Array, ""], sampling: Sampling
+    ) -> tuple[Cache, Float[Array, "B V"], Int[Array, "B"]]:
+        """One token more: cache (which is used up) and the last tokens -> cache, logits and the next tokens."""
+        return self._decode(self.end_state, cache, ids, key, sampling=sampling)
+
+    def tokens(self, text: Text, new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[Int[np.ndarray, "B"]]:  # noqa: B008
+        """Generates: yields the next token of every sequence, `new_tokens` times or until the caller stops.
+
+        Any batch size goes; it is padded to a multiple of the mesh's data axis. `cache_memory` is known after the
+        first token.
+
+        Raises:
+          AstraError: prompts and new tokens together are longer than the model's limit.
+        """
+        limit, lengths = self.model.config.max_position_embeddings, np.asarray(text.lengths)
+        if new_tokens < 1:
+            raise AstraError(f"the number of new tokens is {new_tokens}; it must be at least 1")
+        if lengths.max() + new_tokens > limit:
+            raise AstraError(
+                f"a prompt of {lengths.max()} and {new_tokens} new tokens are more than the {limit} that the model takes"
+            )
+        B = len(lengths)
+        more = -B % self.mesh.shape[DATA]
+        text = Text(np.pad(text.ids, [(0, more), (0, 0)]), np.pad(lengths, (0, more), constant_values=1))
+        key = jax.random.key(sampling.seed)
+        logits, cache = self.prefill(text, new_tokens)
+        self.cache_memory = memory(cache)
+        ids = self._sample(logits, jax.random.fold_in(key, 0), sampling=sampling)
+        yield np.asarray(ids)[:B]
+        for step in range(1, new_tokens):
+            cache, _, ids = self.decode(cache, ids, jax.random.fold_in(key, step), sampling)
+            yield np.asarray(ids)[:B]
+
+
+def _make_cache(kept: Kept, own: Array, lengths: Array, remote: Any, more: int) -> Cache:
+    """The cache after prefill, with room for `more` own tokens."""
+    room: Any = partial(jnp.pad, pad_width=[(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
+    position, valid = remote if remote is not None else (None, None)
+    return Cache(room(kept.key), room(kept.value), own, lengths, kept.message, position, valid)

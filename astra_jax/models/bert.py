@@ -1,0 +1,151 @@
+"""BERT-like encoders (`BertModel`, `BertForSequenceClassification`, sentence-transformers): the forward pass."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from astra_jax.attention import MixedPrecisionAttention
+from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
+from astra_jax.models.blocks import scan_blocks, stack_blocks
+from astra_jax.models.decoder import Task
+from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
+from astra_jax.quantizer import VectorQuantizer
+from astra_jax.sharding import Pooling, Shards
+from astra_jax.text import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The numbers of a BERT under the names of Hugging Face's `BertConfig`; `num_labels` is C.
+
+    Attributes:
+      task: `classification`, or `embedding` for a model without a classifier.
+      pooling: the state that a sentence's embedding is: the mean of all tokens, the class token, or the last token
+        (a sentence-transformers pooling config). A classifier always reads the class token.
+      normalize: whether embeddings are scaled to length 1.
+      pooler: whether the model has BERT's pooling layer, which a classifier reads through.
+
+    Raises:
+      AstraError: a value does not fit the others; the message names value, range and fix.
+    """
+
+    FIXED: ClassVar[dict[str, Any]] = {
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+    }
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    task: Task = "embedding"
+    num_labels: int = 2
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    pooler: bool = True
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_divides(self, "hidden_size", "num_attention_heads")
+        check_activation("hidden_act", self.hidden_act)
+        if self.task == "classification" and not (self.pooler and self.pooling == "class"):
+            raise AstraError("config.json: a BERT classifier reads the class token through a pooler, which is missing")
+
+
+class BertBlock(nnx.Module):
+    """Post-norm block: attention, then MLP, each within a residual and followed by a LayerNorm."""
+
+    def __init__(self, config: BertConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
+        D, H, F, eps = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
+        self.attention = MixedPrecisionAttention(D, H, H, D // H, qkv_bias=True, astra=astra, dtype=dtype, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
+        attended, remote, report = self.attention(x, strategy, remote, block)
+        x = self.norm1(x + attended)
+        return self.norm2(x + self.mlp(x)), remote, report
+
+
+class Bert(nnx.Module):
+    """BERT as a sentence encoder or a classifier.
+
+    Where the class token is read, it is a class token as ViT's: `distributed` puts a replica at the head of every
+    shard. Where tokens are averaged it is a token like any other. All tokens have type 0: one sentence at a time.
+
+    Args:
+      config: the architecture.
+      astra: how it is compressed; None without codebooks.
+      dtype: what activations are computed in. Softmax, statistics and the output are float32.
+      rngs: initialisation.
+    """
+
+    per_token = False
+
+    def __init__(
+        self, config: BertConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.config, self.astra = config, astra
+        D, init = config.hidden_size, nnx.initializers.normal(0.02)
+        self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.position = nnx.Param(init(rngs.params(), (config.max_position_embeddings, D)))
+        self.token_type = nnx.Param(init(rngs.params(), (config.type_vocab_size, D)))
+        self.embed_norm = nnx.LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.blocks = stack_blocks(lambda r: BertBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
+        self.pooler = nnx.Linear(D, D, dtype=dtype, rngs=rngs) if config.pooler else None
+        classifier = config.task == "classification"
+        self.head = nnx.Linear(D, config.num_labels, dtype=dtype, rngs=rngs) if classifier else None
+
+    @property
+    def codec(self) -> VectorQuantizer | None:
+        """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
+        return self.blocks.attention.codec
+
+    @property
+    def _class_token(self) -> str | None:
+        if self.config.pooling != "class":
+            return None
+        return self.astra.class_token if self.astra else "distributed"
+
+    def shards(self, N: int, text: Text | None = None) -> Shards:
+        """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
+        kind = self._class_token
+        if text is None:
+            return Shards.even(self.config.max_position_embeddings - (kind is not None), N, kind)
+        T, lengths = jnp.shape(text.ids)[1], jnp.asarray(text.lengths)
+        return Shards.ragged(lengths - 1, T - 1, N, kind) if kind else Shards.ragged(lengths, T, N)
+
+    def to_tokens(self, text: Text) -> Int[Array, "B T 2"]:
+        """Every token's id, and that of the sequence's class token; the class token itself is not among the tokens
+        where it has slots of its own."""
+        ids = jnp.asarray(text.ids)
+        ids = jnp.stack([ids, jnp.broadcast_to(ids[:, :1], ids.shape)], axis=-1)
+        return ids[:, 1:] if self._class_token else ids
+
+    def __call__(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
+        """Tokens of the shards that are here -> logits [B,C] or embeddings [B,D], and the reports of all blocks."""
+        positions, kind = self.position[...] + self.token_type[...][0], self._class_token
+        x = self.embed(tokens[..., 0])
+        x = x + positions[strategy.positions() + (kind is not None)].astype(x.dtype)
+        if kind:
+            cls = self.embed(tokens[:, 0, 1])
+            x = strategy.prepend_class(cls + positions[0].astype(x.dtype), x)
+        x, reports = scan_blocks(self.blocks, self.embed_norm(x), strategy)
+        pooled = strategy.pool(x, self.config.pooling)
+        if self.head is not None:
+            pooled = self.head(jnp.tanh(self.pooler(pooled)))
+        pooled = pooled.astype(jnp.float32)
+        if self.config.normalize:
+            pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+        return pooled, reports

@@ -1,0 +1,71 @@
+"""What the decoders GPT-2 and Llama share: how text goes in, and the heads."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from astra_jax.config import AstraConfig
+from astra_jax.quantizer import VectorQuantizer
+from astra_jax.sharding import Shards
+from astra_jax.text import Text
+
+Task = Literal["causal-lm", "classification", "embedding"]
+
+
+class Decoder(nnx.Module):
+    """A causal language model, or a classifier that reads the state of the last token.
+
+    A family sets `config`, `astra`, `embed` and `blocks`, calls `add_head`, and defines `states`.
+    """
+
+    config: Any
+    astra: AstraConfig | None
+    embed: nnx.Embed
+    blocks: Any
+
+    def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+        """Token ids of the slots that are here -> final states, normalised, and the strategy's reports."""
+        raise NotImplementedError
+
+    def add_head(self, dtype: Any, rngs: nnx.Rngs) -> None:
+        """The output layer that the configuration asks for; a tied one is the embedding itself."""
+        config = self.config
+        outputs = config.vocab_size if config.task == "causal-lm" else config.num_labels
+        tied = config.task == "causal-lm" and config.tie_word_embeddings
+        self.head = None if tied else nnx.Linear(config.hidden_size, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the output has a row per token, not per sequence."""
+        return self.config.task == "causal-lm"
+
+    @property
+    def codec(self) -> VectorQuantizer | None:
+        """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
+        return self.blocks.attention.codec
+
+    def shards(self, N: int, text: Text | None = None) -> Shards:
+        """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
+        limit = self.config.max_position_embeddings
+        if text is None:
+            return Shards(Shards.even(limit, N).lengths, causal=True)
+        return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True)
+
+    def to_tokens(self, text: Text) -> Int[Array, "B T"]:
+        """The token ids of a batch."""
+        return jnp.asarray(text.ids)
+
+    def logits(self, states: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Final states -> logits of the next token, float32."""
+        head = self.embed.attend if self.head is None else self.head
+        return head(states).astype(jnp.float32)
+
+    def __call__(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "..."], Any]:
+        """Token ids -> logits [B,S,V] of every token that is here, or [B,C] of the classes; and the reports."""
+        states, reports = self.states(ids, strategy)
+        if self.per_token:
+            return self.logits(states), reports
+        assert self.head is not None
+        return self.head(strategy.pool(states, "last")).astype(jnp.float32), reports

@@ -1,0 +1,51 @@
+"""What a language model takes: batches of token ids."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import ArrayLike, Int
+
+from astra_jax.errors import AstraError
+
+SMALLEST_BUCKET = 32
+
+
+class Text(NamedTuple):
+    """Token sequences of different lengths, padded on the right.
+
+    Attributes:
+      ids: token ids; what stands in the padding does not matter.
+      lengths: tokens of every sequence, at least 1.
+    """
+
+    ids: Int[ArrayLike, "B T"]
+    lengths: Int[ArrayLike, "B"]
+
+
+def bucket(T: int, limit: int) -> int:
+    """The length that sequences of up to T tokens are padded to: 32, 64, 128, ... and `limit` itself.
+
+    One program is compiled per bucket, not per length.
+    """
+    return min(limit, max(SMALLEST_BUCKET, 1 << (T - 1).bit_length()))
+
+
+def pad(sequences: Sequence[Sequence[int]], limit: int, T: int | None = None) -> Text:
+    """Token sequences -> a batch, padded to `T` or to their bucket.
+
+    Args:
+      limit: the most tokens that the model takes.
+
+    Raises:
+      AstraError: a sequence is empty or longer than `limit`.
+    """
+    longest = max(map(len, sequences), default=0)
+    if min(map(len, sequences), default=0) < 1:
+        raise AstraError("the text is empty: give at least one token")
+    if longest > limit:
+        raise AstraError(f"the text has {longest} tokens; the model takes at most {limit}: shorten it")
+    ids = np.zeros((len(sequences), T or bucket(longest, limit)), np.int32)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return Text(ids, np.asarray([len(sequence) for sequence in sequences], np.int32))
