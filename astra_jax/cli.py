@@ -13,8 +13,8 @@ VERBS = {
     "convert": ("checkpoints.convert", "Hugging Face folder or hub id -> checkpoint"),
     "calibrate": ("train.calibrate", "find codebooks by k-means on real activations"),
     "finetune": ("train.finetune", "train the model to live with quantized exchange (NAVQ)"),
-    "eval": ("eval.evaluate", "accuracy, bits and predicted latency, on one device and on several"),
-    "run": ("eval.run", "classify images on a mesh of devices"),
+    "eval": ("eval.evaluate", "accuracy or perplexity, bits and predicted latency, on one device and on several"),
+    "run": ("eval.run", "classify images or texts, or go on with a text, on a mesh of devices"),
     "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
     "info": ("checkpoints.info", "what a checkpoint holds"),
 }

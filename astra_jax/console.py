@@ -16,7 +16,7 @@ from astra_jax.errors import AstraError
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=140)  # a file or a pipe has no width of its own
+    console = Console(highlight=False, width=180)  # a file or a pipe has no width of its own
 
 
 class Report:

@@ -8,9 +8,9 @@ codes; every step decodes them anew (DESIGN section 3).
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +55,25 @@ class Sampling:
             raise AstraError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}")
 
 
+def restrict(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """The logits of tokens that may be drawn, as in `Sampling`; -inf for all others."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)  # not `top_k`, which would bring rows of all devices together
+    kept = jnp.arange(logits.shape[-1]) < (top_k or logits.shape[-1])
+    if top_p < 1:
+        p = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        # A token stays if those before it have not reached top_p yet; the likeliest always does.
+        kept = kept & (p.cumsum(-1) - p < top_p)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
+
+
 def sample(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
     """Draws the next token of every sequence."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        p = jax.nn.softmax(ordered, axis=-1)
-        # A token stays if those before it have not reached top_p yet; the likeliest always does.
-        smallest = jnp.min(jnp.where(p.cumsum(-1) - p < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_k > 0 or sampling.top_p < 1:
+        logits = restrict(logits, sampling.top_k, sampling.top_p)
     return jax.random.categorical(key, logits)
 
 
@@ -93,10 +98,15 @@ class Cache(NamedTuple):
 
     def append(self, kept: Kept) -> "Cache":
         """With one more own token in every sequence."""
-        rows = jnp.arange(self.own.size)
+
+        def put(slots: Float[Array, "L M J E"], new: Float[Array, "L J E"], at: Int[Array, ""]) -> Array:
+            return slots.at[:, at].set(new, mode="drop")
+
+        # Row by row, so that rows on different devices stay apart.
+        in_rows = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
         return self._replace(
-            key=self.key.at[:, rows, self.own].set(kept.key[:, :, 0], mode="drop"),
-            value=self.value.at[:, rows, self.own].set(kept.value[:, :, 0], mode="drop"),
+            key=in_rows(self.key, kept.key[:, :, 0], self.own),
+            value=in_rows(self.value, kept.value[:, :, 0], self.own),
             own=self.own + 1,
             position=self.position + 1,
         )
@@ -116,7 +126,7 @@ class Decode:
         cache = self.cache
         if cache.codes is None:
             return None, carry, None
-        assert cache.remote_valid is not None
+        assert cache.remote_position is not None and cache.remote_valid is not None
         return Remote(cache.codes[block], cache.remote_position, cache.remote_valid[:, None, :]), carry, None
 
     def cached(self, block: Any) -> list[Source]:
@@ -126,6 +136,48 @@ class Decode:
 
     def local_mask(self) -> Bool[Array, "1 1"]:
         return jnp.ones((1, 1), bool)
+
+
+class Continuation:
+    """The text that a prompt goes on with, up to an end-of-text token or a stop string.
+
+    Args:
+      stream: from `Tokenizer.stream`.
+      eos: ids that end a text.
+      stop: strings that end it; they are not part of it.
+    """
+
+    def __init__(self, stream: Callable[[int], str], eos: Sequence[int], stop: Sequence[str] = ()):
+        if "" in stop:
+            raise AstraError("--stop is an empty string: give at least one character")
+        self._stream, self._eos, self._stop = stream, frozenset(eos), tuple(stop)
+        self._shown = 0
+        self.text, self.count, self.done = "", 0, False
+
+    def add(self, token: int) -> str:
+        """Adds a token, if the text has not ended. Returns what can be shown now: no part of a stop string."""
+        if self.done:
+            return ""
+        self.count += 1
+        if token in self._eos:
+            self.done = True
+            return self.rest()
+        self.text += self._stream(token)
+        ends = [self.text.find(stop) for stop in self._stop if stop in self.text]
+        if ends:
+            self.text, self.done = self.text[: min(ends)], True
+            return self.rest()
+        # A tail that may become a stop string is held back.
+        held = max((n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        return self._show(len(self.text) - held)
+
+    def rest(self) -> str:
+        """What has not been shown yet, when no token follows."""
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        piece, self._shown = self.text[self._shown : end], max(self._shown, end)
+        return piece
 
 
 class Memory(NamedTuple):
@@ -142,6 +194,39 @@ def memory(cache: Cache) -> Memory:
     L, B, R, _ = cache.codes.shape
     J, E = cache.key.shape[3:]
     return Memory(cache.codes.nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)
+
+
+def prefill_program(model: Any, graphdef: Any, mesh: Mesh) -> Any:
+    """Prefill on a mesh, jitted: weights and `Text` -> on every device, what decoding from its shard's end needs.
+
+    That is the logits of the last token [B,1,V], what every block kept (`Kept`), how many tokens are its own [B,1],
+    and of the remote tokens position and validity [B,R] (None on one device). The weights may be shapes, to compile
+    ahead of time.
+    """
+    N = mesh.shape[SEQ]
+
+    def work(state: Any, ids: Array, strategy: Any) -> Any:
+        model = nnx.merge(graphdef, state)
+        states, kept = model.states(ids, dataclasses.replace(strategy, keep=True))
+        own = strategy.tokens().valid.sum(-1)  # [B]
+        last = jnp.take_along_axis(states, jnp.maximum(own - 1, 0)[:, None, None], axis=1)
+        remote = None
+        if not isinstance(strategy, Single):
+            tokens = strategy.remote_tokens()
+            remote = (tokens.position, tokens.valid)
+        return model.logits(last), kept, own[:, None], remote
+
+    by_block, by_row = P(None, DATA, SEQ), P(DATA, SEQ)
+    specs: Any = (by_row, Kept(*cast(Any, [by_block] * 3)), by_row, by_row)
+    if N == 1:  # nothing is remote
+        specs = (by_row, specs[1]._replace(message=None), by_row, None)
+
+    @jax.jit
+    def prefill(state: Any, text: Text) -> Any:
+        shards = model.shards(N, text)
+        return on_mesh(work, mesh, shards, specs)(state, model.to_tokens(text))
+
+    return prefill
 
 
 class Generator:
@@ -162,7 +247,7 @@ class Generator:
         self.graphdef, self.state = place(model, mesh)
         self.ends = Mesh(mesh.devices[:, -1], (DATA,))
         self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state)
-        self._prefill = jax.jit(self._run_prefill)
+        self._prefill = prefill_program(model, self.graphdef, mesh)
         self._cache = jax.jit(_make_cache, static_argnames="more")
         self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnames="cache")
         self._sample = jax.jit(sample, static_argnames="sampling")
@@ -175,25 +260,6 @@ class Generator:
             n * len(local) if axis == DATA else n for n, axis in zip(local[0].shape, [*spec, *[None] * 9], strict=False)
         ]
         return jax.make_array_from_single_device_arrays(tuple(shape), NamedSharding(self.ends, spec), local)
-
-    def _run_prefill(self, state: Any, text: Text) -> Any:
-        N = self.mesh.shape[SEQ]
-        shards = self.model.shards(N, text)
-
-        def work(state: Any, ids: Array, strategy: Any) -> Any:
-            model = nnx.merge(self.graphdef, state)
-            states, kept = model.states(ids, dataclasses.replace(strategy, keep=True))
-            own = strategy.tokens().valid.sum(-1)  # [B]
-            last = jnp.take_along_axis(states, jnp.maximum(own - 1, 0)[:, None, None], axis=1)
-            remote = None if isinstance(strategy, Single) else strategy.remote_tokens()
-            if remote is not None:
-                remote = (remote.position, remote.valid)
-            return model.logits(last), kept, own[:, None], remote
-
-        by_block, by_row = P(None, DATA, SEQ), P(DATA, SEQ)
-        several = N > 1
-        specs = (by_row, Kept(by_block, by_block, by_block if several else None), by_row, by_row if several else None)
-        return on_mesh(work, self.mesh, shards, specs)(state, shards.scatter(self.model.to_tokens(text)))
 
     def prefill(self, text: Text, new_tokens: int) -> tuple[Float[Array, "B V"], Cache]:
         """Runs prompts through the model on all devices.
@@ -227,7 +293,7 @@ class Generator:
         """One token more: cache (which is used up) and the last tokens -> cache, logits and the next tokens."""
         return self._decode(self.end_state, cache, ids, key, sampling=sampling)
 
-    def tokens(self, text: Text, new_tokens: int, sampling: Sampling = Sampling()) -> Iterator[Int[np.ndarray, "B"]]:  # noqa: B008
+    def tokens(self, text: Text, new_tokens: int, sampling: Sampling) -> Iterator[Int[np.ndarray, "B"]]:
         """Generates: yields the next token of every sequence, `new_tokens` times or until the caller stops.
 
         Any batch size goes; it is padded to a multiple of the mesh's data axis. `cache_memory` is known after the
@@ -239,9 +305,10 @@ class Generator:
         limit, lengths = self.model.config.max_position_embeddings, np.asarray(text.lengths)
         if new_tokens < 1:
             raise AstraError(f"the number of new tokens is {new_tokens}; it must be at least 1")
-        if lengths.max() + new_tokens > limit:
+        if lengths.max() + new_tokens > limit + 1:  # the last token drawn is not read
             raise AstraError(
-                f"a prompt of {lengths.max()} and {new_tokens} new tokens are more than the {limit} that the model takes"
+                f"a prompt of {lengths.max()} and {new_tokens} new tokens are more than the model takes, {limit}: "
+                "ask for fewer or shorten the prompt"
             )
         B = len(lengths)
         more = -B % self.mesh.shape[DATA]

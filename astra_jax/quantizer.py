@@ -102,7 +102,7 @@ class VectorQuantizer(nnx.Module):
     @property
     def groups(self) -> int:
         """G."""
-        return self.codebook[...].shape[-3]
+        return int(self.codebook.shape[-3])
 
     def wire_bits(self, S: int) -> int:
         """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes."""
@@ -131,7 +131,7 @@ class VectorQuantizer(nnx.Module):
         return y + jax.lax.stop_gradient(estimate.astype(y.dtype) - y)
 
     def observe(
-        self, y: Float[Array, "B S D"], z: UInt16[Array, "B S G"], key: Key[Array, ""], mask: Bool[Array, "S"]
+        self, y: Float[Array, "B S D"], z: UInt16[Array, "B S G"], key: Key[Array, ""], mask: Bool[Array, "*B S"]
     ) -> Observation:
         """The statistics of a batch; only tokens where `mask` is True count."""
         G, K, d = self.codebook[...].shape

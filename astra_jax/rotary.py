@@ -51,8 +51,13 @@ class Rotary:
             )
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise AstraError(f"config.json: rope_type {self.rope_type} needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise AstraError(
+                f"config.json: low_freq_factor is {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; the second must be greater"
+            )
 
-    def frequencies(self, E: int) -> Float[np.ndarray, "E/2"]:
+    def frequencies(self, E: int) -> Float[np.ndarray, "pairs"]:
         """Radians per position of every pair of dimensions."""
         plain = (1.0 / self.rope_theta ** (np.arange(0, E, 2, dtype=np.float32) / E)).astype(np.float32)
         slow = plain / np.float32(self.factor)
@@ -68,7 +73,7 @@ class Rotary:
         kept = np.clip(kept, 0, 1).astype(np.float32)
         return kept * plain + (1 - kept) * slow
 
-    def _yarn_ramp(self, E: int) -> Float[np.ndarray, "E/2"]:
+    def _yarn_ramp(self, E: int) -> Float[np.ndarray, "pairs"]:
         """0 for the dimensions that are kept, 1 for those that are interpolated."""
 
         def dimension(turns: float) -> float:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from jaxtyping import Array, ArrayLike, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from astra_jax.errors import AstraError
 
@@ -16,6 +16,7 @@ DATA = "data"  # the batch is split over this axis
 SEQ = "seq"  # the tokens are split over this axis: N devices
 
 Pooling = Literal["class", "mean", "last"]
+Table = Array | np.ndarray  # a numpy table is known when a program is traced, and becomes a constant of it
 
 
 def parse_devices(text: str) -> tuple[int, int]:
@@ -56,10 +57,10 @@ def make_mesh(seq: int, data: int = 1) -> Mesh:
 class Tokens(NamedTuple):
     """What attention has to know of the tokens in a row of slots, besides their contents."""
 
-    shard: Shaped[ArrayLike, "*B S"]  # which shard a slot belongs to
-    position: Shaped[ArrayLike, "*B S"]  # place in the sequence
-    valid: Shaped[ArrayLike, "*B S"]  # False for padding
-    sent: Shaped[ArrayLike, "*B S"]  # False for what stays on its device
+    shard: Shaped[Table, "*B S"]  # which shard a slot belongs to
+    position: Shaped[Table, "*B S"]  # place in the sequence
+    valid: Shaped[Table, "*B S"]  # False for padding
+    sent: Shaped[Table, "*B S"]  # False for what stays on its device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,27 +152,27 @@ class Shards:
         """[*B,N,1]."""
         return self._np.asarray(self.lengths)[..., None]
 
-    def index(self) -> Int[ArrayLike, "*B N S"]:
+    def index(self) -> Int[Table, "*B N S"]:
         """The token in every slot; padding repeats the last token of its shard."""
         lengths = self._lengths()
         return lengths.cumsum(-2) - lengths + self._np.minimum(np.arange(self.S), (lengths - 1).clip(0))
 
     def tokens(self) -> Tokens:
         """The attributes of all slots, class tokens included: arrays [*B, N, class_slots + S], or without B."""
-        lengths = self._lengths()
+        lengths, shard = self._lengths(), np.arange(self.N)[:, None]
         valid = np.arange(self.S) < lengths
         position = self.index() + self.class_slots
         sent = np.ones((self.N, self.class_slots + self.S), bool)
         if self.class_token is not None:
-            # A replica counts where there are tokens; the single one has its place whatever else is there.
-            head = lengths > 0 if self.class_token == "distributed" else (0 * lengths + np.arange(self.N)[:, None]) == 0
+            # A replica counts where there are tokens, and on the last shard, lest a text without any has none.
+            distributed = (lengths > 0) | (shard == self.N - 1)
+            head = distributed if self.class_token == "distributed" else 0 * lengths + shard == 0
             valid = self._np.concatenate([head, valid], axis=-1)
             position = self._np.concatenate([0 * position[..., :1], position], axis=-1)
             sent[:, 0] = self.home_slots == 0
-        shard = np.broadcast_to(np.arange(self.N)[:, None], sent.shape)
-        return Tokens(shard, position, valid, sent)
+        return Tokens(np.broadcast_to(shard, sent.shape), position, valid, sent)
 
-    def weights(self, pooling: Pooling) -> Float[ArrayLike, "*B N slots"]:
+    def weights(self, pooling: Pooling) -> Float[Table, "*B N slots"]:
         """What every slot weighs in the state that a head reads.
 
         `class` is the mean of the class tokens in use, `mean` that of all tokens, `last` is the last token.
@@ -211,6 +212,6 @@ def _even(T: Any, N: int) -> Any:
     return T[..., None] // N + (np.arange(N) >= N - T[..., None] % N)
 
 
-def _take(x: Shaped[Array, "B M *feature"], index: Int[Array, "B T"]) -> Shaped[Array, "B T *feature"]:
+def _take(x: Shaped[Array, "B M *feature"], index: Int[Table, "B T"]) -> Shaped[Array, "B T *feature"]:
     """Row by row, `x[b, index[b]]`; an index that is out of bounds takes the last."""
     return jax.vmap(lambda row, places: jnp.take(row, places, axis=0, mode="clip"))(x, index)

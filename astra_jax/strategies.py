@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from astra_jax import collectives, wire
 from astra_jax.attention import Source
 from astra_jax.errors import AstraError
 from astra_jax.quantizer import VectorQuantizer
-from astra_jax.sharding import DATA, SEQ, Pooling, Shards, Tokens
+from astra_jax.sharding import DATA, SEQ, Pooling, Shards, Table, Tokens
 
 
 class Remote(NamedTuple):
@@ -39,7 +38,7 @@ class Remote(NamedTuple):
     """
 
     message: Shaped[Array, "B R _"]
-    position: Int[ArrayLike, "*B R"]
+    position: Int[Table, "*B R"]
     mask: Bool[Array, "*#B #S R"]
 
 
@@ -53,7 +52,7 @@ def visible(
     mask = jnp.asarray(keys.valid) & jnp.asarray(keys.sent)
     mask = (mask if received is None else mask & received)[..., None, :]
     if causal:
-        mask = mask & jnp.asarray(keys.shard[..., None, :] < queries.shard[..., :, None])  # type: ignore[index]
+        mask = mask & jnp.asarray(keys.shard[..., None, :] < queries.shard[..., :, None])
     return mask
 
 
@@ -83,9 +82,9 @@ class _Strategy:
     shards: Shards
     keep: bool = dataclasses.field(default=False, kw_only=True)
 
-    def _mine(self, table: Shaped[ArrayLike, "*B N S"]) -> Shaped[ArrayLike, "*B slots"]:
+    def _mine(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
         """What a table of all slots says of those that are here: all of them, on one device."""
-        return table.reshape(*table.shape[:-2], -1)  # type: ignore[union-attr]
+        return table.reshape(*table.shape[:-2], -1)
 
     def _total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The sum over all devices of what each has."""
@@ -95,7 +94,7 @@ class _Strategy:
         """The attributes of the slots that are here."""
         return Tokens(*(self._mine(a) for a in self.shards.tokens()))
 
-    def positions(self) -> Int[ArrayLike, "*B S"]:
+    def positions(self) -> Int[Table, "*B S"]:
         return self._mine(self.shards.index())
 
     def prepend_class(self, cls: Float[Array, "*B D"], x: Float[Array, "B slots D"]) -> Float[Array, "B more D"]:
@@ -186,7 +185,7 @@ class Astra(_Strategy):
     def _index(self) -> Any:
         return collectives.shard_index(SEQ)
 
-    def _mine(self, table: Shaped[ArrayLike, "*B N S"]) -> Shaped[Array, "*B S"]:
+    def _mine(self, table: Shaped[Table, "*B N S"]) -> Shaped[Array, "*B S"]:
         return jnp.take(jnp.asarray(table), self._index(), axis=-2)
 
     def _total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -276,7 +275,7 @@ def place(model: Any, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def on_mesh(work: Any, mesh: Mesh, shards: Shards, out_specs: Any) -> Any:
-    """`work(state, tokens, strategy)` on every device of a mesh, as a function of state and all tokens [B,N*S,...].
+    """`work(state, tokens, strategy)` on every device of a mesh, as a function of state and all tokens [B,T,...].
 
     The strategy is ASTRA over N = `mesh.shape["seq"]` devices, one device for N = 1. To be called within `jax.jit`,
     because the lengths of `shards` may be traced.
@@ -291,7 +290,16 @@ def on_mesh(work: Any, mesh: Mesh, shards: Shards, out_specs: Any) -> Any:
     # With one shard there is nothing to prove about replication over SEQ, and no collective that would.
     specs = (P(), P(DATA, SEQ), P(DATA))
     sharded = jax.shard_map(one_shard, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=N > 1)
-    return lambda state, tokens: sharded(state, tokens, shards.lengths if ragged else None)
+
+    def run(state: Any, tokens: Array) -> Any:
+        slots = shards.scatter(tokens)
+        if not ragged:
+            return sharded(state, slots, None)
+        # Every device finds the slots by itself: else XLA may split this, too, and send a few bytes of it.
+        slots = jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, P(DATA)))
+        return sharded(state, slots, shards.lengths)
+
+    return run
 
 
 def parallelize(model: Any, mesh: Mesh) -> Program:
@@ -319,10 +327,10 @@ def parallelize(model: Any, mesh: Mesh) -> Program:
     @jax.jit
     def run(state: Any, inputs: Any) -> Array:
         B = jax.tree.leaves(inputs)[0].shape[0]
-        padded = jax.tree.map(lambda a: jnp.pad(a, [(0, -B % batches)] + [(0, 0)] * (a.ndim - 1)), inputs)
+        padded = jax.tree.map(lambda a: jnp.pad(a, [(0, -B % batches)] + [(0, 0)] * (a.ndim - 1), "edge"), inputs)
         tokens, shards = model.to_tokens(padded), model.shards(N, padded)
         sharded = on_mesh(work, mesh, shards, P(DATA, SEQ) if model.per_token else P(DATA))
-        return sharded(state, shards.scatter(tokens))[:B]
+        return sharded(state, tokens)[:B]
 
     @jax.jit  # a program of its own: what it moves is the answer, and no part of the network
     def in_order(out: Array, inputs: Any) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Int
+from jaxtyping import Array, Int
 
 from astra_jax.errors import AstraError
 
@@ -19,8 +19,8 @@ class Text(NamedTuple):
       lengths: tokens of every sequence, at least 1.
     """
 
-    ids: Int[ArrayLike, "B T"]
-    lengths: Int[ArrayLike, "B"]
+    ids: Int[Array | np.ndarray, "B T"]
+    lengths: Int[Array | np.ndarray, "B"]
 
 
 def bucket(T: int, limit: int) -> int:

@@ -25,20 +25,24 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int):
-        from transformers import AutoTokenizer  # takes over a second: only for those who read text
+        from transformers import AutoTokenizer, logging  # takes over a second: only for those who read text
 
         if not any((folder / name).is_file() for name in FILES):
             raise AstraError(f"{folder}: has no tokenizer.json or other tokenizer file: copy the model's into it")
+        shown = logging.get_verbosity()
+        logging.set_verbosity_error()  # it comments on config.json, which is read for the kind of tokenizer only
         try:
             self._inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
             reason = str(error).strip().split("\n")[0][:160]
             raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
-        largest = max(self._inner.get_vocab().values(), default=-1)
-        if largest >= vocab_size:
+        finally:
+            logging.set_verbosity(shown)
+        self.size = 1 + max(self._inner.get_vocab().values(), default=-1)  # one more than the largest id
+        if self.size > vocab_size:
             raise AstraError(
-                f"{folder}: the tokenizer has ids up to {largest}, but vocab_size in config.json is {vocab_size}: "
-                "is it the tokenizer of another model?"
+                f"{folder}: the tokenizer has ids up to {self.size - 1}, but vocab_size in config.json is "
+                f"{vocab_size}: is it the tokenizer of another model?"
             )
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
@@ -48,11 +52,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
-    def stream(self) -> Callable[[int], str]:
-        """A function from one id after the other to the text that it adds: empty while a character is incomplete."""
-        from tokenizers.decoders import DecodeStream
+    def stream(self, prompt: Sequence[int] = ()) -> Callable[[int], str]:
+        """A function from one id after the other to the text that it adds behind the prompt's ids: empty while a
+        character is incomplete."""
+        ids, start, shown = list(prompt), 0, len(prompt)
 
-        decoder, inner = DecodeStream(skip_special_tokens=True), self._inner.backend_tokenizer
-        return lambda id: decoder.step(inner, id) or ""
+        def step(token: int) -> str:
+            # What a token adds depends on what stands before it: on the tokens whose text was shown last.
+            nonlocal start, shown
+            ids.append(token)
+            before, text = self.decode(ids[start:shown]), self.decode(ids[start:])
+            if len(text) <= len(before) or text.endswith("\ufffd"):
+                return ""
+            start, shown = shown, len(ids)
+            return text[len(before) :]
+
+        return step

@@ -1,15 +1,18 @@
 """Turn a Hugging Face model into a checkpoint that astra can calibrate, finetune and run.
 
     astra convert google/vit-base-patch16-224 vit-base
-    astra convert ./my-finetuned-vit vit-base
+    astra convert ./my-finetuned-llama llama
 
-SOURCE is a folder with config.json and model.safetensors, or the id of a repository on the Hugging Face hub, which is
-downloaded (a download that was interrupted goes on where it stopped). OUT is a new folder: the checkpoint.
+SOURCE is a folder with config.json and model.safetensors (or several such files and their index), or the id of a
+repository on the Hugging Face hub, which is downloaded (a download that was interrupted goes on where it stopped): a
+ViT, GPT-2, Llama, BERT, or a sentence-transformers model that is a BERT. OUT is a new folder: the checkpoint.
 
 Every weight is checked: nothing may be left over, missing, of another shape, or not a number. The checkpoint computes
-what the original computes; codes come in with `astra calibrate`.
+what the original computes, keeps its number format, and has its tokenizer; codes come in with `astra calibrate`.
+Weights are read one block at a time: memory for the largest tensor or block is enough.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +23,7 @@ import checkpoints
 from astra_jax.console import Report, progress
 from checkpoints import huggingface
 from checkpoints.info import parameters
+from checkpoints.keys import classifies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +41,26 @@ class Args:
 def main(args: Args) -> None:
     """Runs `astra convert`."""
     report = Report("convert", args.json)
-    checkpoint = huggingface.read(args.source, progress)
-    checkpoints.save(args.out, checkpoint)
-    count, classes = parameters(checkpoint.model), checkpoint.config.num_labels
+    folder = huggingface.open_folder(args.source)
+    checkpoint = folder.checkpoint
+    if checkpoint.tokenizer_files is not None:
+        checkpoint.tokenizer  # noqa: B018  # raises unless it can be read and is this model's
+    with contextlib.closing(folder.parts(progress)) as parts:
+        checkpoints.save(args.out, checkpoint, parts)
+    count, config = parameters(checkpoint.model), checkpoint.config
+    classes = config.num_labels if classifies(config) else 0
     report.say(
-        f"{checkpoint.family}: {count:,} parameters in {checkpoint.dtype}, {classes:,} labels",
+        f"{checkpoint.family}: {count:,} parameters in {checkpoint.dtype}" + f", {classes:,} labels" * bool(classes),
         family=checkpoint.family,
         parameters=count,
         dtype=checkpoint.dtype,
         labels=classes,
     )
+    if hasattr(config, "vocab_size") and checkpoint.tokenizer_files is None:
+        report.say(
+            f"warning: {args.source} has no tokenizer, which verbs that read text need: put the model's tokenizer.json "
+            "beside its config.json and convert it again"
+        )
     report.say(f"wrote {args.out}", out=str(args.out))
     report.say(f"next: astra calibrate {args.out} {args.out}-calibrated --data DATA")
     report.close()

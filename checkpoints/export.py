@@ -2,9 +2,10 @@
 
     astra export vit-base-finetuned hf-vit
 
-The folder has config.json, model.safetensors and preprocessor_config.json, with the names and the number format of the
-model that the checkpoint was converted from. Weights that were not trained come back bit for bit. Codebooks are left
-out: a Hugging Face model has no place for them, so keep the checkpoint too.
+The folder has config.json, model.safetensors and what else the model came with (its tokenizer, its image preprocessing,
+its generation settings), with the names and the number format of the model that the checkpoint was converted from.
+Weights that were not trained come back bit for bit. Codebooks are left out: a Hugging Face model has no place for them,
+so keep the checkpoint too.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class Args:
 def main(args: Args) -> None:
     """Runs `astra export`."""
     report = Report("export", args.json)
-    checkpoint = checkpoints.load(args.checkpoint)
+    checkpoint = checkpoints.load(args.checkpoint, param_dtype=None)
     dtype = checkpoint.dtype if args.dtype == "original" else args.dtype
     huggingface.write_folder(checkpoint, args.out, dtype)
     report.say(f"wrote {args.out} in {dtype}", out=str(args.out), dtype=dtype)

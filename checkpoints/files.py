@@ -5,8 +5,11 @@ import errno
 import io
 import json
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,15 @@ from astra_jax.errors import AstraError
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises AstraError where it is missing, unreadable, or not an object."""
+    return _read_json(path, dict, "object")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The array in a JSON file. Raises AstraError where it is missing, unreadable, or not an array."""
+    return _read_json(path, list, "array")
+
+
+def _read_json(path: Path, kind: type, name: str) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
@@ -23,9 +35,26 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AstraError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise AstraError(f"{path}: is not valid JSON ({error}): is the file damaged?") from error
-    if not isinstance(content, dict):
-        raise AstraError(f"{path}: holds a {type(content).__name__}; it must be a JSON object")
+    if not isinstance(content, kind):
+        raise AstraError(f"{path}: holds a {type(content).__name__}; it must be a JSON {name}")
     return content
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Makes those files of a folder that have these names the same as in another one, which may be the same.
+
+    A reader sees the old content of a file or the new, never half of it.
+    """
+    for name in names:
+        if (source / name).is_file():
+            temporary = target / f".{name}.{os.getpid()}"
+            try:
+                shutil.copyfile(source / name, temporary)
+                os.replace(temporary, target / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            (target / name).unlink(missing_ok=True)
 
 
 def is_plain_name(name: Any) -> bool:
@@ -34,7 +63,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
-    """Whether nothing is in the way of writing a folder: it is absent, or holds only names that start with `but_for`.
+    """Whether nothing is in the way of writing a folder: it is absent, or holds only names of the patterns `but_for`.
 
     Raises:
       AstraError: there is something, but no folder.
@@ -43,7 +72,7 @@ def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
         return True
     if not folder.is_dir():
         raise AstraError(f"{folder}: is a file; the output must be a folder: choose another name")
-    return all(but_for and entry.name.startswith(but_for) for entry in folder.iterdir())
+    return all(any(fnmatchcase(entry.name, pattern) for pattern in but_for) for entry in folder.iterdir())
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -6,13 +6,14 @@ Only safetensors files are read and no code of a repository is ever run. Names i
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +23,53 @@ from safetensors.numpy import save_file
 from astra_jax.config import from_dict
 from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
-from checkpoints.files import is_disk_full, is_empty, is_plain_name, read_json, writing
-from checkpoints.keys import FAMILIES, Key, build, config_class, flat_state, model_keys, with_state
+from astra_jax.rotary import ROPE_TYPES, Rotary
+from astra_jax.sharding import Pooling
+from astra_jax.tokenizer import FILES
+from checkpoints.files import copy_files, is_disk_full, is_empty, is_plain_name, read_json, read_json_list, writing
+from checkpoints.keys import (
+    FAMILIES,
+    Family,
+    Tensor,
+    architecture_of,
+    build,
+    classifies,
+    config_class,
+    flat_state,
+    model_tensors,
+)
+from checkpoints.parts import Part, assemble, part_name
 from checkpoints.store import META, Checkpoint
 
 # safetensors' names of the dtypes that float32 holds exactly, so that an export gives back every bit.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-CONFIG, PREPROCESSING = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSING, GENERATION = "config.json", "preprocessor_config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # In the metadata of an exported model.safetensors: the mark of a folder that may be overwritten.
 MARK = {"format": "pt", "written_by": "astra-jax"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# What is read of a hub repository: no code, no pickles.
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]
+PIECE = 2**22  # bytes of a tensor that are read at once
+
+# Fields of our configurations that are no fields of a config.json.
+DERIVED = ("task", "pooling", "normalize", "pooler")
+# What a config.json must say of a rotary embedding of some type.
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+# What it may say that changes the frequencies, and is not computed here. transformers ignores what it does not know.
+ROPE_UNSUPPORTED = ("short_factor", "long_factor", "mrope_section")
+# How sentence-transformers calls the poolings that there are here.
+MODULES = "modules.json"
+POOLING_MODES: dict[Pooling, str] = {
+    "mean": "pooling_mode_mean_tokens",
+    "class": "pooling_mode_cls_token",
+    "last": "pooling_mode_lasttoken",
+}
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
@@ -43,35 +80,144 @@ def silent(label: str, total: int) -> Iterator[Callable[..., None]]:
     yield lambda n=1: None
 
 
-def read(source: str, progress: Progress = silent) -> Checkpoint:
-    """Reads a Hugging Face folder, or a hub id `org/name`, which is downloaded first.
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, as its header says; `dtype` is one of safetensors' names."""
 
-    Args:
-      source: folder or hub id.
-      progress: what shows that tensors are being read.
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def pieces(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """The tensor some rows at a time, and which they are (a vector as a whole)."""
+        total = self.shape[0] if self.shape else 1
+        rows = max(1, PIECE // (4 * math.prod(self.shape[1:]))) if len(self.shape) > 1 else total
+        for start in range(0, total, rows):
+            place = slice(start, min(start + rows, total)) if self.shape else ...
+            with _open(self.file) as file:  # anew, because what was read of a file stays in memory while it is open
+                piece = file.get_slice(self.name)[place]
+            yield place, piece
+
+    def is_finite(self) -> bool:
+        """Whether all its values are numbers."""
+        return all(bool(np.isfinite(piece).all()) for _, piece in self.pieces())
+
+    def equals(self, other: "Stored") -> bool:
+        """Whether another tensor is the same."""
+        return self[2:] == other[2:] and all(
+            np.array_equal(mine, theirs) for (_, mine), (_, theirs) in zip(self.pieces(), other.pieces(), strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder of which everything was read but the weights.
+
+    Attributes:
+      path: the folder.
+      checkpoint: what becomes of it; its model is abstract.
+      tensors: what the model needs, by name.
+      stored: where that is.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    tensors: dict[str, Tensor]
+    stored: dict[str, Stored]
+
+    def parts(self, progress: Progress = silent) -> Generator[Part, None, None]:
+        """Reads the weights part by part, in the dtype of the files (float32 where tensors differ).
+
+        Raises:
+          AstraError: at the end, if some are not finite, with all of their names.
+        """
+        groups = defaultdict(list)
+        for name, (key, block) in self.tensors.items():
+            groups[part_name(key.path, block)].append(name)
+        shapes = flat_state(self.checkpoint.model)
+        sizes = FAMILIES[self.checkpoint.family].sizes(self.checkpoint.config)
+        not_finite: list[str] = []
+
+        def read_part(names: Iterable[str]) -> dict[str, np.ndarray]:
+            arrays = {}
+            for name in names:
+                key, block = self.tensors[name]
+                for path in key.paths:
+                    shape = shapes[path].shape if block is None else shapes[path].shape[1:]
+                    arrays[path] = np.empty(shape, jnp.dtype(self.checkpoint.dtype))
+                views, finite = key.as_theirs([arrays[path] for path in key.paths], sizes), True
+                for rows, piece in self.stored[name].pieces():
+                    finite &= bool(np.isfinite(piece).all())
+                    for view, columns in zip(views, np.split(piece, len(views), axis=-1), strict=True):
+                        view[rows] = columns
+                if not finite:
+                    not_finite.append(name)
+                advance()
+            return arrays
+
+        with progress("reading weights", len(self.tensors)) as advance:
+            for part, names in sorted(groups.items()):
+                yield part, read_part(names)
+        _raise(self.path, {"NaN or infinite": not_finite})
+
+
+def open_folder(source: str) -> Folder:
+    """Reads all of a Hugging Face folder, or of a hub repository `org/name`, but the weights.
 
     Raises:
-      AstraError: the source is missing, not understood, or does not fit its own config.json. All faults of all
-        weights are in one message.
+      AstraError: the source is missing, not understood, or its weights do not fit its own config.json: tensors are
+        unmapped (no row of the key table knows them), unexpected (a row does, but this model has no such parameter),
+        duplicated, unfilled, of a wrong shape or dtype, or not finite: all of them in one message.
     """
     folder = find(source)
     hf_config = read_json(folder / CONFIG)
-    family = family_of(hf_config, folder)
-    config, labels = config_from_hf(family, hf_config, folder)
+    family, architecture = architecture_in(hf_config, folder)
+    known = FAMILIES[family]
+    head = known.architectures[architecture]
+    found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
+    by_name = {known.bare(tensor.name): tensor for tensor in found}
+    derived = _derived(family, head.task, by_name, folder)
+    config, labels = config_from_hf(family, hf_config, folder, derived)
+    repeated = ""
+    if head.tied and config.tie_word_embeddings and head.keys[0].name in by_name and head.tied in by_name:
+        # As in transformers: a tied head that is stored too is skipped if it is the same, else it is one of its own.
+        if by_name[head.keys[0].name].equals(by_name[head.tied]):
+            repeated = head.keys[0].name
+        else:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
     model = build(family, config)
-    weights, dtype = read_weights(folder, model_keys(family, model), FAMILIES[family].sizes(config), model, progress)
-    preprocessing = folder / PREPROCESSING
-    return Checkpoint(
+    tensors = model_tensors(family, model)
+    stored = _match(folder, known, tensors, [t for t in found if t.name != repeated], known.sizes(config))
+    dtypes = {DTYPES[tensor.dtype] for tensor in stored.values()}
+    preprocessing, generation = (
+        read_json(folder / name) if (folder / name).is_file() else None for name in (PREPROCESSING, GENERATION)
+    )
+    reads_text = hasattr(config, "vocab_size") and any((folder / name).is_file() for name in FILES)
+    checkpoint = Checkpoint(
         family=family,
         config=config,
         astra=None,
         labels=labels,
-        preprocessing=read_json(preprocessing) if preprocessing.is_file() else None,
+        preprocessing=preprocessing,
         hf_config=hf_config,
-        dtype=dtype,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
         history=({"verb": "convert", "source": source},),
-        model=with_state(model, weights),
+        model=model,
+        generation=generation,
+        tokenizer_files=folder if reads_text else None,
     )
+    return Folder(folder, checkpoint, tensors, stored)
+
+
+def read(source: str, progress: Progress = silent) -> Checkpoint:
+    """Like `open_folder`, with the weights: in float32, on the first local device.
+
+    Raises:
+      AstraError: as `open_folder`.
+    """
+    folder = open_folder(source)
+    model = assemble(folder.checkpoint.model, folder.parts(progress), jnp.float32)
+    return dataclasses.replace(folder.checkpoint, model=model)
 
 
 def find(source: str) -> Path:
@@ -93,7 +239,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(hub_id, allow_patterns=DOWNLOADED))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise AstraError(
             f"{hub_id}: there is no such folder, and no such repository on the Hugging Face hub that you may read: "
@@ -109,39 +255,155 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def family_of(hf_config: Mapping[str, Any], folder: Path) -> str:
-    """The family of a config.json: by `architectures`, or by `model_type` where there are none."""
-    known = {family.architecture: name for name, family in FAMILIES.items()}
-    architectures = hf_config.get("architectures")
-    if not architectures and hf_config.get("model_type") in FAMILIES:
-        return hf_config["model_type"]
+def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """Family and class of a config.json: by `architectures`, or by `model_type` where there are none."""
+    known = {architecture: name for name, family in FAMILIES.items() for architecture in family.architectures}
+    architectures, model_type = hf_config.get("architectures"), hf_config.get("model_type")
+    if not architectures and isinstance(model_type, str) and model_type in FAMILIES:
+        return model_type, next(iter(FAMILIES[model_type].architectures))
     for architecture in architectures if isinstance(architectures, list) else ():
         if isinstance(architecture, str) and architecture in known:
-            return known[architecture]
-    found = architectures or hf_config.get("model_type")
-    raise AstraError(f"{folder / CONFIG}: architecture {found!r} is not known; known are {', '.join(sorted(known))}")
+            return known[architecture], architecture
+    raise AstraError(
+        f"{folder / CONFIG}: architecture {architectures or model_type!r} is not known; known are "
+        f"{', '.join(sorted(known))}"
+    )
 
 
-def config_from_hf(family: str, hf_config: Mapping[str, Any], folder: Path) -> tuple[Any, tuple[str, ...] | None]:
+def _derived(family: str, task: str | None, names: Iterable[str], folder: Path) -> dict[str, Any]:
+    """The fields of a configuration that are not in the config.json."""
+    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names}
+    # A classifier reads the class token.
+    values["pooling"], values["normalize"] = _sentence_pooling(folder) if task == "embedding" else ("class", False)
+    return {
+        field.name: values[field.name] for field in dataclasses.fields(config_class(family)) if field.name in DERIVED
+    }
+
+
+def config_from_hf(
+    family: str, hf_config: Mapping[str, Any], folder: Path, derived: Mapping[str, Any] | None = None
+) -> tuple[Any, tuple[str, ...] | None]:
     """The family's configuration and the class names from a config.json.
 
     Our configurations have Hugging Face's names and defaults (a test compares them), so a missing key gets its default.
 
+    Args:
+      family: a key of `FAMILIES`.
+      hf_config: the content of the config.json.
+      folder: where it is.
+      derived: the fields that are not in it; None for our defaults.
+
     Raises:
       AstraError: a value has the wrong type or is not supported.
     """
-    where = folder / CONFIG
+    where, cls = folder / CONFIG, config_class(family)
+    for name, needed in getattr(cls, "FIXED", {}).items():
+        if hf_config.get(name, needed) != needed:
+            raise AstraError(f"{where}: {name} is {hf_config[name]!r}; only {needed!r} is supported")
     labels = _labels(hf_config, where)
     # Hugging Face's default is two labels, whatever the model.
     values = {"num_labels": hf_config.get("num_labels", 2) if labels is None else len(labels)}
-    for field in dataclasses.fields(config_class(family)):
+    for field in dataclasses.fields(cls):
+        if field.name in DERIVED:
+            continue
+        if field.type is Rotary:
+            values[field.name] = _rotary(hf_config, values["max_position_embeddings"], where)
+            continue
         value = values.setdefault(field.name, hf_config.get(field.name, field.default))
         if field.name in ("image_size", "patch_size"):
             value = _square(field.name, value, where)
-        if not isinstance(value, (int, float) if type(field.default) is float else type(field.default)):
-            raise AstraError(f"{where}: {field.name} is {value!r}; it must be of type {type(field.default).__name__}")
-        values[field.name] = value
-    return from_dict(config_class(family), values, str(where)), labels
+        values[field.name] = _typed(field.name, value, field.type, where)
+    config: Any = from_dict(cls, values | dict(derived or {}), str(where))
+    return config, labels if classifies(config) else None
+
+
+def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:
+    """A value as the type that its field is annotated with. Raises AstraError if it is of another one."""
+    kinds = get_args(annotation) or (annotation,)
+    fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise AstraError(f"{where}: {name} is {value!r}; it must be of type {names}")
+    return float(value) if float in kinds and isinstance(value, int) else value
+
+
+def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
+    """The rotary embedding of a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` as of old."""
+    field = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    found = hf_config.get(field) or {}
+    if not isinstance(found, dict):
+        raise AstraError(f"{where}: {field} is {found!r}; it must be an object")
+    values = {name: value for name, value in found.items() if value is not None}
+    rope_type = values.setdefault("rope_type", values.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise AstraError(f"{where}: {field} has rope_type {rope_type!r}; known are {', '.join(ROPE_TYPES)}")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if hf_config.get(name) is not None:
+            values.setdefault(name, hf_config[name])
+    if (part := values.pop("partial_rotary_factor", 1)) != 1:
+        raise AstraError(f"{where}: partial_rotary_factor is {part!r}; only 1 is supported: whole heads are rotated")
+    if rope_type in ("llama3", "yarn"):
+        values.setdefault("original_max_position_embeddings", limit)
+    missing = [name for name in ROPE_NEEDS.get(rope_type, ()) if name not in values]
+    if missing:
+        raise AstraError(f"{where}: {field} of type {rope_type} has no {' and no '.join(missing)}")
+    unsupported = [name for name, value in values.items() if name in ROPE_UNSUPPORTED or isinstance(value, dict)]
+    if unsupported:
+        raise AstraError(f"{where}: {field} has {unsupported[0]!r}, which is not supported")
+    fields = [f for f in dataclasses.fields(Rotary) if f.name in values]
+    return Rotary(**{f.name: _typed(f"{field}.{f.name}", values[f.name], f.type, where) for f in fields})
+
+
+def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
+    """The `rope_parameters` of a config.json: what the type needs, and what is not as by default."""
+    needed = ("rope_type", "rope_theta", *ROPE_NEEDS.get(rotary.rope_type, ()))
+    values = dataclasses.asdict(rotary)
+    return {name: value for name, value in values.items() if name in needed or value != getattr(Rotary, name)}
+
+
+def _sentence_pooling(folder: Path) -> tuple[Pooling, bool]:
+    """How a sentence-transformers folder makes an embedding of a sentence: pooling, and whether it is normalised.
+
+    Without a modules.json it is the mean of all tokens, as sentence-transformers does.
+    """
+    where = folder / MODULES
+    if not where.is_file():
+        return "mean", False
+    modules = read_json_list(where)
+    if not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules):
+        raise AstraError(f"{where}: every module must be an object with a type: is the file damaged?")
+    # A class from elsewhere would be code of its own, whatever it is called.
+    kinds = [re.sub(r"^sentence_transformers\..*\.", "", module["type"]) for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise AstraError(
+            f"{where}: has the modules {', '.join(kinds)}; supported are Transformer and Pooling, and then Normalize"
+        )
+    transformer, pooling = modules[0].get("path", ""), modules[1].get("path")
+    if transformer != "":
+        raise AstraError(f"{where}: the Transformer has the path {transformer!r}; it must be the folder itself, ''")
+    if not is_plain_name(pooling):
+        raise AstraError(
+            f"{where}: the Pooling has the path {pooling!r}; it must be the name of a folder beside the file"
+        )
+    where = folder / pooling / CONFIG
+    modes = [name for name, on in read_json(where).items() if name.startswith("pooling_mode_") and on]
+    known = {mode: name for name, mode in POOLING_MODES.items()}
+    if len(modes) != 1 or modes[0] not in known:
+        raise AstraError(
+            f"{where}: has {' and '.join(modes) or 'no pooling_mode'}; supported is one of {', '.join(known)}"
+        )
+    return known[modes[0]], "Normalize" in kinds
+
+
+def _sentence_files(config: Any) -> dict[str, Any]:
+    """The inverse of `_sentence_pooling`: file -> content."""
+    kinds = ("Transformer", "Pooling", *["Normalize"] * config.normalize)
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    modes = {mode: name == config.pooling for name, mode in POOLING_MODES.items()}
+    return {MODULES: modules, f"1_Pooling/{CONFIG}": {"word_embedding_dimension": config.hidden_size, **modes}}
 
 
 def _square(name: str, value: Any, where: Path) -> Any:
@@ -162,22 +424,6 @@ def _labels(hf_config: Mapping[str, Any], where: Path) -> tuple[str, ...] | None
     return tuple(str(id2label[str(c)]) for c in range(len(id2label)))
 
 
-class _Tensor(NamedTuple):
-    """A tensor of a checkpoint: its parameter, and its block (None where it is not one of many)."""
-
-    key: Key
-    block: int | None
-
-
-def _expected(keys: Sequence[Key], L: int) -> dict[str, _Tensor]:
-    """Every tensor that a model with L blocks needs, by name."""
-    return {
-        key.name.format(l=block): _Tensor(key, block if key.stacked else None)
-        for key in keys
-        for block in range(L if key.stacked else 1)
-    }
-
-
 def tensor_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder: the single one, or those that the index names.
 
@@ -191,7 +437,7 @@ def tensor_files(folder: Path) -> tuple[Path, ...]:
         if others:
             raise AstraError(
                 f"{folder}: has its weights only as {others[0]}, which is not read: re-save it as safetensors with "
-                "`AutoModelForImageClassification.from_pretrained(...).save_pretrained(...)` of transformers"
+                "`from_pretrained(...).save_pretrained(...)` of the model's class in transformers"
             )
         raise AstraError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
     where, names = folder / INDEX, read_json(folder / INDEX).get("weight_map")
@@ -207,66 +453,6 @@ def tensor_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def read_weights(
-    folder: Path, keys: Sequence[Key], sizes: Mapping[str, int], model: Any, progress: Progress = silent
-) -> tuple[dict[str, Any], str]:
-    """Reads a folder's tensors, one at a time, into arrays of the shapes of an abstract model.
-
-    Args:
-      folder: the Hugging Face folder.
-      keys: rows of the key table that the model has.
-      sizes: lengths of the axes in the table.
-      model: the abstract model.
-      progress: what shows that tensors are being read.
-
-    Returns:
-      path -> float32 array, and the dtype of the file (float32 where tensors differ).
-
-    Raises:
-      AstraError: tensors are unmapped (no row knows them), unexpected (a row does, but this model has no such
-        parameter), duplicated, unfilled, of a wrong shape or dtype, or not finite: all of them in one message.
-    """
-    shapes = flat_state(model)
-    L = next((shapes[key.path].shape[0] for key in keys if key.stacked), 0)
-    expected = _expected(keys, L)
-    faults: dict[str, list[str]] = defaultdict(list)
-    arrays: dict[str, np.ndarray] = {}
-    dtypes: set[str] = set()
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(path)) for path in tensor_files(folder)]
-        count = Counter(name for file in files for name in file.keys())
-        faults["duplicated"] = sorted(name for name, times in count.items() if times > 1)
-        faults["unfilled"] = sorted(set(expected) - set(count))
-        advance = stack.enter_context(progress("reading weights", count.total()))
-        for file in files:
-            for name in file.keys():
-                advance()
-                if name not in expected:
-                    faults["unexpected" if _is_mapped(name) else "unmapped"].append(name)
-                    continue
-                key, block = expected[name]
-                header = file.get_slice(name)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                if shape != key.shape(sizes):
-                    faults["wrong shape"].append(f"{name} {list(shape)} instead of {list(key.shape(sizes))}")
-                if dtype not in DTYPES:
-                    faults[f"dtype other than {', '.join(DTYPES.values())}"].append(f"{name} ({dtype})")
-                    continue
-                tensor = file.get_tensor(name).astype(np.float32)
-                if not np.isfinite(tensor).all():
-                    faults["NaN or infinite"].append(name)
-                if shape == key.shape(sizes):
-                    if key.path not in arrays:
-                        arrays[key.path] = np.empty(shapes[key.path].shape, np.float32)
-                    target = arrays[key.path] if block is None else arrays[key.path][block]
-                    target[...] = key.to_ours(tensor, sizes, target.shape)
-                    dtypes.add(DTYPES[dtype])
-    _raise(folder, faults)
-    # One at a time, so that no more than one parameter is held twice.
-    weights = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}
-    return weights, dtypes.pop() if len(dtypes) == 1 else "float32"
-
-
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
@@ -276,10 +462,42 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _is_mapped(name: str) -> bool:
-    """Whether some row of some family's table is for this tensor."""
-    patterns = (re.escape(key.name).replace(r"\{l\}", r"\d+") for f in FAMILIES.values() for key in f.keys)
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+def _headers(file: Path) -> list[Stored]:
+    """The tensors of a safetensors file."""
+    with _open(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}
+        return [Stored(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+
+
+def _match(
+    folder: Path, family: Family, tensors: Mapping[str, Tensor], found: Iterable[Stored], sizes: Mapping[str, int]
+) -> dict[str, Stored]:
+    """Where every tensor that a model needs is. Raises AstraError with all faults of all tensors (`open_folder`)."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    stored: dict[str, Stored] = {}
+    readable = []
+    for tensor in found:
+        bare = family.bare(tensor.name)
+        name = next((name for name in (bare, family.prefix + bare) if name in tensors), None)
+        if name is None:
+            if not family.is_skipped(bare):
+                faults["unexpected" if family.is_mapped(bare) else "unmapped"].append(tensor.name)
+            continue
+        if name in stored:
+            faults["duplicated"].append(name)
+        stored[name] = tensor
+        expected = tensors[name].key.shape(sizes)
+        if tensor.shape != expected:
+            faults["wrong shape"].append(f"{tensor.name} {list(tensor.shape)} instead of {list(expected)}")
+        if tensor.dtype in DTYPES:
+            readable.append(tensor)
+        else:
+            faults[f"dtype other than {', '.join(DTYPES.values())}"].append(f"{tensor.name} ({tensor.dtype})")
+    faults["unfilled"] = sorted(set(tensors) - set(stored))
+    if any(faults.values()):  # then the weights are not going to be read, and this is the last word on them
+        faults["NaN or infinite"] = [tensor.name for tensor in readable if not tensor.is_finite()]
+    _raise(folder, faults)
+    return stored
 
 
 def _raise(folder: Path, faults: Mapping[str, list[str]], most: int = 4) -> None:
@@ -295,18 +513,25 @@ def _raise(folder: Path, faults: Mapping[str, list[str]], most: int = 4) -> None
 
 def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """The config.json of an export: the original one, with what is different in this checkpoint."""
-    family = FAMILIES[checkpoint.family]
+    family, ours = checkpoint.family, checkpoint.config
     content = dict(checkpoint.hf_config) or {
-        "architectures": [family.architecture],
-        "model_type": checkpoint.family,
+        "architectures": [architecture_of(family, ours)],
+        "model_type": family,
         "dtype": dtype,
     }
-    config, labels = config_from_hf(checkpoint.family, content, Path())
-    for name, value in dataclasses.asdict(checkpoint.config).items():
-        if value != getattr(config, name) and name != "num_labels":
-            content[name] = value
-    if (config.num_labels, labels) != (checkpoint.config.num_labels, checkpoint.labels):
-        names = checkpoint.labels or [f"LABEL_{c}" for c in range(checkpoint.config.num_labels)]
+    fields = [field.name for field in dataclasses.fields(ours)]
+    derived = {name: getattr(ours, name) for name in fields if name in DERIVED}
+    config, labels = config_from_hf(family, content, Path(), derived)
+    for name in fields:
+        value = getattr(ours, name)
+        if value == getattr(config, name) or name == "num_labels":
+            continue
+        if isinstance(value, Rotary):
+            content = {n: v for n, v in content.items() if n not in ("rope_scaling", "rope_theta")}
+            value = rotary_to_hf(value)
+        content[name] = value
+    if (config.num_labels, labels) != (ours.num_labels, checkpoint.labels):
+        names = checkpoint.labels or [f"LABEL_{c}" for c in range(ours.num_labels)]
         content["id2label"] = {str(c): name for c, name in enumerate(names)}
         content["label2id"] = {name: c for c, name in enumerate(names)}
     # Older versions of transformers call it torch_dtype.
@@ -315,15 +540,13 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
 
 def tensors_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Name and content of every tensor of an export. Raises AstraError where a weight does not fit into `dtype`."""
-    state = flat_state(checkpoint.model)
-    keys = model_keys(checkpoint.family, checkpoint.model)
+    arrays = {path: np.asarray(a) for path, a in flat_state(checkpoint.model).items()}
     sizes = FAMILIES[checkpoint.family].sizes(checkpoint.config)
-    arrays = {key.path: np.asarray(state[key.path]) for key in keys}
-    L = next((arrays[key.path].shape[0] for key in keys if key.stacked), 0)
-    for name, (key, block) in _expected(keys, L).items():
-        ours = arrays[key.path] if block is None else arrays[key.path][block]
+    for name, (key, block) in model_tensors(checkpoint.family, checkpoint.model).items():
+        ours = [arrays[path] if block is None else arrays[path][block] for path in key.paths]
+        theirs = np.empty(key.shape(sizes), jnp.dtype(dtype))
         with np.errstate(over="ignore"):  # reported below
-            theirs = np.ascontiguousarray(key.to_theirs(ours, sizes).astype(jnp.dtype(dtype)))
+            np.concatenate(key.as_theirs(ours, sizes), axis=-1, out=theirs, casting="unsafe")
         if not np.isfinite(theirs).all():
             raise AstraError(f"{name} has values that {dtype} cannot hold: export with --dtype float32")
         yield name, theirs
@@ -356,9 +579,13 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
         raise AstraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES.values())}")
     if not is_empty(out) and not is_export(out):
         raise AstraError(f"{out}: is not empty and no earlier export: choose another output folder")
-    texts = {CONFIG: config_to_hf(checkpoint, dtype)}
-    if checkpoint.preprocessing is not None:
-        texts[PREPROCESSING] = checkpoint.preprocessing
+    contents = {
+        CONFIG: config_to_hf(checkpoint, dtype),
+        PREPROCESSING: checkpoint.preprocessing,
+        GENERATION: checkpoint.generation,
+    }
+    if hasattr(checkpoint.config, "pooling") and checkpoint.config.task == "embedding":
+        contents |= _sentence_files(checkpoint.config)
     temporary = out / f".{WEIGHTS}.{os.getpid()}"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -367,5 +594,9 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
             os.replace(temporary, out / WEIGHTS)
         finally:
             temporary.unlink(missing_ok=True)
-        for name, content in texts.items():
-            write_atomically(out / name, json.dumps(content, indent=2) + "\n")
+        for name, content in contents.items():
+            if content is not None:
+                (out / name).parent.mkdir(exist_ok=True)
+                write_atomically(out / name, json.dumps(content, indent=2) + "\n")
+        if checkpoint.tokenizer_files is not None:
+            copy_files(checkpoint.tokenizer_files, out, FILES)

@@ -20,6 +20,8 @@ import checkpoints
 from astra_jax.config import AstraConfig
 from astra_jax.console import Report
 from astra_jax.quantizer import usage
+from checkpoints.huggingface import rotary_to_hf
+from checkpoints.keys import build
 from checkpoints.store import Checkpoint
 
 
@@ -55,9 +57,16 @@ def codebook_usage(model: Any) -> list[dict[str, Any]]:
     ]
 
 
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that are set, and what it says of a rotary embedding."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    rotary = values.pop("rope_parameters", None)
+    return {n: v for n, v in values.items() if v is not None} | (rotary_to_hf(rotary) if rotary else {})
+
+
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything about a checkpoint that is one value."""
-    values = {"family": checkpoint.family, **dataclasses.asdict(checkpoint.config)}
+    values = {"family": checkpoint.family, **settings(checkpoint.config)}
     values |= {"parameters": parameters(checkpoint.model), "exported as": checkpoint.dtype}
     if checkpoint.astra is not None:
         values |= dataclasses.asdict(checkpoint.astra)
@@ -68,7 +77,11 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
 def main(args: Args) -> None:
     """Runs `astra info`."""
     report = Report("info", args.json)
-    checkpoint = checkpoints.load(args.checkpoint)
+    checkpoint = checkpoints.read_meta(args.checkpoint)
+    if checkpoint.astra is None:  # then nothing is said of the weights but how many they are
+        checkpoint = dataclasses.replace(checkpoint, model=build(checkpoint.family, checkpoint.config))
+    else:
+        checkpoint = checkpoints.load(args.checkpoint, param_dtype=None)
     report.table(
         "facts",
         str(args.checkpoint),

@@ -1,11 +1,8 @@
-"""Labelled pictures from the Hugging Face hub, parquet files or folders, and batches of them in order."""
+"""What is read: labelled pictures, labelled texts, documents, and pairs of sentences; batches of pictures in order."""
 
 import dataclasses
-import glob
-import re
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +10,7 @@ from jaxtyping import Float, Int
 
 from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor, decode_image
+from eval.sources import choose_column, is_text, need_column, read, read_labels, reading
 
 
 @runtime_checkable
@@ -31,22 +29,104 @@ class ImageData(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """The options of every verb that reads labelled images."""
+    """The options of every verb that reads data."""
 
     data: str
-    """Images: a hub id, a folder of pictures in one folder per class, or parquet."""
+    """A hub id, a folder of pictures in one folder per class, or .parquet, .csv, .tsv, .jsonl or .txt files."""
     split: str = "train"
     """Which part of the data; a slice such as train[:1000] goes too."""
     image_column: str | None = None
     """The column with the images, where there are several."""
+    text_column: tuple[str, ...] = ()
+    """The column with the text, where there are several; two for similarity, sentence1 sentence2 by default."""
     label_column: str | None = None
-    """The column with the labels, where there are several."""
+    """The column with the labels, where there are several; for similarity that with the scores, score by default."""
+    separator: str | None = None
+    """Text files: what separates documents, such as <|endoftext|>; without it a file is one document."""
+
+    @property
+    def where(self) -> str:
+        """What error messages call the data."""
+        return f"{self.data}, split {self.split},"
+
+    def source(self) -> dict[str, Any]:
+        """The options that say what is read, under their names."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataArgs)}
 
     def open(self, labels: Sequence[str] | None = None) -> "DatasetImages":
         """The images; `labels` are the classes of a checkpoint. Raises AstraError; see `load_images`."""
         return load_images(
             self.data, self.split, image_column=self.image_column, label_column=self.label_column, labels=labels
         )
+
+    def open_documents(self) -> list[str]:
+        """The documents: a row of a table, a text file, or a part of one; empty ones are left out.
+
+        Raises:
+          AstraError: the data cannot be read, the split or column does not exist, or there is no text.
+        """
+        rows = self._texts()
+        column = self._text_column(rows)
+        documents = [text.strip() for text in rows[column] if text is not None]
+        documents = [text for text in documents if text]
+        if not documents:
+            raise AstraError(f"{self.where} holds no text: choose another --split")
+        return documents
+
+    def open_labelled(self, labels: Sequence[str] | None = None) -> "LabelledTexts":
+        """Texts and their classes; `labels` are the classes of a checkpoint.
+
+        Raises:
+          AstraError: the data cannot be read, the split or column does not exist, or labels do not fit the classes.
+        """
+        rows = self._texts()
+        column = self._text_column(rows)
+        indices, names = read_labels(rows, self.label_column, labels, self.where)
+        return LabelledTexts(rows, column, indices, names, self.where)
+
+    def open_pairs(self) -> list[tuple[str, str, float]]:
+        """Pairs of sentences and how similar people find them.
+
+        Raises:
+          AstraError: the data cannot be read, the split or a column does not exist, or a row has no text or score.
+        """
+        rows = self._texts()
+        columns = self.text_column or ("sentence1", "sentence2")
+        if len(columns) != 2:
+            raise AstraError(f"--text-column {' '.join(columns)}: similarity takes two columns: sentence1 sentence2")
+        first, second = (self._checked_text(rows, column) for column in columns)
+        scores = need_column(rows.features, self.label_column or "score", "--label-column", self.where)
+        table = rows.select_columns([first, second, scores])
+        return [
+            (
+                _text(row[first], f"{self.where} row {i}"),
+                _text(row[second], f"{self.where} row {i}"),
+                _score(row[scores], f"{self.where} row {i}"),
+            )
+            for i, row in enumerate(table)
+        ]
+
+    def _texts(self) -> Any:
+        rows = read(self.data, self.split, separator=self.separator)
+        if not len(rows):
+            raise AstraError(f"{self.where} holds no text: choose another --split")
+        return rows
+
+    def _text_column(self, rows: Any) -> str:
+        """The one column with the text."""
+        if len(self.text_column) > 1:
+            raise AstraError(f"--text-column {' '.join(self.text_column)}: only similarity takes several: give one")
+        name = self.text_column[0] if self.text_column else None
+        return self._checked_text(rows, name)
+
+    def _checked_text(self, rows: Any, name: str | None) -> str:
+        column = choose_column(rows.features, name, is_text, "text", self.where)
+        if not is_text(rows.features[column]):
+            raise AstraError(
+                f"--text-column {column}: {self.where} has {rows.features[column]} there, no text: "
+                f"choose another of {', '.join(rows.features)}"
+            )
+        return column
 
 
 class DatasetImages:
@@ -80,6 +160,43 @@ class DatasetImages:
         }
 
 
+class LabelledTexts:
+    """Texts and their classes with random access: `data[i]` is `{"text": str, "label": int}`.
+
+    `names[label]` is the name of a class. The arguments are those of `DatasetImages`; the column holds text.
+    """
+
+    def __init__(self, rows: Any, column: str, labels: Int[np.ndarray, "rows"], names: tuple[str, ...], where: str):
+        self.names = names
+        self._texts, self._labels, self._where = rows[column], labels, where
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises AstraError, which names the row, where there is no text."""
+        text = _text(self._texts[index], f"{self._where} row {index}")
+        return {"text": text, "label": int(self._labels[index])}
+
+
+def _text(value: str | None, where: str) -> str:
+    if value is None or not value.strip():
+        raise AstraError(f"{where}: has no text: remove the row")
+    return value
+
+
+def _score(value: Any, where: str) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise AstraError(
+            f"{where}: the score {value!r} is no number: correct the row, or choose another --label-column"
+        )
+    return score
+
+
 def load_images(
     source: str,
     split: str,
@@ -103,25 +220,21 @@ def load_images(
     """
     import datasets  # takes over a second: only for those who read data
 
-    rows = _read(source, split)
+    rows = read(source, split, pictures=True)
     where = f"{source}, split {split},"
     if not len(rows):
         raise AstraError(f"{where} holds no images: choose another --split")
-    image_column = _column(rows.features, image_column, datasets.Image, "image", where)
-    label_column = _column(rows.features, label_column, datasets.ClassLabel, "label", where)
-    with _reading(f"{where} column {image_column!r}", "is it a column of images? Choose another --image-column"):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    column = choose_column(rows.features, image_column, lambda f: isinstance(f, datasets.Image), "image", where)
+    with reading(f"{where} column {column!r}", "is it a column of images? Choose another --image-column"):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return DatasetImages(rows, column, *read_labels(rows, label_column, labels, where), where)
 
-    values, names = _labels(rows, label_column, labels, where)
-    indices = _class_indices(names, labels, where)
-    outside = np.flatnonzero((values < 0) | (values >= len(names)))
-    if outside.size:
-        row = int(outside[0])
-        raise AstraError(
-            f"{where} row {row}: the label {values[row]} is outside the classes 0..{len(names) - 1}: "
-            "is this split unlabelled, or the data set another one?"
-        )
-    return DatasetImages(rows, image_column, indices[values], tuple(labels or names), where)
+
+def check_counts(batch_size: int | None, limit: int | None) -> None:
+    """Raises AstraError if a batch size, or how much to read at most, is below 1."""
+    for option, value in (("batch size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise AstraError(f"the {option} is {value}; it must be at least 1")
 
 
 def batches(
@@ -135,9 +248,7 @@ def batches(
     Raises:
       AstraError: `batch_size` or `limit` is below 1, or an image cannot be decoded.
     """
-    for option, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise AstraError(f"the {option} is {value}; it must be at least 1")
+    check_counts(batch_size, limit)
     return _batches(data, processor, batch_size, min(len(data), limit or len(data)))
 
 
@@ -145,189 +256,3 @@ def _batches(data: ImageData, processor: ImageProcessor, batch_size: int, total:
     for start in range(0, total, batch_size):
         rows = [data[i] for i in range(start, min(start + batch_size, total))]
         yield processor([row["image"] for row in rows]), np.asarray([row["label"] for row in rows], np.int32)
-
-
-# --- where the data are -------------------------------------------------------------------------------------------
-
-
-def _read(source: str, split: str) -> Any:
-    """The rows of a split as a `datasets.Dataset`."""
-    import datasets
-
-    parts = [re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", part.strip()) for part in split.split("+")]
-    if None in parts:
-        raise AstraError(f"--split {split}: write it like test, test[:1000] or train[10%:20%]")
-    wanted = {part[1] for part in parts if part is not None}
-
-    path = Path(source).expanduser()
-    if not path.exists() and (path.suffix == ".parquet" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
-        raise AstraError(f"{source}: no such file or folder: check the path, or give a hub id such as owner/name")
-    advice = (
-        "check the files and --split" if path.exists() else "no local folder has that name: check it, and the network"
-    )
-    with _reading(f"{source}, split {split}", advice):
-        if path.is_file():
-            files = {_split_of(path.stem): [_literal(path)]}
-            _check_splits(source, wanted, list(files))
-            return datasets.load_dataset(_builder_of(path), data_files=files, split=split)
-        if path.is_dir() and not _is_dataset_repository(path):
-            files = _picture_files(path)
-            _check_splits(source, wanted, list(files))
-            # All splits, not only the wanted one: together they say which classes there are.
-            return datasets.load_dataset("imagefolder", data_files=files, split=split)
-        name = str(path) if path.is_dir() else source
-        builder = datasets.load_dataset_builder(name)
-        files = {str(key): list(found) for key, found in (builder.config.data_files or {}).items()}
-        _check_splits(source, wanted, [str(key) for key in files or builder.info.splits or ()])
-        if builder.name != "parquet":
-            return datasets.load_dataset(name, split=split)
-        # load_dataset(name, split=...) would download every split; a parquet file names its classes by itself.
-        files = {key: files[key] for key in sorted(wanted)}
-        return datasets.load_dataset("parquet", data_files=files, features=builder.info.features, split=split)
-
-
-@contextmanager
-def _reading(what: str, advice: str) -> Iterator[None]:
-    """Silences the progress bars of `datasets` and turns whatever it raises into one line."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    except AstraError:
-        raise
-    except Exception as error:  # OSError, ValueError, ArrowInvalid, httpx's and the hub's errors, RuntimeError, ...
-        cause: BaseException = error
-        while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
-        raise AstraError(f"{what}: cannot be read ({reason}): {advice}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _check_splits(source: str, wanted: set[str], available: Sequence[str]) -> None:
-    missing = sorted(wanted - set(available))
-    if missing:
-        raise AstraError(
-            f"{source} has no split {missing[0]!r}; it has {', '.join(available) or 'none'}: choose with --split"
-        )
-
-
-def _builder_of(file: Path) -> str:
-    if file.suffix != ".parquet":
-        raise AstraError(f"{file}: not a .parquet file: give a parquet file, a folder of pictures or a hub id")
-    return "parquet"
-
-
-def _split_names() -> dict[str, str]:
-    """Words in names of files and folders -> split, as everywhere in `datasets` (`val` -> `validation`)."""
-    from datasets.data_files import SPLIT_KEYWORDS
-
-    return {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-
-
-def _split_of(stem: str) -> str:
-    """`test-00000-of-00001` -> `test`; a file with no such word in its name is `train`, as in `datasets`."""
-    names = _split_names()
-    return next((names[word] for word in re.split(r"[-._ 0-9]+", stem) if word in names), "train")
-
-
-def _is_dataset_repository(folder: Path) -> bool:
-    """Whether `datasets` finds its way: parquet files, or a card that lists files (else it is a folder of pictures)."""
-    card = folder / "README.md"
-    tables = (file.name for pattern in ("*.parquet", "*/*.parquet") for file in folder.glob(pattern))
-    return any(name != "metadata.parquet" for name in tables) or (
-        card.is_file() and "data_files:" in card.read_text(encoding="utf8", errors="replace")
-    )
-
-
-def _picture_files(folder: Path) -> dict[str, list[str]]:
-    """Split -> patterns of files.
-
-    `datasets` looks for split names anywhere in a path, so that the class folders `train` (the vehicle) or `test_tube`
-    would become splits and the other classes vanish. Here only a top folder that itself holds class folders (or a
-    metadata file) is a split.
-    """
-    names = _split_names()
-    splits: dict[str, list[str]] = {}
-    for child in sorted(folder.iterdir()):
-        inside = child.iterdir() if child.is_dir() and child.name in names else ()
-        if any(inner.is_dir() or inner.stem == "metadata" for inner in inside):
-            splits.setdefault(names[child.name], []).append(f"{_literal(child)}/**")
-    return splits or {"train": [f"{_literal(folder)}/**"]}
-
-
-def _literal(path: Path) -> str:
-    """A path in which `[`, `*` and `?` are no wildcards, absolute since `datasets` would otherwise look it up twice."""
-    return glob.escape(str(path.absolute()))
-
-
-# --- columns and labels -------------------------------------------------------------------------------------------
-
-
-def _column(features: Any, name: str | None, kind: type, what: str, where: str) -> str:
-    """The named column, or the only one of its kind. Raises AstraError where there is none or a choice."""
-    if name is not None:
-        if name not in features:
-            raise AstraError(f"--{what}-column {name}: {where} has no such column; it has {', '.join(features)}")
-        return name
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
-    if len(found) > 1:
-        raise AstraError(f"{where} has several {what} columns, {', '.join(found)}: choose with --{what}-column")
-    if not found:
-        hint = " (FOLDER/CLASS/PICTURE or FOLDER/SPLIT/CLASS/PICTURE with two or more classes names them)"
-        raise AstraError(
-            f"{where} has no {what} column among {', '.join(features)}{hint if what == 'label' else ''}: "
-            f"choose with --{what}-column"
-        )
-    return found[0]
-
-
-def _labels(
-    rows: Any, column: str, classes: Sequence[str] | None, where: str
-) -> tuple[Int[np.ndarray, "rows"], tuple[str, ...]]:
-    """Numbers of all rows and the names of these numbers. A column of text or of plain numbers works when named."""
-    import datasets
-
-    feature, values = rows.features[column], rows.data.column(column)
-    if values.null_count:
-        row = values.is_null().index(True).as_py()
-        raise AstraError(f"{where} row {row}: has no label in the column {column!r}: remove the row")
-    numbers = values.to_numpy()
-    if isinstance(feature, datasets.ClassLabel):
-        return numbers, tuple(feature.names)
-    if numbers.dtype.kind in "iu":
-        # Without names a label is the checkpoint's own number.
-        return numbers, tuple(classes or map(str, range(int(numbers.max()) + 1)))
-    if getattr(feature, "dtype", None) in ("string", "large_string"):
-        names, numbers = np.unique(numbers.astype(str), return_inverse=True)
-        return numbers, tuple(map(str, names))
-    raise AstraError(f"--label-column {column}: {where} has {feature} there; labels are whole numbers or text")
-
-
-def _class_indices(names: Sequence[str], classes: Sequence[str] | None, where: str) -> Int[np.ndarray, "names"]:
-    """Index into the checkpoint's classes of every class of the data, int32."""
-    own = np.arange(len(names), dtype=np.int32)
-    if classes is None or tuple(names) == tuple(classes):
-        return own
-    if len(names) > len(classes):
-        raise AstraError(
-            f"{where} has {len(names)} classes and the model {len(classes)}: "
-            "evaluate a checkpoint that was trained on these classes"
-        )
-    shared = set(names) & set(classes)
-    if len(shared) == len(names) == len(set(names)) and all(classes.count(name) == 1 for name in names):
-        return np.asarray([classes.index(name) for name in names], np.int32)
-    in_place = all(name == other for name, other in zip(names, classes, strict=False) if {name, other} & shared)
-    number = re.compile(r"((label|class)_)?\d+", re.IGNORECASE)
-    numbered = any(all(number.fullmatch(name) for name in side) for side in (names, classes))
-    if in_place and (numbered or len(names) == len(classes)):
-        return own
-    unknown = next((name for name in names if name not in shared), names[0])
-    raise AstraError(
-        f"{where} has classes that do not match the model's: {unknown!r} is not (or not once) among its "
-        f"{len(classes)} classes, such as {classes[0]!r}: rename the classes, or choose another --label-column"
-    )

@@ -19,27 +19,29 @@ def check_plot(path: Path) -> None:
         raise AstraError(f"--plot {path}: the folder {path.parent} does not exist: create it first")
 
 
-def accuracy_and_latency(rows: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) -> None:
-    """Two panels from the rows of `astra eval`: accuracy over bits per token and block, and predicted latency over
-    the link's rate. One-device rows are horizontal lines."""
+def metric_and_latency(
+    rows: Sequence[dict[str, Any]], metric: str, what: str, rates: Sequence[str], path: Path
+) -> None:
+    """Two panels from the rows of `astra eval`: a metric over bits per token and block, and predicted latency over the
+    link's rate. One-device rows are horizontal lines.
+
+    Args:
+      metric: the column of the left panel, which is also its label.
+      what: what the latency is that of, such as `image`.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     single = [row for row in rows if row["N"] == 1]
     several = sorted((row for row in rows if row["N"] > 1), key=lambda row: row["bits"])
     for row in single:
-        left.axhline(row["accuracy %"], color="black", linestyle="--", label=f"{row['checkpoint']}, one device")
+        left.axhline(row[metric], color="black", linestyle="--", label=f"{row['checkpoint']}, one device")
     if several:
-        left.plot(
-            [row["bits"] for row in several],
-            [row["accuracy %"] for row in several],
-            marker="o",
-            label=f"ASTRA, {several[0]['N']} devices",
-        )
-        left.set_xscale("log", base=2)
         bits = [row["bits"] for row in several]
+        left.plot(bits, [row[metric] for row in several], marker="o", label=f"ASTRA, {several[0]['N']} devices")
+        left.set_xscale("log", base=2)
         left.set_xticks(bits, [str(b) for b in bits])
     left.set_xlabel("bits per token and block")
-    left.set_ylabel("accuracy (%)")
+    left.set_ylabel(metric)
     left.legend()
     megabits = [parse_rate(rate) / 1e6 for rate in rates]
     for row in [*single, *several]:
@@ -50,7 +52,7 @@ def accuracy_and_latency(rows: Sequence[dict[str, Any]], rates: Sequence[str], p
     right.set_yscale("log")
     right.set_xticks(megabits, [f"{m:g}" for m in megabits])
     right.set_xlabel("link (Mbps)")
-    right.set_ylabel("predicted latency of one image (ms)")
+    right.set_ylabel(f"predicted latency of one {what} (ms)")
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)

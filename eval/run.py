@@ -1,24 +1,37 @@
-"""Classify images with one checkpoint, its tokens split over the devices that --devices picks.
+"""Run one checkpoint with its tokens split over the devices that --devices picks.
 
-On a CPU the devices are made by the program itself. Prints the likeliest classes, the time, and what crossed the link.
+It names what is in pictures (--image), or goes on with texts, classifies them or compares them (--prompt), whatever the
+checkpoint is for.
+
+On a CPU the devices are made by the program itself. Prints the answer, the time, and what crossed the link. A language
+model reads the prompts on all devices and then goes on where their end is, without the others.
 """
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import checkpoints
-from astra_jax.console import Report
+from astra_jax.console import Report, console, progress
 from astra_jax.errors import AstraError
+from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.preprocess import decode_image
-from astra_jax.sharding import make_mesh, parse_devices
+from astra_jax.sharding import SEQ, make_mesh, parse_devices
 from astra_jax.strategies import Astra, need_codec, parallelize
+from astra_jax.text import Text, pad
+from checkpoints import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +40,131 @@ class Args:
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint; with codebooks for more than one device."""
-    image: tuple[Path, ...]
+    image: tuple[Path, ...] = ()
     """One or more pictures."""
+    prompt: tuple[str, ...] = ()
+    """One or more texts; several are run as one batch."""
     devices: str = "1"
     """The mesh: N devices over the tokens, or DxN for D batches at once."""
     top: int = 5
-    """How many classes to print for each picture."""
+    """How many classes to print for each picture or text."""
+    max_new_tokens: int | None = None
+    """How many tokens to go on for, at most; by default 128, or what the model's limit leaves."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    stop: tuple[str, ...] = ()
+    """End where one of these strings comes up; it is not printed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in, and kept in memory."""
     json: Path | None = None
     """Also write everything printed to this file."""
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What `call` gives, its seconds, and those of an earlier call that had to compile."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        result = jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return result, seconds[1], seconds[0]
+
+
+def sent_bytes(model: Any, N: int, inputs: Any) -> int:
+    """Bytes of codes that every device sends for one image or text of this batch."""
+    if N == 1:
+        return 0
+    shards = model.shards(N, inputs)
+    return model.config.num_hidden_layers * Astra(shards).wire_bits(need_codec(model.codec)) // 8
+
+
+def class_rows(checkpoint: Checkpoint, logits: Any, names: list[str], top: int) -> list[dict[str, Any]]:
+    """The likeliest classes of every input, with their probabilities."""
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    labels = checkpoint.labels or tuple(str(c) for c in range(probabilities.shape[1]))
+    return [
+        {"input": name, "class": labels[c], "probability": float(p[c])}
+        for name, p in zip(names, probabilities, strict=True)
+        for c in np.argsort(-p)[:top]
+    ]
+
+
+def similarity_rows(embeddings: Any, names: list[str]) -> list[dict[str, Any]]:
+    """The cosine of the embeddings of every pair of sentences."""
+    unit = np.asarray(embeddings) / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    pairs = itertools.combinations(range(len(names)), 2)
+    return [{"sentence": names[a], "and": names[b], "cosine": float(unit[a] @ unit[b])} for a, b in pairs]
+
+
+def run_once(args: Args, checkpoint: Checkpoint, mesh: Mesh, inputs: Any, names: list[str], report: Report) -> None:
+    """Pictures or texts through a classifier or a sentence encoder."""
+    program = parallelize(checkpoint.model, mesh)
+    output, seconds, first = timed(lambda: program(inputs))
+    where = f"{args.checkpoint} on {args.devices} device(s)"
+    if getattr(checkpoint.config, "task", None) == "embedding":
+        report.table("similarities", where, similarity_rows(output, names))
+    else:
+        report.table("classes", where, class_rows(checkpoint, output, names, args.top))
+    sent = sent_bytes(checkpoint.model, mesh.shape[SEQ], inputs)
+    report.say(
+        f"{1e3 * seconds:.1f} ms for {len(names)} input(s), {first:.1f} s with compilation; "
+        f"each device sent {sent:,} bytes of codes per input",
+        seconds=seconds,
+        first_seconds=first,
+        code_bytes_per_input=sent,
+    )
+
+
+def generate(args: Args, checkpoint: Checkpoint, mesh: Mesh, text: Text, report: Report) -> None:
+    """Goes on with prompts: one is printed as it grows, several at the end."""
+    lengths, N = np.asarray(text.lengths), mesh.shape[SEQ]
+    room = checkpoint.config.max_position_embeddings + 1 - int(lengths.max())
+    new_tokens = min(128, room) if args.max_new_tokens is None else args.max_new_tokens
+    prompts = [row[:length].tolist() for row, length in zip(text.ids, lengths, strict=True)]
+    rows = [Continuation(checkpoint.tokenizer.stream(ids), checkpoint.eos_ids, args.stop) for ids in prompts]
+    generator = Generator(checkpoint.model, mesh)
+
+    start = time.perf_counter()
+    list(itertools.islice(generator.tokens(text, new_tokens, args.sampling), 2))
+    compiled = time.perf_counter() - start
+
+    one = len(rows) == 1
+    show = partial(console.print, end="", markup=False, soft_wrap=True) if one else lambda text: None
+    show(args.prompt[0])
+    start, seconds = time.perf_counter(), []
+    with nullcontext(lambda: None) if one else progress("tokens", new_tokens) as advance:
+        for step in generator.tokens(text, new_tokens, args.sampling):
+            seconds.append(time.perf_counter() - start)
+            for row, token in zip(rows, step.tolist(), strict=True):
+                show(row.add(token))
+            advance()
+            if all(row.done for row in rows):
+                break
+    for row in rows:
+        show(row.rest())
+    show("\n")
+    if not one:
+        for prompt, row in zip(args.prompt, rows, strict=True):
+            report.say(f"--- {prompt}{row.text}")
+    counts, sent = [row.count for row in rows], sent_bytes(checkpoint.model, N, text)
+    rate = (len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else 0.0
+    kept, full = generator.cache_memory
+    report.say(
+        f"first token after {1e3 * seconds[0]:.1f} ms ({compiled:.1f} s with compilation), then {rate:.1f} tokens/s; "
+        f"each device sent {sent:,} bytes of codes per prompt",
+        texts=[row.text for row in rows],
+        prompt_tokens=lengths.tolist(),
+        new_tokens=counts,
+        first_token_seconds=seconds[0],
+        compile_seconds=compiled,
+        tokens_per_second=rate,
+        code_bytes_per_prompt=sent,
+    )
+    if N > 1:
+        report.say(
+            f"the cache keeps remote tokens as {kept:,} bytes of codes instead of {full:,} bytes of keys and values",
+            cache_code_bytes=kept,
+            cache_full_bytes=full,
+        )
 
 
 def main(args: Args) -> None:
@@ -42,36 +172,25 @@ def main(args: Args) -> None:
     report = Report("run", args.json)
     if args.top < 1:
         raise AstraError(f"--top is {args.top}; it must be at least 1")
-    if not args.image:
-        raise AstraError("no picture was given: add --image FILE")
     data_devices, N = parse_devices(args.devices)
     mesh = make_mesh(N, data_devices)
-    checkpoint = checkpoints.load(args.checkpoint)
-    model = checkpoint.model
-    pictures = [decode_image(path) for path in args.image]
-    images = jnp.asarray(checkpoint.processor(pictures))
-    classify = parallelize(model, mesh)
-    start = time.perf_counter()
-    jax.block_until_ready(classify(images))
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    logits = jax.block_until_ready(classify(images))
-    seconds = time.perf_counter() - start
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    names = checkpoint.labels or tuple(str(c) for c in range(probabilities.shape[1]))
-    rows = [
-        {"image": str(path), "class": names[c], "probability": float(p[c])}
-        for path, p in zip(args.image, probabilities, strict=True)
-        for c in np.argsort(-p)[: args.top]
-    ]
-    report.table("classes", f"{args.checkpoint} on {args.devices} device(s)", rows)
-    L = model.config.num_hidden_layers
-    sent = L * Astra(model.shards(N)).wire_bits(need_codec(model.codec)) // 8 if N > 1 else 0
-    report.say(
-        f"{1e3 * seconds:.1f} ms for {len(pictures)} image(s), {first:.1f} s with compilation; "
-        f"each device sent {sent:,} bytes of codes per image",
-        seconds=seconds,
-        first_seconds=first,
-        code_bytes_per_image=sent,
-    )
+    dtype = jnp.dtype(args.dtype)
+    placed = NamedSharding(mesh, P())
+    checkpoint = checkpoints.load(args.checkpoint, dtype=dtype, param_dtype=dtype, sharding=placed)
+    images = checkpoint.family == "vit"
+    given, other = ("image", "prompt") if images else ("prompt", "image")
+    if not getattr(args, given) or getattr(args, other):
+        raise AstraError(f"{args.checkpoint}: takes {'pictures' if images else 'text'}: give --{given}, not --{other}")
+    if images:
+        pixels = jnp.asarray(checkpoint.processor([decode_image(path) for path in args.image]))
+        run_once(args, checkpoint, mesh, pixels, [str(path) for path in args.image], report)
+    else:
+        text = pad([checkpoint.tokenizer.encode(p) for p in args.prompt], checkpoint.config.max_position_embeddings)
+        shortest = int(np.min(text.lengths))
+        if shortest < N:
+            report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {N} devices")
+        if checkpoint.config.task == "causal-lm":
+            generate(args, checkpoint, mesh, text, report)
+        else:
+            run_once(args, checkpoint, mesh, text, list(args.prompt), report)
     report.close()

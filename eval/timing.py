@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -25,15 +24,25 @@ def median_seconds(call: Callable[[], Any], repeats: int = 11) -> float:
     return float(np.median(seconds))
 
 
-def compute_seconds(model: Any, N: int, batch: int = 1) -> float:
-    """Seconds in which one device of N does its share of a forward pass, exchange excluded; all of it for N = 1."""
+def compute_seconds(model: Any, N: int, inputs: Any) -> float:
+    """Seconds in which one device of N does its share of a forward pass, exchange excluded; all of it for N = 1.
+
+    Args:
+      model: a model of `astra_jax.models`. Of a language model it is prefill: all states, and the logits of the last
+        token. The device is the last one, which for a decoder has the most to do.
+      inputs: what the model takes: images, or a `Text`.
+    """
     graphdef, state = nnx.split(model)
-    shards = model.shards(N)
-    strategy = OneOfN(shards) if N > 1 else Single(shards)
+    shards = model.shards(N, inputs)
+    tokens = shards.scatter(model.to_tokens(inputs))[:, -shards.S :]
 
     @jax.jit
-    def forward(state: Any, tokens: Array) -> Array:
-        return nnx.merge(graphdef, state)(tokens, strategy)[0]
+    def forward(state: Any, inputs: Any, tokens: Array) -> Array:
+        model = nnx.merge(graphdef, state)
+        shards = model.shards(N, inputs)
+        strategy = OneOfN(shards) if N > 1 else Single(shards)
+        if not model.per_token:
+            return model(tokens, strategy)[0]
+        return model.logits(model.states(tokens, strategy)[0][:, -1:])
 
-    tokens = jnp.zeros((batch, shards.S, model.embed.in_features))
-    return median_seconds(lambda: forward(state, tokens))
+    return median_seconds(lambda: forward(state, inputs, tokens))

@@ -6,10 +6,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiling is most of what tests do: the same program is compiled once, also for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Half of compiling is to make machine code fast, which tiny programs need not be. The optimized HLO stays the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +23,15 @@ from flax import nnx
 from hypothesis import settings
 
 from astra_jax.config import AstraConfig
+from astra_jax.models.bert import Bert, BertConfig
+from astra_jax.models.gpt2 import GPT2, GPT2Config
+from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
+from astra_jax.text import Text
 
 DEVICES = 8
 
-TINY = {
+TINY_VIT = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -34,6 +41,16 @@ TINY = {
     "num_channels": 1,
     "num_labels": 5,
 }
+TINY_GPT2 = {"vocab_size": 50, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
+TINY_BERT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+}
+TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # works only before JAX starts its backend
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -58,34 +75,63 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="session")
-def tiny_vit() -> Callable[..., ViT]:
-    """Makes a ViT of two blocks and 5x5 patches: no number of devices from 2 to 8 but 5 divides its tokens.
+def draw(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
+    """A module whose variables are all random, also those that start as 0 or 1 and would hide a mistake.
 
-    Everything is random, also what starts as 0 or 1 and would hide a mistake. It is drawn by numpy, because XLA takes
-    ten seconds to compile the initialisation.
+    They are drawn by numpy, because XLA takes ten seconds to compile the initialisation of a model.
     """
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: module(*args, **options, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def fill(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
+        name, values = jax.tree_util.keystr(path), rng.normal(size=variable.shape)
+        if "kernel" in name:
+            values /= np.sqrt(variable.shape[-2])
+        elif "residual_var" in name:
+            values **= 2
+        return jnp.asarray(values, variable.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
+
+
+@pytest.fixture(scope="session")
+def random_module() -> Callable[..., Any]:
+    """Makes a module of a class, given the class and its arguments, with random variables."""
+    return draw
+
+
+def maker(family: Callable[..., nnx.Module], config: Callable[..., Any], tiny: dict[str, Any]) -> Callable[..., Any]:
+    """A function from an AstraConfig, and from values of the configuration other than `tiny`, to a model."""
 
     @functools.cache
-    def drawn(astra: AstraConfig | None, overrides: tuple) -> ViT:
-        config = ViTConfig(**{**TINY, **dict(overrides)})
-        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: ViT(config, astra, rngs=nnx.Rngs(0))))
-        rng = np.random.default_rng(0)
+    def drawn(config: Any, astra: AstraConfig | None) -> nnx.Module:
+        return draw(family, config, astra)
 
-        def draw(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
-            name, values = jax.tree_util.keystr(path), rng.normal(size=variable.shape)
-            if "kernel" in name:
-                values /= np.sqrt(variable.shape[-2])
-            elif "residual_var" in name:
-                values **= 2
-            return jnp.asarray(values, variable.dtype)
+    return lambda astra=None, **overrides: nnx.clone(drawn(config(**{**tiny, **overrides}), astra))
 
-        return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, shapes))
 
-    def make(astra: AstraConfig | None = None, **overrides: int | bool) -> ViT:
-        return nnx.clone(drawn(astra, tuple(overrides.items())))
+@pytest.fixture(scope="session")
+def tiny_vit() -> Callable[..., ViT]:
+    """Makes a ViT of two blocks and 5x5 patches: no number of devices from 2 to 8 but 5 divides its tokens."""
+    return maker(ViT, ViTConfig, TINY_VIT)
 
-    return make
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., GPT2]:
+    """Makes a GPT-2 of two blocks that takes up to 64 tokens."""
+    return maker(GPT2, GPT2Config, TINY_GPT2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Llama]:
+    """Makes a Llama of two blocks that takes up to 64 tokens; two query heads share a key/value head."""
+    return maker(Llama, LlamaConfig, TINY_LLAMA)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert() -> Callable[..., Bert]:
+    """Makes a BERT of two blocks that takes up to 64 tokens and gives embeddings."""
+    return maker(Bert, BertConfig, TINY_BERT)
 
 
 @pytest.fixture(scope="session")
@@ -96,5 +142,38 @@ def rank_coded() -> Callable[..., jax.Array]:
         ranks = jnp.linspace(-2.0, 2.0, B * 25).reshape(B, 5, 5, 1)
         texture = jax.random.normal(jax.random.key(2), (20, 20, 1))
         return ranks.repeat(4, axis=1).repeat(4, axis=2) + 0.3 * texture
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_text() -> Callable[..., Text]:
+    """Makes token sequences of these lengths, one per length, in T slots. The padding is random, too."""
+
+    def make(*lengths: int, T: int = 24) -> Text:
+        ids = np.random.default_rng(1).integers(0, TINY_GPT2["vocab_size"], (len(lengths), T))
+        return Text(ids.astype(np.int32), np.asarray(lengths, np.int32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
+    """Makes the folder of a tokenizer with a token for each of the words w0, w1, ...; with `special` it also puts [CLS]
+    before a text and [SEP] behind it. Its ids are 0 to 3 + `words`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    def make(words: int, *, special: bool = False) -> Path:
+        vocabulary = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *(f"w{i}" for i in range(words))]
+        inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        if special:
+            inner.post_processor = processors.TemplateProcessing(
+                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+            )
+        folder = tmp_path_factory.mktemp("tokenizer")
+        inner.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        return folder
 
     return make

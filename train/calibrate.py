@@ -21,8 +21,13 @@ from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.quantizer import usage
 from astra_jax.strategies import Single
+from astra_jax.text import Text
+from checkpoints import Checkpoint
 from eval.data import DataArgs, batches
+from train.data import sequences
 from train.kmeans import assign, kmeans
+
+TOKENS_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,10 @@ class Args(DataArgs):
     """What is quantized: the input of the K and V projections, or K and V themselves."""
     class_token: ClassToken = "distributed"
     """One class token replica per device, or one on the first device only."""
-    images: int = 1024
-    """How many images to look at."""
+    samples: int = 1024
+    """How many images or texts to look at."""
+    length: int | None = None
+    """Tokens of a text; by default what the model takes, but at most 512."""
     tokens: int = 32_768
     """How many of their tokens to cluster in every block."""
     iterations: int = 12
@@ -53,27 +60,38 @@ class Args(DataArgs):
     """Also write everything printed to this file."""
 
 
-def capture(model: Any, images: list[np.ndarray], tokens: int, seed: int) -> Float[np.ndarray, "L M D"]:
-    """What every block's quantizer sees, for up to `tokens` random tokens of the images (batches [B,h,w,c])."""
+def inputs(checkpoint: Checkpoint, args: Args) -> list[Any]:
+    """Batches of what the model takes: images, or `Text` of equal length."""
+    if checkpoint.family == "vit":
+        return [images for images, _ in batches(args.open(), checkpoint.processor, 32, limit=args.samples)]
+    text, _ = sequences(checkpoint, args, args.length)
+    rows = np.random.default_rng(args.seed).permutation(len(text.ids))[: args.samples]
+    size = max(1, TOKENS_AT_ONCE // text.ids.shape[1])
+    return [Text(text.ids[part], text.lengths[part]) for part in np.split(rows, range(size, len(rows), size))]
+
+
+def capture(model: Any, batches: list[Any], tokens: int, seed: int) -> Float[np.ndarray, "L M D"]:
+    """What every block's quantizer sees, for up to `tokens` random tokens of the batches that would be sent."""
     graphdef, state = nnx.split(model)
-    shards = model.shards(1)
-    T = shards.T
-    total = sum(len(batch) for batch in images) * T
 
     @jax.jit
-    def run(state: Any, batch: Array) -> Array:
+    def run(state: Any, batch: Any) -> tuple[Array, Array]:
         model = nnx.merge(graphdef, state)
-        y = model(model.to_tokens(batch), Single(shards, capture=True))[1]  # [L,B,S,D]
-        sent = y[:, :, y.shape[2] - T :]  # class tokens are not among the codes that training has to serve
-        return sent.reshape(sent.shape[0], -1, sent.shape[-1]).astype(jnp.float32)
+        shards = model.shards(1, batch)
+        strategy = Single(shards, capture=True)
+        y = model(shards.scatter(model.to_tokens(batch)), strategy)[1]  # [L,B,S,D]
+        # Replicas of the class token and padding are not among the codes that training has to serve.
+        sent = jnp.broadcast_to(strategy.tokens().valid & strategy.tokens().sent, y.shape[1:3])
+        return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32), sent.reshape(-1)
 
     rng = np.random.default_rng(seed)
+    rows = [len(jax.tree.leaves(batch)[0]) for batch in batches]
     kept = []
-    with progress("activations", len(images)) as advance:
-        for batch in images:
-            y = np.asarray(run(state, batch))
-            share = min(y.shape[1], round(tokens * len(batch) * T / total))
-            kept.append(y[:, np.sort(rng.permutation(y.shape[1])[:share])])
+    with progress("activations", len(batches)) as advance:
+        for batch, share in zip(batches, np.diff(np.round(np.cumsum([0, *rows]) / sum(rows) * tokens)), strict=True):
+            y, sent = run(state, batch)
+            chosen = rng.permutation(np.flatnonzero(sent))[: int(share)]
+            kept.append(np.asarray(y)[:, np.sort(chosen)])
             advance()
     return np.concatenate(kept, axis=1)
 
@@ -87,7 +105,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
     L, G, K, d = codec.codebook[...].shape
     M = y.shape[1]
     if M < K:
-        raise AstraError(f"{M} tokens are too few for {K} codewords: give more --images or fewer --codewords")
+        raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
 
     @jax.jit
     def one_block(y: Float[Array, "M D"], key: Any) -> tuple[Array, ...]:
@@ -118,11 +136,8 @@ def main(args: Args) -> None:
     astra = AstraConfig(args.groups, args.codewords, args.site, args.class_token)
     source = checkpoints.load(args.checkpoint)
     checkpoint = checkpoints.with_codebooks(source, astra)
-    data = args.open()
-    processor = checkpoint.processor
-    images = [images for images, _ in batches(data, processor, 32, limit=args.images)]
     model = checkpoint.model
-    y = capture(model, images, args.tokens, args.seed)
+    y = capture(model, inputs(checkpoint, args), args.tokens, args.seed)
     errors = fit(model, y, args.iterations, args.seed)
     used = usage(model.codec.count[...])
     report.table(

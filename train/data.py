@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from PIL import Image
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor
-from eval.data import ImageData
+from astra_jax.text import Text, pad
+from astra_jax.tokenizer import Tokenizer
+from checkpoints import Checkpoint
+from eval.data import DataArgs, ImageData
 
 CACHE_BYTES = 2**30  # resized pixels up to this size are kept in memory
 DECODE_CHUNK = 64  # images that a thread decodes at a time
@@ -109,37 +113,118 @@ def decode(data: ImageData, processor: ImageProcessor) -> Decoded:
 
 def train_batches(
     data: ImageData, processor: ImageProcessor, batch_size: int, seed: int, augment: Augment | None = None
-) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Endless batches: every epoch holds every image once, in an order of its own; batches may span two epochs.
-
-    Data that fit into memory are decoded first, once. Order and augmentation depend on `seed` and the position alone:
-    `set_state(state)` of an iterator with the same arguments continues bit for bit after the batch before
-    `state = get_state()`, a dict for JSON.
+) -> grain.DatasetIterator[dict[str, Any]]:
+    """Endless batches of images; see `_endless` for their order. Data that fit into memory are decoded first, once.
 
     Returns:
-      iterator over {"image": float32 [B,height,width,channels], "label": int32 [B]}.
+      iterator over {"input": float32 [B,height,width,channels], "label": int32 [B]}.
 
     Raises:
       AstraError: `batch_size` or `seed` is outside its range, there are no images, or one cannot be decoded.
     """
+    _check(batch_size, seed, len(data), "images")
+    size = len(data) * processor.height * processor.width * processor.channels
+    source = decode(data, processor) if size <= CACHE_BYTES else _OnDemand(data, processor)
+
+    def batch(indices: Int[np.ndarray, "B"], rng: np.random.Generator) -> dict[str, Any]:
+        images, labels = source.take(indices)
+        return {"input": processor.normalize(augment(images, rng) if augment else images), "label": labels}
+
+    # From memory one thread is enough, and several only contend for the interpreter.
+    reading = _ONE_THREAD if isinstance(source, Decoded) else _threads()
+    return _endless(len(data), batch_size, seed, batch, reading)
+
+
+def text_batches(
+    text: Text, labels: Int[np.ndarray, "n"] | None, batch_size: int, seed: int
+) -> grain.DatasetIterator[dict[str, Any]]:
+    """Endless batches of token sequences; see `_endless` for their order.
+
+    Args:
+      text: all sequences, padded to the same length.
+      labels: the class of every sequence; None for language modelling.
+
+    Returns:
+      iterator over {"input": Text} or {"input": Text, "label": int32 [B]}.
+
+    Raises:
+      AstraError: `batch_size` or `seed` is outside its range, or there is no text.
+    """
+    _check(batch_size, seed, len(text.ids), "texts")
+
+    def batch(indices: Int[np.ndarray, "B"], rng: np.random.Generator) -> dict[str, Any]:
+        found: dict[str, Any] = {"input": Text(text.ids[indices], text.lengths[indices])}
+        return found if labels is None else found | {"label": labels[indices]}
+
+    return _endless(len(text.ids), batch_size, seed, batch, _ONE_THREAD)
+
+
+def packed(documents: Sequence[str], tokenizer: Tokenizer, eos: Sequence[int], length: int) -> Text:
+    """Documents for language modelling: token ids end to end, an end-of-text token behind each, cut into `length`.
+
+    Raises:
+      AstraError: there are fewer tokens than one sequence takes.
+    """
+    ids: list[int] = []
+    with progress("reading text", len(documents)) as advance:
+        for document in documents:
+            ids += [*tokenizer.encode(document), *eos[:1]]
+            advance()
+    n = len(ids) // length
+    if n < 1:
+        raise AstraError(f"the text has {len(ids)} tokens, fewer than one sequence of {length}: use a smaller --length")
+    return Text(np.asarray(ids[: n * length], np.int32).reshape(n, length), np.full(n, length, np.int32))
+
+
+def sequences(checkpoint: Checkpoint, data: DataArgs, length: int | None) -> tuple[Text, Int[np.ndarray, "n"] | None]:
+    """The text of a data set as a checkpoint takes it: all sequences, padded to the same length, and their classes.
+
+    A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it.
+
+    Args:
+      length: tokens of a sequence; None for the model's limit, but at most 512.
+
+    Raises:
+      AstraError: the data cannot be read, `length` is not from 2 to the model's limit, or there is too little text.
+    """
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    limit = config.max_position_embeddings
+    length = min(limit, 512) if length is None else length
+    if not 2 <= length <= limit:
+        raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
+    if config.task == "causal-lm":
+        return packed(data.open_documents(), tokenizer, checkpoint.eos_ids, length), None
+    if config.task == "embedding":
+        return pad([tokenizer.encode(text, length) for text in data.open_documents()], limit), None
+    rows = data.open_labelled(checkpoint.labels)
+    labels = np.asarray([rows[i]["label"] for i in range(len(rows))], np.int32)
+    return pad([tokenizer.encode(rows[i]["text"], length) for i in range(len(rows))], limit), labels
+
+
+def _check(batch_size: int, seed: int, count: int, what: str) -> None:
     if batch_size < 1:
         raise AstraError(f"the batch size is {batch_size}; it must be at least 1")
     if not 0 <= seed < 2**32:
         raise AstraError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}")
-    if not len(data):
-        raise AstraError("the training data hold no images: choose another split")
-    size = len(data) * processor.height * processor.width * processor.channels
-    source = decode(data, processor) if size <= CACHE_BYTES else _OnDemand(data, processor)
+    if not count:
+        raise AstraError(f"the training data hold no {what}: choose another split")
 
-    def batch(indices: Int[np.ndarray, "B"], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        images, labels = source.take(indices)
-        return {"image": processor.normalize(augment(images, rng) if augment else images), "label": labels}
 
+def _endless(
+    count: int, batch_size: int, seed: int, batch: Callable[..., dict[str, Any]], reading: grain.ReadOptions
+) -> grain.DatasetIterator[dict[str, Any]]:
+    """`batch(indices, rng)` for ever: every epoch holds all of `count` once, in an order of its own; batches may span
+    two epochs.
+
+    Order and variation depend on `seed` and the position alone: `set_state(state)` of an iterator with the same
+    arguments continues bit for bit after the batch before `state = get_state()`, a dict for JSON.
+    """
     # Grain moves indices only: gathering, varying and normalizing whole batches is many times faster.
-    order = grain.MapDataset.range(len(data)).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=np.asarray)
-    # From memory one thread is enough, and several only contend for the interpreter.
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2) if isinstance(source, Decoded) else _threads()
+    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=np.asarray)
     return iter(order.random_map(batch).to_iter_dataset(reading))
+
+
+_ONE_THREAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def _threads() -> grain.ReadOptions:

@@ -5,6 +5,7 @@ logs to OUT/train.jsonl and saves its state in OUT/train; after Ctrl-C or a cras
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +15,12 @@ import tyro
 
 import checkpoints
 from astra_jax.console import Report
+from astra_jax.errors import AstraError
 from astra_jax.sharding import make_mesh, parse_devices
+from checkpoints import Checkpoint
 from eval.data import DataArgs
-from train.data import Augment, train_batches
-from train.loop import Training, train
+from train.data import Augment, sequences, text_batches, train_batches
+from train.loop import Batch, Training, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +36,29 @@ class Args(DataArgs):
     """Shift the images at random."""
     flip: bool = True
     """Also mirror them at random; turn off where left and right matter, as in digits."""
+    length: int | None = None
+    """Tokens of a text; by default what the model takes, but at most 512."""
     devices: str | None = None
     """Devices to spread every batch over; all accelerators by default, one CPU."""
     save_every: int = 100
     """Steps between saved states."""
     json: Path | None = None
     """Also write everything printed to this file."""
+
+
+def training_batches(checkpoint: Checkpoint, args: Args) -> Iterator[Batch]:
+    """Endless batches of the checkpoint's kind of data. Raises AstraError for a model that no loss is known for."""
+    training = args.training
+    if checkpoint.family == "vit":
+        augment = Augment(flip=args.flip) if args.augment else None
+        data = args.open(checkpoint.labels)
+        return train_batches(data, checkpoint.processor, training.batch_size, training.seed, augment)
+    if checkpoint.config.task == "embedding":
+        raise AstraError(
+            f"{args.checkpoint}: is a sentence encoder without a classifier, which there is no loss for: use it as "
+            "`astra calibrate` made it"
+        )
+    return text_batches(*sequences(checkpoint, args, args.length), training.batch_size, training.seed)
 
 
 def main(args: Args) -> None:
@@ -48,15 +68,13 @@ def main(args: Args) -> None:
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
     checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
-    data = args.open(checkpoint.labels)
-    augment = Augment(flip=args.flip) if args.augment else None
-    processor = checkpoint.processor
-    iterator = train_batches(data, processor, training.batch_size, training.seed, augment)
+    iterator = training_batches(checkpoint, args)
     source = {
         "checkpoint": str(args.checkpoint),
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(DataArgs)},
+        **args.source(),
         "augment": args.augment,
         "flip": args.flip,
+        "length": args.length,
     }
     model, done = train(
         checkpoint.model,

@@ -28,6 +28,7 @@ from astra_jax.errors import AstraError
 from astra_jax.sharding import DATA
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet, writing
+from eval.perplexity import NextTokenLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Training:
     steps: int = 500
     """How many batches to train on."""
     batch_size: int = 64
-    """Images per batch, over all devices together."""
+    """Images or texts per batch, over all devices together."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW, reached after the warm-up; it then falls to zero along a cosine."""
     warmup: float = 0.1
@@ -94,6 +95,10 @@ class Training:
             raise AstraError(f"--shards is {self.shards}; give one or more numbers of devices, such as 4")
 
 
+# "input": images [B,h,w,c] or `Text`; "label": classes [B], where the task has any.
+Batch = dict[str, Any]
+
+
 class TrainState(NamedTuple):
     """All that changes from step to step; random keys are functions of the step."""
 
@@ -136,35 +141,55 @@ def start(model: Any, training: Training) -> tuple[Any, TrainState]:
     return graphdef, fresh(params, codecs)
 
 
-def task_loss(
+def class_loss(
     logits: Float[Array, "B C"], labels: Int[Array, "B"], smoothing: float
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy with label smoothing, in nats, and accuracy."""
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-    return optax.softmax_cross_entropy(logits, targets).mean(), accuracy
+    return optax.softmax_cross_entropy(logits, targets).mean(), {"accuracy": accuracy}
+
+
+def token_loss(
+    losses: Float[Array, "B slots"], lengths: Int[Array, "B"], strategy: Any
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The mean loss of a token that has a predecessor, in nats, and its exponential, the perplexity."""
+    tokens = strategy.tokens()
+    counts = tokens.valid & (tokens.position + 1 < lengths[:, None])  # the last token predicts nothing that is known
+    mean = jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    return mean, {"perplexity": jnp.exp(mean)}
+
+
+def run_task(
+    model: Any, batch: Batch, N: int, noise: Noise, smoothing: float
+) -> tuple[Float[Array, ""], dict[str, Array], Any]:
+    """The loss of a model on N virtual shards, its measures, and the strategy's reports."""
+    model = NextTokenLoss(model) if model.per_token else model
+    shards = model.shards(N, batch["input"])
+    strategy = Virtual(shards, noise) if N > 1 else Single(shards)
+    output, seen = model(shards.scatter(model.to_tokens(batch["input"])), strategy)
+    if model.per_token:
+        return *token_loss(output, batch["input"].lengths, strategy), seen
+    return *class_loss(output, batch["label"], smoothing), seen
 
 
 def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One training step for N shards: (state, images [B,h,w,c], labels [B]) -> (state, metrics)."""
+    """One training step for N shards: (state, batch) -> (state, metrics)."""
     tx, rate = optimizer(training), learning_rate(training)
 
-    def loss(params: Any, codecs: Any, images: Array, labels: Array, key: Array) -> tuple[Array, Any]:
+    def loss(params: Any, codecs: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params, codecs)
-        shards = model.shards(N)
-        strategy = Virtual(shards, Noise(key, training.noise)) if N > 1 else Single(shards)
-        logits, seen = model(shards.scatter(model.to_tokens(images)), strategy)
-        task, accuracy = task_loss(logits, labels, training.label_smoothing)
+        task, measures, seen = run_task(model, batch, N, Noise(key, training.noise), training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
         error = jnp.mean(seen.error) if N > 1 else jnp.float32(0)
-        return total, (dict(loss=total, task=task, commitment=commitment, error=error, accuracy=accuracy), seen)
+        return total, (dict(loss=total, task=task, commitment=commitment, error=error, **measures), seen)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         params, codecs, opt_state, number = state
         key = jax.random.fold_in(jax.random.key(training.seed), number)
-        arguments = (params, codecs, images, labels, key)
+        arguments = (params, codecs, batch, key)
         if training.trains == "codebooks":
             _, (metrics, seen) = loss(*arguments)
         else:
@@ -235,7 +260,7 @@ def train(
 
     Args:
       model: what to start from; it is left as it is.
-      data: an infinite iterator of dict(image, label) with `get_state` and `set_state`.
+      data: an infinite iterator of `Batch` with `get_state` and `set_state`.
       out: folder for `train/` (the saved states) and `train.jsonl`.
       mesh: its data axis splits every batch.
       source: what `model` and `data` come from, for JSON; with the same settings and source a run is resumed.
@@ -270,16 +295,15 @@ def train(
         steps = {N: make_step(graphdef, training, N) for N in sorted(set(training.shards))}
         with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
-                batch = next(data)
-                images, labels = (jax.device_put(batch[k], NamedSharding(mesh, P(DATA))) for k in ("image", "label"))
+                batch = jax.device_put(next(data), NamedSharding(mesh, P(DATA)))
                 N = draw_shards(training, done)
-                state, metrics = steps[N](state, images, labels)
+                state, metrics = steps[N](state, batch)
                 values = {k: float(v) for k, v in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise AstraError(f"the loss is {values['loss']} at step {done}: try a lower --learning-rate")
                 journal.write({"step": done + 1, "shards": N, **values})
                 done += 1
-                advance(loss=values["loss"], accuracy=values["accuracy"])
+                advance(**{k: values[k] for k in ("loss", "accuracy", "perplexity") if k in values})
                 if done % save_every == 0 and done < training.steps:
                     save(manager, state, data, settings, out)
             if manager.latest_step() != done:

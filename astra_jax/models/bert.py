@@ -1,7 +1,7 @@
 """BERT-like encoders (`BertModel`, `BertForSequenceClassification`, sentence-transformers): the forward pass."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,11 +11,12 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
-from astra_jax.models.decoder import Task
-from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
+from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Pooling, Shards
 from astra_jax.text import Text
+
+Task = Literal["classification", "embedding"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_choice(self, "task", Task)
+        check_choice(self, "pooling", Pooling)
         check_divides(self, "hidden_size", "num_attention_heads")
         check_activation("hidden_act", self.hidden_act)
         if self.task == "classification" and not (self.pooler and self.pooling == "class"):
@@ -143,7 +146,7 @@ class Bert(nnx.Module):
             x = strategy.prepend_class(cls + positions[0].astype(x.dtype), x)
         x, reports = scan_blocks(self.blocks, self.embed_norm(x), strategy)
         pooled = strategy.pool(x, self.config.pooling)
-        if self.head is not None:
+        if self.head is not None and self.pooler is not None:
             pooled = self.head(jnp.tanh(self.pooler(pooled)))
         pooled = pooled.astype(jnp.float32)
         if self.config.normalize:

@@ -11,7 +11,7 @@ from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Shards
 from astra_jax.text import Text
 
-Task = Literal["causal-lm", "classification", "embedding"]
+Task = Literal["causal-lm", "classification"]
 
 
 class Decoder(nnx.Module):

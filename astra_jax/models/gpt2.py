@@ -11,7 +11,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
-from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
+from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_choice(self, "task", Task)
         check_divides(self, "n_embd", "n_head")
         check_activation("activation_function", self.activation_function)
 

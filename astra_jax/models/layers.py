@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,20 @@ def check_activation(field: str, name: str) -> None:
         raise AstraError(f"config.json: {field} is {name!r}; known are {', '.join(sorted(ACTIVATIONS))}")
 
 
+def check_choice(config: Any, field: str, choices: Any) -> None:
+    """Raises AstraError unless a field has one of the values of the Literal `choices`."""
+    if getattr(config, field) not in get_args(choices):
+        allowed = ", ".join(get_args(choices))
+        raise AstraError(f"config.json: {field} is {getattr(config, field)!r}; it must be one of {allowed}")
+
+
 def check_numbers(config: Any) -> None:
     """Raises AstraError unless every whole number of a configuration is one, and at least 1 (or None if it may be)."""
     for field in dataclasses.fields(config):
         value, optional = getattr(config, field.name), field.type in ("int | None", int | None)
-        if (field.type in ("int", int) or optional) and not (optional and value is None):
-            if not isinstance(value, int) or value < 1:
-                raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
+        whole = isinstance(value, int) and value >= 1
+        if (field.type in ("int", int) and not whole) or (optional and value is not None and not whole):
+            raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
 
 
 def check_divides(config: Any, whole: str, part: str) -> None:

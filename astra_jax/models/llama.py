@@ -8,18 +8,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.attention import MixedPrecisionAttention
-from astra_jax.config import AstraConfig, from_dict
+from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
-from astra_jax.models.layers import GatedMLP, check_activation, check_divides, check_numbers
+from astra_jax.models.layers import GatedMLP, check_activation, check_choice, check_divides, check_numbers
 from astra_jax.rotary import Rotary
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The numbers of a Llama under the names of Hugging Face's `LlamaConfig`; `num_labels` is C.
-
-    `rope_parameters` is also accepted as the dict that a config.json has.
 
     Raises:
       AstraError: a value does not fit the others; the message names value, range and fix.
@@ -46,13 +45,14 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_choice(self, "task", Task)
         if self.head_dim is None:
             check_divides(self, "hidden_size", "num_attention_heads")
         if self.num_key_value_heads is not None:
             check_divides(self, "num_attention_heads", "num_key_value_heads")
         check_activation("hidden_act", self.hidden_act)
-        if isinstance(self.rope_parameters, dict):
-            object.__setattr__(self, "rope_parameters", from_dict(Rotary, self.rope_parameters, "config.json"))
+        if self.E % 2:
+            raise AstraError(f"config.json: heads are {self.E} wide; rotary embeddings need an even width")
 
     @property
     def J(self) -> int:
@@ -63,6 +63,16 @@ class LlamaConfig:
     def E(self) -> int:
         """Width of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128_256,
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_parameters=Rotary(rope_theta=500_000.0),
+)
 
 
 class LlamaBlock(nnx.Module):

@@ -1,9 +1,11 @@
 """What crosses the link, read from the optimized program: packed codes once per block, and the pooled class state."""
 
+import jax
 import numpy as np
 import pytest
 
 from astra_jax.config import AstraConfig
+from astra_jax.generate import Generator, Sampling
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Shards, make_mesh
 from astra_jax.strategies import Astra, parallelize
@@ -37,6 +39,67 @@ def test_only_codes_cross_the_link(tiny_vit, rank_coded, N, data, astra):
     assert (reduce.kind, reduce.dtype) == ("all-reduce", "f32")
     assert reduce.shape == (images_per_device, model.config.hidden_size)
     assert not reduce.in_loop
+
+
+def check_codes(gather, model, text, N, data):
+    """An all-gather of packed codes in every block, of as many bytes as the strategy predicts."""
+    bits = Astra(model.shards(N, text)).wire_bits(model.codec)
+    assert (gather.kind, gather.dtype) == ("all-gather", "u8")
+    assert gather.bytes == N * len(text.lengths) // data * bits / 8
+    assert gather.trip_count == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("family", "N", "data", "site"),
+    [
+        ("tiny_gpt2", 4, 1, "hidden"),
+        pytest.param("tiny_gpt2", 2, 2, "kv", marks=pytest.mark.slow),
+        ("tiny_llama", 3, 2, "kv"),
+        pytest.param("tiny_llama", 8, 1, "hidden", marks=pytest.mark.slow),
+    ],
+)
+def test_a_language_model_sends_codes_alone(request, random_text, family, N, data, site):
+    """Not even its results: every device has the logits of its own tokens."""
+    model, text = (
+        request.getfixturevalue(family)(AstraConfig(groups=4, codewords=8, site=site)),
+        random_text(23, 2, 7, 1),
+    )
+    (gather,) = collectives_in(parallelize(model, make_mesh(N, data)).lower(text).compile().as_text())
+    check_codes(gather, model, text, N, data)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("tiny_bert", {"pooling": "class"}),
+        pytest.param("tiny_bert", {"pooling": "mean"}, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", {"task": "classification"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_text_is_pooled_once(request, random_text, family, options):
+    model, text = (
+        request.getfixturevalue(family)(AstraConfig(groups=4, codewords=8), **options),
+        random_text(23, 2, 7, 1),
+    )
+    gather, reduce = collectives_in(parallelize(model, make_mesh(4, 2)).lower(text).compile().as_text())
+    check_codes(gather, model, text, N=4, data=2)
+    assert (reduce.kind, reduce.dtype, reduce.shape, reduce.in_loop) == ("all-reduce", "f32", (2, 16), False)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_generation_sends_codes_in_prefill_and_nothing_after_it(tiny_llama, random_text, data):
+    model, text = tiny_llama(AstraConfig(groups=4, codewords=8, site="kv")), random_text(23, 2, 7, 1)
+    generator = Generator(model, make_mesh(4, data))
+    prefill = generator._prefill.lower(generator.state, text).compile()
+    (gather,) = collectives_in(prefill.as_text())
+    check_codes(gather, model, text, 4, data)
+
+    logits, cache = generator.prefill(text, new_tokens=4)
+    sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9)
+    ids = generator._sample(logits, jax.random.key(0), sampling=sampling)
+    decode = generator._decode.lower(generator.end_state, cache, ids, jax.random.key(0), sampling=sampling).compile()
+    assert collectives_in(decode.as_text()) == []
 
 
 @pytest.mark.parametrize(("N", "data"), [(1, 1), (1, 4)])

@@ -1,6 +1,7 @@
 """ASTRA on a mesh computes what virtual shards compute on one device, and one device what a plain model computes.
 
-25 tokens, which no N but 1 divides; every patch has a value of its own, so that any misplaced shard shows.
+Images have 25 tokens, which no N but 1 divides, and every patch has a value of its own; texts have different lengths,
+also of one token and of fewer than devices. Any misplaced shard shows.
 """
 
 import itertools
@@ -17,36 +18,92 @@ from astra_jax.strategies import Single, Virtual, parallelize
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
 
 
-@nnx.jit(static_argnums=(2, 3))
-def run_virtual(model, images, strategy, shards):
-    return model(shards.scatter(model.to_tokens(images)), strategy)[0]
+@nnx.jit(static_argnums=2)
+def run_virtual(model, inputs, N):
+    shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
+    out = model(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
+    return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 
-def check(model, images, N, data=1):
-    shards = model.shards(N)
-    expected = run_virtual(model, images, Virtual(shards) if N > 1 else Single(shards), shards)
-    on_mesh = parallelize(model, make_mesh(N, data))(images)
+def real(model, text, out):
+    """The outputs of real tokens, where there is one per token."""
+    return out[np.arange(out.shape[1]) < text.lengths[:, None]] if model.per_token else out
+
+
+def check(model, inputs, N, data=1):
+    expected = run_virtual(model, inputs, N)
+    on_mesh = parallelize(model, make_mesh(N, data))(inputs)
     assert on_mesh.shape == expected.shape
-    np.testing.assert_allclose(on_mesh, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(real(model, inputs, on_mesh), real(model, inputs, expected), rtol=1e-5, atol=1e-5)
 
 
-FAST = [(1, HIDDEN, SINGLE), (2, KV, DISTRIBUTED), (3, HIDDEN, SINGLE), (4, KV, SINGLE), (8, HIDDEN, DISTRIBUTED)]
-ALL = itertools.product((1, 2, 3, 4, 8), (HIDDEN, KV), (DISTRIBUTED, SINGLE))
+def cases(every, fast):
+    assert set(fast) <= set(every)
+    return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in every]
 
 
-@pytest.mark.parametrize(
-    ("N", "site", "class_token"),
-    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL],
-)
+ALL = [*itertools.product((1, 2, 3, 4, 8), (HIDDEN, KV), (DISTRIBUTED, SINGLE))]
+FAST = [(1, HIDDEN, SINGLE), (2, KV, DISTRIBUTED), (3, HIDDEN, SINGLE), (8, HIDDEN, DISTRIBUTED)]
+
+
+@pytest.mark.parametrize(("N", "site", "class_token"), cases(ALL, FAST))
 def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
     check(tiny_vit(AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
+
+
+# Name -> fixture, class token, and values of the configuration.
+TEXT_MODELS = {
+    "gpt2": ("tiny_gpt2", DISTRIBUTED, {}),
+    "gpt2 classifier": ("tiny_gpt2", DISTRIBUTED, {"task": "classification", "num_labels": 3}),
+    "llama": ("tiny_llama", DISTRIBUTED, {}),
+    "llama classifier": ("tiny_llama", DISTRIBUTED, {"task": "classification", "num_labels": 3}),
+    "bert mean": ("tiny_bert", DISTRIBUTED, {"pooling": "mean", "normalize": True}),
+    "bert distributed": ("tiny_bert", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "bert single": ("tiny_bert", SINGLE, {"pooling": "class"}),
+}
+MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches
+ALL_TEXT = [(name, *mesh, site) for name, mesh, site in itertools.product(TEXT_MODELS, MESHES, (HIDDEN, KV))]
+FAST_TEXT = [
+    ("gpt2", 4, 2, HIDDEN),
+    ("gpt2", 8, 1, KV),
+    ("gpt2 classifier", 3, 2, HIDDEN),
+    ("llama", 2, 1, HIDDEN),
+    ("llama", 3, 2, KV),
+    ("llama classifier", 4, 2, KV),
+    ("bert mean", 4, 2, KV),
+    ("bert distributed", 3, 2, HIDDEN),
+    ("bert single", 8, 1, HIDDEN),
+]
+
+
+def make_text_model(request, name, site=HIDDEN):
+    fixture, class_token, options = TEXT_MODELS[name]
+    astra = AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)
+    return request.getfixturevalue(fixture)(astra, **options)
+
+
+@pytest.mark.parametrize(("name", "N", "data", "site"), cases(ALL_TEXT, FAST_TEXT))
+def test_texts_of_different_lengths(request, random_text, name, N, data, site):
+    check(make_text_model(request, name, site), random_text(23, 1, 2, 7, 24), N, data)
+
+
+@pytest.mark.parametrize("name", cases([(name,) for name in TEXT_MODELS], [("gpt2",)]))
+def test_one_device_is_the_plain_model_bit_for_bit(request, random_text, name):
+    model, text = make_text_model(request, name), random_text(23, 1, 2, 7, 24)
+
+    @nnx.jit
+    def plain(model, text):
+        return model(model.to_tokens(text), Single(model.shards(1, text)))[0]
+
+    on_mesh = parallelize(model, make_mesh(1))(text)
+    np.testing.assert_array_equal(real(model, text, on_mesh), real(model, text, plain(model, text)))
 
 
 @pytest.mark.parametrize(
     ("data", "N", "B"),
     [
         (2, 4, 3),
-        (2, 2, 4),
+        pytest.param(2, 2, 4, marks=pytest.mark.slow),
         pytest.param(4, 2, 1, marks=pytest.mark.slow),
         pytest.param(8, 1, 5, marks=pytest.mark.slow),
     ],
@@ -64,8 +121,9 @@ def test_a_shard_per_token(tiny_vit, rank_coded):
         parallelize(model, make_mesh(8))
 
 
-def test_several_devices_need_codebooks(tiny_vit, rank_coded):
+def test_several_devices_need_codebooks(tiny_vit, tiny_llama, rank_coded):
     model = tiny_vit()
-    with pytest.raises(AstraError, match="no codebooks"):
-        parallelize(model, make_mesh(2))
+    for without in (model, tiny_llama()):
+        with pytest.raises(AstraError, match="no codebooks"):
+            parallelize(without, make_mesh(2))
     check(model, rank_coded(3), 1, data=2)

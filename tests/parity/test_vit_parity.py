@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors import safe_open
 from transformers import ViTConfig as TorchViTConfig
 from transformers import ViTForImageClassification
 
@@ -44,15 +43,12 @@ VARIANTS = {
 }
 
 
-def make_torch(options: dict[str, Any], seed: int = 0) -> ViTForImageClassification:
-    """A random ViT whose biases, norms and class token are random too: at their initial 0 and 1 they hide mistakes."""
-    torch.manual_seed(seed)
-    config = TorchViTConfig(**{**BASE, **options}, attn_implementation="eager")
-    model = ViTForImageClassification(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += config.initializer_range * torch.randn_like(parameter)
-    return model
+@pytest.fixture
+def make_torch(randomised: Any) -> Any:
+    """Makes a random ViT, given what differs from the base."""
+    return lambda options: randomised(
+        ViTForImageClassification(TorchViTConfig(**{**BASE, **options}, attn_implementation="eager"))
+    )
 
 
 def images_for(config: Any, B: int = 3) -> jax.Array:
@@ -65,17 +61,8 @@ def to_torch(images: jax.Array) -> torch.Tensor:
     return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
 
 
-def close(ours: Any, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
-    np.testing.assert_allclose(np.asarray(ours), theirs.detach().numpy(), rtol=0, atol=tolerance)
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-    with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_module_and_the_logits(name: str, tmp_path: Path) -> None:
+def test_every_module_and_the_logits(name: str, tmp_path: Path, make_torch: Any, close: Any) -> None:
     theirs = make_torch(VARIANTS[name])
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
@@ -103,10 +90,10 @@ def test_every_module_and_the_logits(name: str, tmp_path: Path) -> None:
         close(ours.norm(x), theirs.vit.layernorm(torch.from_numpy(np.array(x))))
         expected = theirs(to_torch(images)).logits
     logits, _ = ours(ours.to_tokens(images), strategy)
-    np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=0, atol=1e-4)
+    close(logits, expected, 1e-4)
 
 
-def test_gradients(tmp_path: Path) -> None:
+def test_gradients(tmp_path: Path, make_torch: Any, close: Any) -> None:
     theirs = make_torch({})
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
@@ -132,7 +119,9 @@ def test_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["base", "no projection bias", "large patches"])
-def test_there_and_back_is_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_there_and_back_is_bit_for_bit(
+    name: str, dtype: torch.dtype, tmp_path: Path, make_torch: Any, tensors: Any
+) -> None:
     source, kept, back = tmp_path / "source", tmp_path / "kept", tmp_path / "back"
     theirs = make_torch(VARIANTS[name]).to(dtype)
     theirs.save_pretrained(source)
@@ -154,7 +143,7 @@ def test_there_and_back_is_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: 
         assert torch.equal(ours.to(dtype), original)
 
 
-def test_half_precision_weights_compute_the_same(tmp_path: Path) -> None:
+def test_half_precision_weights_compute_the_same(tmp_path: Path, make_torch: Any, close: Any) -> None:
     theirs = make_torch({}).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
@@ -163,10 +152,10 @@ def test_half_precision_weights_compute_the_same(tmp_path: Path) -> None:
     logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
         expected = theirs.float()(to_torch(images)).logits
-    np.testing.assert_allclose(np.asarray(logits), expected.numpy(), rtol=0, atol=1e-4)
+    close(logits, expected, 1e-4)
 
 
-def test_shards_are_read_like_a_single_file(tmp_path: Path) -> None:
+def test_shards_are_read_like_a_single_file(tmp_path: Path, make_torch: Any) -> None:
     theirs = make_torch({})
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="20KB")
@@ -175,7 +164,7 @@ def test_shards_are_read_like_a_single_file(tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))
 
 
-def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path) -> None:
+def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path, close: Any) -> None:
     config = ViTConfig(**BASE)
     checkpoint = checkpoints.Checkpoint(
         family="vit",
@@ -195,7 +184,7 @@ def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path) -> No
     images = images_for(config)
     logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
-        np.testing.assert_allclose(np.asarray(logits), loaded(to_torch(images)).logits.numpy(), rtol=0, atol=1e-4)
+        close(logits, loaded(to_torch(images)).logits, 1e-4)
 
 
 def test_defaults_are_those_of_hugging_face() -> None:

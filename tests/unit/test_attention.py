@@ -79,6 +79,15 @@ def test_grouped_query_heads(heads, kv_heads):
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, R), (S, R), (1, S, R), (B, 1, R), (B, S, R)], ids=str)
+def test_a_mask_holds_for_all_that_it_does_not_tell_apart(shape):
+    query, key, value = draw()
+    mask = np.random.default_rng(1).random(shape) < 0.6
+    expected = softmax_attention(query, key, value, np.broadcast_to(mask, (B, S, R)))
+    attended = attention(query, split(key, value, jnp.asarray(mask), [2]))
+    np.testing.assert_allclose(attended, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_large_scores_are_stable():
     """Scores of about 1e6, whose exponentials overflow by far."""
     query, key, value = draw(scale=1e3)

@@ -4,6 +4,11 @@ import dataclasses
 import errno
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +18,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.models.bert import BertConfig
+from astra_jax.models.gpt2 import GPT2Config
+from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
+from astra_jax.sharding import make_mesh
 from checkpoints import huggingface, store
-from checkpoints.keys import FAMILIES, build, flat_state, model_keys
+from checkpoints.info import parameters
+from checkpoints.keys import FAMILIES, Key, build, flat_state, model_tensors, with_state
+from checkpoints.parts import cut
 
 CONFIG = ViTConfig(
     hidden_size=8,
@@ -87,26 +100,92 @@ def same(a: Any, b: Any) -> bool:
 # Key tables
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_every_parameter_once_and_inverts(family: str) -> None:
-    model = build(family, CONFIG)
-    keys, parameters = model_keys(family, model), flat_state(model)
-    assert sorted(key.path for key in keys) == sorted(parameters)
-    sizes = {axis: 2 + i for i, axis in enumerate(sorted(FAMILIES[family].sizes(CONFIG)))}
-    for key in keys:
-        theirs = np.arange(math.prod(key.shape(sizes))).reshape(key.shape(sizes))
-        assert np.array_equal(key.to_theirs(key.to_ours(theirs, sizes, (-1,)), sizes), theirs)
-        ours = parameters[key.path].shape[1 if key.stacked else 0 :]
-        assert math.prod(ours) == math.prod(key.shape(FAMILIES[family].sizes(CONFIG)))
+GPT2 = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
+LLAMA = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=16,
+)
+BERT = BertConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=6,
+)
+CONFIGS = {
+    "vit": ("vit", CONFIG),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),
+    "gpt2, classes": ("gpt2", dataclasses.replace(GPT2, task="classification", num_labels=3)),
+    "llama": ("llama", LLAMA),
+    "llama, tied": ("llama", dataclasses.replace(LLAMA, tie_word_embeddings=True, attention_bias=True)),
+    "llama, classes": ("llama", dataclasses.replace(LLAMA, task="classification", num_labels=3, mlp_bias=True)),
+    "bert": ("bert", BERT),
+    "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
+    "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+}
+each_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+def drawn(family: str, config: Any, dtype: Any = np.float32) -> Any:
+    """A model with random weights, which take no compiling."""
+    rng, model = np.random.default_rng(0), build(family, config)
+    return with_state(
+        model, {p: jnp.asarray(rng.normal(size=a.shape).astype(dtype)) for p, a in flat_state(model).items()}
+    )
+
+
+def described(family: str, config: Any, **more: Any) -> checkpoints.Checkpoint:
+    """A checkpoint that came from nowhere."""
+    defaults: dict[str, Any] = dict(
+        family=family,
+        config=config,
+        astra=None,
+        labels=None,
+        preprocessing=None,
+        hf_config={},
+        dtype="float32",
+        history=(),
+        model=None,
+    )
+    return checkpoints.Checkpoint(**{**defaults, **more})
+
+
+@each_model
+def test_the_table_names_every_parameter_once(name: str) -> None:
+    family, config = CONFIGS[name]
+    model = build(family, config)
+    tensors, parameters, sizes = model_tensors(family, model), flat_state(model), FAMILIES[family].sizes(config)
+    blocks = {path: a.shape[0] if path.startswith("blocks.") else 1 for path, a in parameters.items()}
+    named = [(path, block or 0) for key, block in tensors.values() for path in key.paths]
+    assert sorted(named) == sorted((path, block) for path, L in blocks.items() for block in range(L))
+    for key, _ in tensors.values():
+        ours = sum(math.prod(parameters[path].shape[1 if key.stacked else 0 :]) for path in key.paths)
+        assert ours == math.prod(key.shape(sizes))
 
 
 def test_patches_are_row_column_channel() -> None:
     key = next(key for key in FAMILIES["vit"].keys if key.path == "embed.kernel")
-    sizes = {"D": 5, "channel": 3, "row": 2, "column": 4}
     theirs = np.random.default_rng(0).normal(size=(5, 3, 2, 4))
     image = np.random.default_rng(1).normal(size=(2, 4, 3))  # row, column, channel
-    ours = key.to_ours(theirs, sizes, (24, 5))
+    ours = np.empty((24, 5))
+    key.as_theirs([ours], {"D": 5, "channel": 3, "row": 2, "column": 4})[0][...] = theirs
     np.testing.assert_allclose(image.reshape(-1) @ ours, np.einsum("rwc,dcrw->d", image, theirs))
+
+
+def test_several_parameters_are_views_side_by_side() -> None:
+    key = Key("c_attn.weight", "Q D", "q k v", "D Q")
+    ours = [np.arange(8.0).reshape(4, 2) + 10 * i for i in range(3)]
+    views = key.as_theirs(ours, {"D": 12, "Q": 2})
+    assert all(np.shares_memory(view, part) for view, part in zip(views, ours, strict=True))
+    np.testing.assert_array_equal(np.concatenate(views, -1), np.concatenate([part.T for part in ours], -1))
 
 
 def test_no_random_state_is_part_of_a_model() -> None:
@@ -115,6 +194,28 @@ def test_no_random_state_is_part_of_a_model() -> None:
 
 
 # Reading a Hugging Face folder
+
+
+@each_model
+def test_every_model_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
+    family, config = CONFIGS[name]
+    checkpoint = described(family, config, model=drawn(family, config))
+    huggingface.write_folder(checkpoint, tmp_path)
+    read = huggingface.read(str(tmp_path))
+    assert same(read.model, checkpoint.model) and read.config == config
+
+
+def test_names_have_the_prefix_unless_the_class_is_the_base(tmp_path: Path) -> None:
+    firsts = {}
+    for name in ("gpt2", "llama", "bert, classes", "bert"):
+        write(tmp_path / name, name)
+        firsts[name] = {tensor.split(".")[0] for tensor in load_file(tmp_path / name / "model.safetensors")}
+    assert firsts == {
+        "gpt2": {"transformer"},
+        "llama": {"model", "lm_head"},
+        "bert, classes": {"bert", "classifier"},
+        "bert": {"embeddings", "encoder", "pooler"},
+    }
 
 
 def test_what_was_written_is_read(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -203,9 +304,9 @@ def test_only_safetensors_are_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": ["ResNetForImageClassification"]}, "known are ViTForImageClassification"),
-        ({"architectures": None, "model_type": "resnet"}, "known are ViTForImageClassification"),
-        ({"architectures": [[]], "model_type": "vit"}, "known are ViTForImageClassification"),
+        ({"architectures": ["ResNetForImageClassification"]}, "known are BertForSequenceClassification, "),
+        ({"architectures": None, "model_type": "resnet"}, "known are BertForSequenceClassification, "),
+        ({"architectures": [[]], "model_type": "vit"}, "known are BertForSequenceClassification, "),
         ({"image_size": [8, 16]}, "only squares"),
         ({"hidden_size": "8"}, "hidden_size is '8'"),
         ({"layer_norm_eps": None}, "layer_norm_eps is None"),
@@ -250,7 +351,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(folder: Path, monkeypatc
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert huggingface.read("some/model").history[0]["source"] == "some/model"
-    assert asked == [("some/model", {"allow_patterns": ["*.json", "*.safetensors", "*.txt"]})]
+    assert asked == [("some/model", {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]})]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +368,267 @@ def test_a_download_that_fails(error: Exception, expected: str, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(AstraError, match=expected):
         huggingface.read("some/model")
+
+
+# Names in the wild
+
+
+def write(folder: Path, name: str) -> checkpoints.Checkpoint:
+    """Writes the model of that name as a Hugging Face folder."""
+    family, config = CONFIGS[name]
+    checkpoint = described(family, config, model=drawn(family, config))
+    huggingface.write_folder(checkpoint, folder)
+    return checkpoint
+
+
+def rename(folder: Path, change: Any, **more: Any) -> None:
+    """Changes the names of all tensors, and adds some."""
+    tensors = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, **more}, folder / "model.safetensors")
+
+
+MASK = np.ones((1, 1, 6, 6), bool)
+IN_THE_WILD: dict[str, tuple[str, Any, dict[str, np.ndarray]]] = {
+    "gpt2 of the hub": (
+        "gpt2",
+        lambda name: name.removeprefix("transformer."),
+        {"h.0.attn.bias": MASK, "h.1.attn.masked_bias": np.zeros((), np.float32)},
+    ),
+    "gpt2 with a head and masks": ("gpt2, untied", str, {"transformer.h.0.attn.bias": MASK}),
+    "llama without its prefix": ("llama", lambda name: name.removeprefix("model."), {}),
+    "llama with frequencies": (
+        "llama",
+        str,
+        {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32), "model.rotary_emb.inv_freq": MASK},
+    ),
+    "bert of old": (
+        "bert",
+        lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+        {"embeddings.position_ids": np.arange(6)[None]},
+    ),
+    "bert with the prefix": ("bert", "bert.{}".format, {"bert.embeddings.position_ids": np.arange(6)[None]}),
+    "bert with a classifier, without the prefix": ("bert, classes", lambda name: name.removeprefix("bert."), {}),
+    "bert without a pooler, with the prefix": ("bert, no pooler", "bert.{}".format, {}),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_WILD)
+def test_names_in_the_wild(case: str, tmp_path: Path) -> None:
+    name, change, more = IN_THE_WILD[case]
+    checkpoint = write(tmp_path, name)
+    rename(tmp_path, change, **more)
+    assert same(huggingface.read(str(tmp_path)).model, checkpoint.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "expected"),
+    [
+        ("gpt2", "h.0.attn.c_attn.weight", "1 duplicated: transformer.h.0.attn.c_attn.weight"),
+        ("gpt2", "transformer.h.0.attn.mask", "1 unmapped: transformer.h.0.attn.mask"),
+        ("gpt2", "score.weight", "1 unexpected: score.weight"),
+        ("llama", "model.layers.0.self_attn.q_proj.bias", "1 unexpected: model.layers.0.self_attn.q_proj.bias"),
+        ("llama", "layers.7.input_layernorm.weight", "1 unexpected: layers.7.input_layernorm.weight"),
+        ("bert", "cls.predictions.bias", "1 unmapped: cls.predictions.bias"),
+    ],
+)
+def test_tensors_that_are_too_many(name: str, extra: str, expected: str, tmp_path: Path) -> None:
+    write(tmp_path, name)
+    rename(tmp_path, str, **{extra: np.zeros(3, np.float32)})
+    assert expected in fault(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "prefix"),
+    [("gpt2", "transformer.wte.weight", "transformer."), ("llama, tied", "model.embed_tokens.weight", "model.")],
+)
+def test_a_tied_head_that_is_stored_too(name: str, embedding: str, prefix: str, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, name)
+    table = load_file(tmp_path / "model.safetensors")[embedding]
+    rename(tmp_path, lambda name: name.removeprefix(prefix), **{"lm_head.weight": table})
+    read = huggingface.read(str(tmp_path))
+    assert same(read.model, checkpoint.model) and read.model.head is None
+    edit(tmp_path, lm_head__weight=table + 1)  # then transformers does not tie them either
+    untied = huggingface.read(str(tmp_path))
+    assert not untied.config.tie_word_embeddings
+    np.testing.assert_array_equal(untied.model.head.kernel[...], table.T + 1)
+    assert huggingface.config_to_hf(untied, "float32")["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; only False"),
+        ("gpt2", {"n_embd": 9}, "n_embd 9 is not a multiple"),
+        ("gpt2", {"n_inner": 2.5}, "n_inner is 2.5; it must be of type int or null"),
+        ("gpt2", {"n_layer": True}, "n_layer is True; it must be of type int"),
+        ("gpt2", {"activation_function": "gelu_fast"}, "activation_function is 'gelu_fast'"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ("bert", {"is_decoder": True}, "is_decoder is True"),
+        ("llama", {"head_dim": 5}, "even width"),
+        ("llama", {"num_key_value_heads": 3}, "not a multiple"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_type 'longrope'; known"),
+        ("llama", {"rope_scaling": {"type": "proportional"}}, "rope_scaling has rope_type 'proportional'; known"),
+        ("llama", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn']"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of type linear has no factor"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "has no low_freq_factor and no high_freq_factor",
+        ),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
+        ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "has 'mrope_section'"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "has 'full_attention'"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters is [1]"),
+        ("llama", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0"),
+        ("llama", {"architectures": ["LlamaModel"]}, "known are BertForSequenceClassification, BertModel, GPT2"),
+        (
+            "bert",
+            {"architectures": ["BertForSequenceClassification"]},
+            "2 unfilled: classifier.bias, classifier.weight",
+        ),
+    ],
+)
+def test_what_a_configuration_may_not_say(name: str, changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    write(tmp_path, name)
+    edit_json(tmp_path / "config.json", **changes)
+    message = fault(tmp_path)
+    assert expected in message and "config.json" in message
+
+
+def test_a_classifier_without_pooler_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "bert, classes")
+    edit(tmp_path, bert__pooler__dense__weight=None, bert__pooler__dense__bias=None)
+    assert "pooler" in fault(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_a_model_type_stands_for_the_first_class(family: str, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, family)
+    edit_json(tmp_path / "config.json", architectures=None)
+    assert huggingface.read(str(tmp_path)).config == checkpoint.config
+
+
+# Sentence-transformers
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
+
+def write_modules(folder: Path, modules: Any, **pooling: Any) -> None:
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pooling", "expected"),
+    [
+        ({}, {"pooling_mode_max_tokens": True}, "has pooling_mode_max_tokens; supported is one of"),
+        ({}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "supported is one of"),
+        ({}, {"pooling_mode_mean_tokens": False}, "has no pooling_mode"),
+        ({1: {"path": "../1_Pooling"}}, {}, "must be the name of a folder"),
+        ({1: {"path": "/etc"}}, {}, "must be the name of a folder"),
+        ({1: {"path": None}}, {}, "must be the name of a folder"),
+        ({1: {"path": "2_Pooling"}}, {}, "2_Pooling: has no config.json"),
+        ({0: {"path": "0_Transformer"}}, {}, "must be the folder itself"),
+        ({1: {"type": "sentence_transformers.models.Dense"}}, {}, "modules Transformer, Dense; supported"),
+        ({1: {"type": "custom.Pooling"}}, {}, "modules Transformer, custom.Pooling; supported"),
+        ({1: {"type": 3}}, {}, "must be an object with a type"),
+    ],
+)
+def test_sentence_transformers_that_are_not_supported(
+    changes: dict[int, dict], pooling: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "bert")
+    write_modules(tmp_path, [m | changes.get(i, {}) for i, m in enumerate(MODULES)], **pooling)
+    assert expected in fault(tmp_path)
+
+
+def test_a_list_of_modules_that_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "bert")
+    write_modules(tmp_path, {"0": MODULES[0]})
+    assert "must be a JSON array" in fault(tmp_path)
+    write_modules(tmp_path, [*MODULES, MODULES[1]])
+    assert "Transformer, Pooling, Pooling; supported" in fault(tmp_path)
+
+
+def test_how_sentences_are_pooled_is_exported(tmp_path: Path) -> None:
+    write(tmp_path, "bert, no pooler")
+    assert [m["type"].split(".")[-1] for m in json.loads((tmp_path / "modules.json").read_text())][1:] == [
+        "Pooling",
+        "Normalize",
+    ]
+    config = huggingface.read(str(tmp_path)).config
+    assert config.pooling == "last" and config.normalize and not config.pooler
+    (tmp_path / "modules.json").unlink()
+    assert huggingface.read(str(tmp_path)).config.pooling == "mean"
+
+
+# A large model, in shapes
+
+LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+LLAMA31 = LLAMA3 | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
+
+@pytest.mark.parametrize("hf_config", [LLAMA3, LLAMA31])
+def test_llama_3_8b_has_exactly_the_tensors_of_its_index(hf_config: dict[str, Any]) -> None:
+    config, _ = huggingface.config_from_hf("llama", hf_config, Path())
+    assert config.rope_parameters.rope_type == ("llama3" if hf_config is LLAMA31 else "default")
+    model, sizes = build("llama", config), FAMILIES["llama"].sizes(config)
+    block = {
+        "input_layernorm": (4096,),
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "post_attention_layernorm": (4096,),
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }
+    index = {
+        "model.embed_tokens.weight": (128256, 4096),
+        "model.norm.weight": (4096,),
+        "lm_head.weight": (128256, 4096),
+    }
+    index |= {f"model.layers.{n}.{name}.weight": shape for n in range(32) for name, shape in block.items()}
+    shapes = {name: key.shape(sizes) for name, (key, _) in model_tensors("llama", model).items()}
+    assert shapes == index and len(index) == 291
+    assert parameters(model) == sum(map(math.prod, index.values())) == 8_030_261_248
+    assert {type(a) for a in flat_state(model).values()} == {jax.ShapeDtypeStruct}  # nothing was allocated
 
 
 # Writing a Hugging Face folder
@@ -394,7 +756,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     checkpoints.save(tmp_path, calibrated)
     with monkeypatch.context() as patch:
         if step == "weights":
-            patch.setattr(ocp.StandardCheckpointer, "save", raiser(error))
+            patch.setattr(ocp.Checkpointer, "save", raiser(error))
         else:
             patch.setattr(store, "write_atomically", raiser(error))
         with pytest.raises(AstraError, match="the disk is full"):
@@ -427,8 +789,10 @@ def test_a_first_save_that_was_killed_can_be_repeated(checkpoint: checkpoints.Ch
 
 def test_other_folders_are_not_written_to(checkpoint: checkpoints.Checkpoint, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
     before = sorted(folder.iterdir())
-    for out in (folder, tmp_path / "file"):
+    for out in (folder, tmp_path / "file", tmp_path / "other"):
         with pytest.raises(AstraError, match="choose another"):
             checkpoints.save(out, checkpoint)
     assert sorted(folder.iterdir()) == before
@@ -450,7 +814,7 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
         ({"weights": ".."}, "must be the name"),
         ({"weights": 7}, "must be the name"),
         ({"weights": "weights-0007"}, "weights are missing"),
-        ({"family": "resnet"}, "known are vit"),
+        ({"family": "resnet"}, "known are bert, gpt2, llama, vit"),
         ({"labels": "cat"}, "labels is missing or of the wrong type"),
         ({"astra": {"groups": "2"}}, "wrong type"),
         ({"astra": {"bits": 2}}, "unknown ['bits']"),
@@ -477,6 +841,281 @@ def test_damaged_weights(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> 
     for file in files:
         file.unlink()
     assert "damaged or incomplete" in refused(tmp_path)
+
+
+def test_weights_are_kept_as_they_are_in_the_files(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "llama")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file({n: t.astype(jnp.bfloat16) for n, t in tensors.items()}, tmp_path / "hf" / "model.safetensors")
+    folder = huggingface.open_folder(str(tmp_path / "hf"))
+    checkpoints.save(tmp_path / "out", folder.checkpoint, folder.parts())
+    stored = checkpoints.load(tmp_path / "out", param_dtype=None)
+    assert {a.dtype for a in flat_state(stored.model).values()} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in flat_state(checkpoints.load(tmp_path / "out").model).values()} == {jnp.dtype("float32")}
+    # Codebooks and their statistics are float32 whatever the parameters are.
+    checkpoints.save(tmp_path / "codes", checkpoints.with_codebooks(stored, ASTRA))
+    model = checkpoints.load(tmp_path / "codes", param_dtype=jnp.bfloat16).model
+    assert {a.dtype for a in flat_state(model, nnx.Param).values()} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in jax.tree.leaves(nnx.state(model.codec))} == {jnp.dtype("float32")}
+
+
+def test_files_of_several_dtypes_are_kept_in_float32(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "hf", "gpt2")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    half = "transformer.h.1.attn.c_attn.weight"
+    edit(tmp_path / "hf", **{half: tensors[half].astype(np.float16)})
+    folder = huggingface.open_folder(str(tmp_path / "hf"))
+    checkpoints.save(tmp_path / "out", folder.checkpoint, folder.parts())
+    kept = checkpoints.load(tmp_path / "out", param_dtype=None)
+    assert kept.dtype == "float32"
+    q, k = (flat_state(c.model)["blocks.attention.k.kernel"] for c in (kept, checkpoint))
+    np.testing.assert_array_equal(q[0], k[0])
+    np.testing.assert_array_equal(q[1], k[1].astype(np.float16))
+
+
+def test_weights_go_straight_to_where_they_shall_be(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, calibrated)
+    everywhere = NamedSharding(make_mesh(4, 2), P())
+    model = checkpoints.load(tmp_path, sharding=everywhere).model
+    assert same(model, calibrated.model)
+    assert all(a.sharding.is_equivalent_to(everywhere, a.ndim) for a in flat_state(model).values())
+    checkpoints.save(tmp_path, dataclasses.replace(calibrated, model=model))  # and come back from there
+    assert same(checkpoints.load(tmp_path).model, calibrated.model)
+
+
+def test_one_part_of_the_weights_is_there_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "hf", "gpt2, untied")
+    folder = huggingface.open_folder(str(tmp_path / "hf"))
+    checkpoints.save(tmp_path / "out", folder.checkpoint, folder.parts())
+    names = sorted(part.name for part in (tmp_path / "out" / "weights-0001").iterdir())
+    assert names == ["block-0000", "block-0001", "embed", "head", "norm", "position"]
+    alive: list[weakref.ref] = []
+
+    def watched(parts: Any) -> Any:
+        for name, arrays in parts:
+            assert not any(ref() is not None for ref in alive), name
+            alive[:] = [weakref.ref(a) for a in arrays.values()]
+            yield name, arrays
+            del arrays
+
+    checkpoints.save(tmp_path / "again", folder.checkpoint, watched(folder.parts()))
+    assert len(alive) > 0
+
+
+def test_not_a_number_is_found_while_converting_and_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "gpt2")
+    names = ["transformer.h.1.attn.c_attn.bias", "transformer.wpe.weight"]
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    edit(tmp_path / "hf", **{name: np.full_like(tensors[name], np.nan) for name in names})
+    folder = huggingface.open_folder(str(tmp_path / "hf"))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(AstraError, match="2 NaN or infinite: transformer.h.1.attn.c_attn.bias, transformer.wpe.weight"):
+        checkpoints.save(tmp_path / "new" / "out", folder.checkpoint, folder.parts())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_conversion_that_fails_leaves_the_old_checkpoint(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, calibrated)
+
+    def half() -> Any:
+        yield next(cut(calibrated.model))
+        raise AstraError("no")
+
+    with pytest.raises(AstraError, match="^no$"):
+        checkpoints.save(tmp_path, calibrated, half())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["astra.json", "weights-0001"]
+    assert same(checkpoints.load(tmp_path).model, calibrated.model)
+
+
+def test_checkpoints_of_format_1_are_read(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, calibrated)
+    meta = json.loads((tmp_path / "astra.json").read_text())
+    shutil.rmtree(tmp_path / "weights-0001")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "weights-0001", nnx.to_pure_dict(nnx.state(calibrated.model)))
+    del meta["generation"]
+    (tmp_path / "astra.json").write_text(json.dumps(meta | {"format": 1}))
+    loaded = checkpoints.load(tmp_path)
+    assert same(loaded.model, calibrated.model) and loaded.generation is None
+    checkpoints.save(tmp_path, loaded)
+    assert json.loads((tmp_path / "astra.json").read_text())["format"] == 2
+    assert same(checkpoints.load(tmp_path).model, calibrated.model)
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign", "truncated"])
+def test_a_damaged_part(change: str, checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, checkpoint)
+    block = tmp_path / "weights-0001" / "block-0001"
+    if change == "truncated":
+        (file,) = [file for file in (block / "blocks.mlp.up.kernel").iterdir() if not file.name.startswith(".")]
+        file.write_bytes(file.read_bytes()[:-1])
+        assert "block-0001: the weights cannot be read" in refused(tmp_path)
+        return
+    block.rename(block.with_name("block-0002")) if change == "foreign" else shutil.rmtree(block)
+    assert "do not fit astra.json, such as block-0001" in refused(tmp_path)
+
+
+@each_model
+def test_every_model_is_kept(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family, config = CONFIGS[name]
+    plain = described(family, config, model=drawn(family, config), generation={"eos_token_id": [2, 1]})
+    coded = checkpoints.with_codebooks(plain, ASTRA)
+    assert all(
+        bool((a == flat_state(plain.model)[path]).all()) for path, a in flat_state(coded.model, nnx.Param).items()
+    )
+    checkpoints.save(tmp_path / "out", coded)
+    loaded = checkpoints.load(tmp_path / "out")
+    assert same(loaded.model, coded.model)
+    assert dataclasses.replace(loaded, model=None) == dataclasses.replace(coded, model=None)
+    assert main(["info", str(tmp_path / "out"), "--json", str(tmp_path / "info.json")]) == 0
+    facts = {row["name"]: row["value"] for row in json.loads((tmp_path / "info.json").read_text())["facts"]}
+    assert facts["family"] == family and facts["parameters"] == parameters(plain.model)
+    assert facts.get("rope_theta") == (1e4 if family == "llama" else None) and facts["bits per token and block"] == 6
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_goes_all_the_way(tmp_path: Path, word_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    hf, out, copy, back = (tmp_path / name for name in ("hf", "out", "copy", "back"))
+    write(hf, "gpt2")
+    shutil.copytree(word_tokenizer(7), hf, dirs_exist_ok=True)
+    (hf / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (hf / "tokenizer.py").write_text("raise SystemExit")  # no file of a tokenizer
+    assert main(["convert", str(hf), str(out)]) == 0
+    assert "warning" not in capsys.readouterr().out
+    files = {"tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in (out / "tokenizer").iterdir()} == files | {"config.json"}
+    checkpoint = checkpoints.load(out)
+    assert checkpoint.tokenizer.encode("w3 w6 nothing") == [7, 10, 0] and checkpoint.eos_ids == (3,)
+    checkpoints.save(copy, checkpoint)
+    checkpoints.save(out, checkpoint)  # onto itself
+    assert checkpoints.load(copy).tokenizer.decode([7, 10]) == checkpoints.load(out).tokenizer.decode([7, 10])
+    assert main(["export", str(copy), str(back)]) == 0
+    for file in files:
+        assert (back / file).read_bytes() == (hf / file).read_bytes()
+    assert huggingface.read_json(back / "generation_config.json") == {"eos_token_id": 3}
+    checkpoints.save(copy, dataclasses.replace(checkpoint, tokenizer_files=None))
+    assert not (copy / "tokenizer").exists()
+
+
+def test_a_language_model_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "hf", "llama")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "warning" in printed and "tokenizer.json" in printed and "labels" not in printed
+    checkpoint = checkpoints.read_meta(tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    with pytest.raises(AstraError, match="has no tokenizer.*convert it again"):
+        checkpoint.tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"), [(None, "ids up to 11, but vocab_size in config.json is 11"), ("{", "cannot be read")]
+)
+def test_a_tokenizer_that_does_not_fit(
+    damage: str | None, expected: str, tmp_path: Path, word_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "hf", "gpt2")
+    shutil.copytree(word_tokenizer(8), tmp_path / "hf", dirs_exist_ok=True)
+    if damage:
+        (tmp_path / "hf" / "tokenizer.json").write_text(damage)
+    assert expected in fails(capsys, "convert", str(tmp_path / "hf"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("generation", "hf_config", "expected"),
+    [
+        ({"eos_token_id": [2, 1]}, {"eos_token_id": 9}, (2, 1)),
+        ({"eos_token_id": 0}, {"eos_token_id": 9}, (0,)),
+        ({"eos_token_id": None}, {"eos_token_id": 9}, (9,)),
+        (None, {"eos_token_id": [9, 8]}, (9, 8)),
+        ({}, {"eos_token_id": None}, ()),
+        (None, {}, ()),
+        (None, {"eos_token_id": "</s>"}, ()),
+    ],
+)
+def test_what_ends_a_text(generation: Any, hf_config: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert described("gpt2", GPT2, generation=generation, hf_config=hf_config).eos_ids == expected
+
+
+# Memory
+
+MEASURE = """
+import json, os, sys, threading, time
+import jax
+import orbax.checkpoint
+from flax import nnx
+import checkpoints
+from checkpoints import huggingface
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def peak(work):
+    # Sampled every millisecond: the kernel keeps no high-water mark of memory that is not file-backed.
+    start, most, done = anonymous(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            most[0] = max(most[0], anonymous())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = work()
+    done.set()
+    watcher.join()
+    return most[0] - start, result
+
+source, out = sys.argv[1:]
+jax.devices()
+def convert():
+    folder = huggingface.open_folder(source)
+    checkpoints.save(out, folder.checkpoint, folder.parts())
+def load():
+    return jax.block_until_ready(nnx.state(checkpoints.load(out).model))
+converting, _ = peak(convert)
+loading, state = peak(load)
+print(json.dumps([converting, loading, sum(a.nbytes for a in jax.tree.leaves(state))]))
+"""
+
+
+@pytest.mark.slow
+def test_converting_needs_memory_for_one_shard_file_and_loading_for_one_model(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=7,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+    tensors, sizes = model_tensors("llama", build("llama", config)), FAMILIES["llama"].sizes(config)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    rng = np.random.default_rng(0)
+    for name, (key, _) in tensors.items():
+        tensor = rng.standard_normal(key.shape(sizes), np.float32)
+        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > 90e6:
+            shards.append({})
+        shards[-1][name] = tensor
+    assert len(shards) >= 4
+    source = tmp_path / "hf"
+    source.mkdir()
+    for number, shard in enumerate(shards):
+        save_file(shard, source / f"{number}.safetensors")
+    largest = max(file.stat().st_size for file in source.iterdir())
+    index = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    content = huggingface.config_to_hf(described("llama", config), "float32")
+    (source / "config.json").write_text(json.dumps(content))
+    del shards
+    # What is freed goes back at once, so that what is measured is what is held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    converting, loading, model = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < converting < 1.3 * largest
+    assert model < loading < 1.5 * model
 
 
 # The verbs

@@ -214,10 +214,10 @@ def test_columns_of_text_and_numbers_work_when_named(tmp_path):
 @given(st.permutations(["ant", "bee", "cat", "dog"]), st.integers(2, 4))
 def test_labels_are_matched_by_name(order, kept):
     """The name of every row stays the same, whatever the order of the checkpoint's classes."""
-    from eval.data import _class_indices
+    from eval.sources import class_indices
 
     names = ("ant", "bee", "cat", "dog")[:kept]
-    indices = _class_indices(names, tuple(order), "set")
+    indices = class_indices(names, tuple(order), "set")
     assert [order[i] for i in indices] == list(names)
 
 
@@ -306,18 +306,18 @@ def take(iterator, count: int) -> list[dict]:
 
 
 def equal(a: list[dict], b: list[dict]) -> bool:
-    return all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("image", "label"))
+    return all(np.array_equal(x[key], y[key]) for x, y in zip(a, b, strict=True) for key in ("input", "label"))
 
 
 def test_every_epoch_holds_every_image_once_in_its_own_order():
     rows = take(train_batches(coloured(20), PROCESSOR, 8, seed=3), 5)
-    assert rows[0]["image"].shape == (8, 8, 8, 3) and rows[0]["image"].dtype == np.float32
+    assert rows[0]["input"].shape == (8, 8, 8, 3) and rows[0]["input"].dtype == np.float32
     assert rows[0]["label"].dtype == np.int32
     order = np.concatenate([row["label"] for row in rows])
     assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
     assert order[:20].tolist() != order[20:].tolist() != list(range(20))
     for row in rows:
-        np.testing.assert_array_equal(row["image"], PROCESSOR([picture(i) for i in row["label"]]))
+        np.testing.assert_array_equal(row["input"], PROCESSOR([picture(i) for i in row["label"]]))
 
 
 def test_batch_larger_than_the_data():
@@ -395,9 +395,9 @@ def test_augmentation_varies_images_and_epochs():
     image = np.broadcast_to(column[:, None, None] + column[None, :, None] * 2, (64, 64, 3))
     data = Decoded(np.stack([image] * 8), np.zeros(8, np.int32), ("a",))
     batch, epoch = take(train_batches(data, ImageProcessor(size=(64, 64)), 8, 0, Augment()), 2)
-    assert len(np.unique(batch["image"], axis=0)) > 4
-    assert not np.array_equal(batch["image"], epoch["image"])
-    left = batch["image"][:, 32, 0, 0] < batch["image"][:, 32, -1, 0]
+    assert len(np.unique(batch["input"], axis=0)) > 4
+    assert not np.array_equal(batch["input"], epoch["input"])
+    left = batch["input"][:, 32, 0, 0] < batch["input"][:, 32, -1, 0]
     assert 0 < left.sum() < 8  # some are mirrored, some are not
 
 

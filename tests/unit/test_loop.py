@@ -44,7 +44,7 @@ class Batches:
         self.position += 1
         label = rng.integers(0, 4, self.batch_size).astype(np.int32)
         image = label[:, None, None, None] / 2 + 0.1 * rng.normal(size=(self.batch_size, 16, 16, 3))
-        return {"image": image.astype(np.float32), "label": label}
+        return {"input": image.astype(np.float32), "label": label}
 
     def get_state(self) -> dict[str, int]:
         return {"position": self.position}
@@ -82,7 +82,7 @@ def test_a_plain_model_learns(tmp_path):
     assert done == 60 and [row["step"] for row in log] == list(range(1, 61))
     assert np.mean([row["accuracy"] for row in log[-5:]]) > 0.9
     batch = next(Batches(16))
-    logits = model(model.to_tokens(jnp.asarray(batch["image"])), Single(model.shards(1)))[0]
+    logits = model(model.to_tokens(jnp.asarray(batch["input"])), Single(model.shards(1)))[0]
     assert np.mean(np.argmax(np.asarray(logits), -1) == batch["label"]) > 0.9
 
 
@@ -119,11 +119,15 @@ def test_other_settings_are_refused(whole_run):
         fit(make_model(), Training(steps=12, batch_size=8, shards=(2, 4), accumulate=2, noise=0.5), out)
 
 
+@pytest.mark.slow
 def test_data_parallel_equals_one_device(whole_run, tmp_path):
     training, _, model = whole_run
     spread, _ = fit(make_model(), training, tmp_path, data_devices=4)
-    for a, b in zip(leaves(spread), leaves(model), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(nnx.state(m)) for m in (spread, model))
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        # The softmax does not see a bias of all keys: its gradient is rounding, which AdamW scales up to a full step.
+        if "['k']['bias']" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
 def test_codebooks_only_leaves_the_model_alone(tmp_path):
@@ -139,7 +143,7 @@ def test_weight_decay_spares_biases_and_norms():
     training = Training(steps=2, batch_size=8, shards=(1,), learning_rate=0.1, warmup=0.0, weight_decay=1.0, clip=0.0)
     graphdef, state = start(model, training)
     batch = next(Batches(8))
-    state, _ = make_step(graphdef, training, 1)(state, batch["image"], batch["label"])
+    state, _ = make_step(graphdef, training, 1)(state, batch)
     before, after = nnx.state(model, nnx.Param), state.params
     # A clip of 0 removes the gradient, so that decay alone is left.
     assert not np.array_equal(before["blocks"]["mlp"]["up"]["kernel"][...], after["blocks"]["mlp"]["up"]["kernel"][...])
@@ -150,6 +154,7 @@ def test_weight_decay_spares_biases_and_norms():
         np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]))
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     losses = {}
     for dtype, trains in (("float32", "codebooks"), ("bfloat16", "all")):
@@ -158,7 +163,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
         model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
         graphdef, state = start(model, training)
         batch = next(Batches(8))
-        state, metrics = make_step(graphdef, training, 2)(state, batch["image"], batch["label"])
+        state, metrics = make_step(graphdef, training, 2)(state, batch)
         losses[dtype] = float(metrics["task"])
         assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.codecs))} == {"float32"}
     # bfloat16 has 8 bits of mantissa: the loss agrees to about 1 part in 100.
@@ -242,6 +247,7 @@ def run_until(out: Path, steps: int, number: signal.Signals) -> str:
     return process.communicate(timeout=120)[0]
 
 
+@pytest.mark.slow
 def test_kill_and_interrupt_then_resume(tmp_path):
     training = Training(steps=40, batch_size=8, shards=(2,))
     run_until(tmp_path / "run", 6, signal.SIGKILL)

@@ -1,5 +1,7 @@
 """How tokens are split over devices, and what is said when they cannot be."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,92 @@ def test_a_single_class_token_is_in_use_on_shard_0_and_sent():
     assert tokens.sent.all()
     assert (shards.class_slots, shards.home_slots, shards.sent_slots) == (1, 0, 3)
     assert shards.weights("class").tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+MOST = 20  # tokens of the longest sequence in a ragged batch
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def ragged(lengths, N, class_token=None):
+    """All that a split says; one program for batches of all lengths."""
+    shards = Shards.ragged(lengths, MOST, N, class_token)
+    weights = {pooling: shards.weights(pooling) for pooling in (["class"] if class_token else ["mean", "last"])}
+    return shards.lengths, shards.index(), shards.tokens(), weights
+
+
+def batches(shortest):
+    return st.lists(st.integers(shortest, MOST), min_size=4, max_size=4)
+
+
+@given(batches(1), st.sampled_from([1, 3, 8]))
+def test_a_ragged_split_covers_every_sequence_once_and_in_order(batch, N):
+    lengths, index, tokens, _ = jax.tree.map(np.asarray, ragged(jnp.asarray(batch), N))
+    assert index.shape == (len(batch), N, -(-MOST // N))
+    np.testing.assert_array_equal(tokens.valid.sum(-1), lengths)
+    for b, T in enumerate(batch):
+        assert index[b][tokens.valid[b]].tolist() == list(range(T))
+        assert tokens.position[b][tokens.valid[b]].tolist() == list(range(T))
+        assert lengths[b].max() - lengths[b].min() <= 1
+        assert sorted(lengths[b]) == lengths[b].tolist()  # the longer ones last
+        assert (lengths[b] == 0).sum() == max(0, N - T)  # too few tokens leave the first ones empty
+        assert T - 1 in index[b, -1]
+        assert T < N or Shards.even(T, N).lengths == tuple(lengths[b])  # each as if it were alone
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def there_and_back(lengths, x, N, class_token):
+    shards = Shards.ragged(lengths, MOST, N, class_token)
+    return shards.gather(shards.scatter(x), MOST)
+
+
+@given(batches(1), st.sampled_from([1, 3, 8]))
+def test_gather_brings_back_what_scatter_took_apart(batch, N):
+    x = np.arange(len(batch) * MOST * 2.0).reshape(len(batch), MOST, 2)
+    real = np.arange(MOST) < np.asarray(batch)[:, None]
+    for class_token in (None, "distributed", "single"):  # whose slots are the model's to add, between the two
+        back = there_and_back(jnp.asarray(batch), x, N, class_token)
+        np.testing.assert_array_equal(np.asarray(back)[real], x[real])
+
+
+@pytest.mark.parametrize("class_token", [None, "distributed", "single"])
+@pytest.mark.parametrize("lengths", [(4,), (2, 2), (3, 1, 2)])
+def test_gather_undoes_scatter_for_a_split_that_all_share(lengths, class_token):
+    shards = Shards(lengths, class_token)
+    x = jnp.arange(2.0 * shards.T).reshape(2, shards.T)
+    np.testing.assert_array_equal(shards.gather(shards.scatter(x), shards.T), x)
+
+
+@given(batches(1), st.sampled_from([1, 3, 8]))
+def test_the_mean_reads_all_tokens_and_last_the_last_one(batch, N):
+    _, index, tokens, weights = jax.tree.map(np.asarray, ragged(jnp.asarray(batch), N))
+    expected = tokens.valid / np.asarray(batch)[:, None, None]
+    np.testing.assert_allclose(weights["mean"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(weights["last"].sum((1, 2)), 1)
+    for b, T in enumerate(batch):
+        assert index[b][weights["last"][b] == 1] == [T - 1]
+        assert tokens.valid[b][weights["last"][b] == 1]
+
+
+@given(batches(0), st.sampled_from([1, 3, 8]))
+def test_a_class_token_is_read_where_it_is_in_use(batch, N):
+    """Its sequence may have no other token. Then one replica counts, on the last device."""
+    distributed, single = (ragged(jnp.asarray(batch), N, kind)[3]["class"] for kind in ("distributed", "single"))
+    for b, T in enumerate(batch):
+        replicas = max(1, min(N, T))
+        expected = np.zeros((N, 1 + -(-MOST // N)))
+        expected[N - replicas :, 0] = 1 / replicas
+        np.testing.assert_allclose(distributed[b], expected, rtol=1e-6)
+        np.testing.assert_array_equal(single[b], np.eye(*expected.shape) * (np.arange(N) == 0)[:, None])
+
+
+def test_empty_shards_have_no_class_token_that_counts():
+    """Two tokens on three devices: the first has none; and no tokens at all, where the last device has the replica."""
+    batch = jnp.asarray([2, 0, 3, 20])
+    distributed, single = (ragged(batch, 3, kind)[2] for kind in ("distributed", "single"))
+    assert distributed.valid[:, :, 0].tolist() == [[False, True, True], [False, False, True], [True] * 3, [True] * 3]
+    assert not distributed.sent[:, 0].any()
+    assert single.valid[:, :, 0].tolist() == [[True, False, False]] * 4
+    assert single.sent.all()
 
 
 @pytest.mark.parametrize("lengths", [(2, 2), (3, 1, 2)])

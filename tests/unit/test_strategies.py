@@ -5,14 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.rotary import Rotary
 from astra_jax.sharding import Shards
 from astra_jax.strategies import Astra, Noise, OneOfN, Single, Virtual, need_codec
+from astra_jax.text import Text
 
-B, D, H, J, E = 2, 8, 4, 2, 3
+B, D, H, J, E = 2, 8, 4, 2, 4
 LENGTHS = (3, 1, 2)
 
 
@@ -31,70 +35,139 @@ def quantize(C, y):
     return np.concatenate([c[((c - g) ** 2).sum(1).argmin()] for c, g in zip(C, groups, strict=True)])
 
 
-def slow_attention(module, shards, class_token, received):
+def turn(x, position, theta):
+    """RoPE of heads [heads,E]: dimensions e and e + E/2 are one complex number, which turns with the position."""
+    real, imaginary = np.split(x, 2, axis=-1)
+    turned = (real + 1j * imaginary) * np.exp(1j * position * theta ** (-2 * np.arange(E / 2) / E))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def slow_attention(module, shards, class_token, received, causal):
     """DESIGN section 3, query by query and key by key, in float64.
 
     Args:
       shards: one list per device of vectors [D], its class token first.
       received: which codes arrived, one list per device.
+      causal: whether a query sees only tokens before it and itself.
 
     Returns: one list per device of outputs [D].
     """
     C = np.asarray(module.codec.codebook, np.float64)
+    before = np.cumsum([0, *map(len, shards)])
 
-    def seen_by(n, m, i, y):
-        """K and V of token i of shard m as a query of shard n gets them; None where it is not seen."""
+    def turned(x, n, i):
+        """Heads [.,E] of token i of shard n at its place (there is no class token where they turn)."""
+        x = x.reshape(-1, E)
+        return turn(x, before[n] + i, module.rotary.rope_theta) if module.rotary else x
+
+    def seen_by(n, j, m, i, y):
+        """K and V of token i of shard m as query j of shard n gets them; None where it is not seen."""
         k, v = linear(module.k, y), linear(module.v, y)
-        if m == n:
-            return k, v
-        at_home = i == 0 and class_token == "distributed"
-        if at_home or not received[m][i]:
+        if causal and (m, i) > (n, j):
             return None
-        if module.site == "kv":
-            return np.split(quantize(C, np.concatenate([k, v])), 2)
-        y_hat = quantize(C, y)
-        return linear(module.k, y_hat), linear(module.v, y_hat)
+        if m != n:
+            at_home = i == 0 and class_token == "distributed"
+            if at_home or not received[m][i]:
+                return None
+            y_hat = quantize(C, np.concatenate([k, v]) if module.site == "kv" else y)
+            k, v = np.split(y_hat, 2) if module.site == "kv" else (linear(module.k, y_hat), linear(module.v, y_hat))
+        return turned(k, m, i), v.reshape(-1, E)
 
-    def one_query(n, y):
-        pairs = [seen_by(n, m, i, key) for m, tokens in enumerate(shards) for i, key in enumerate(tokens)]
-        keys, values = (np.stack(part).reshape(-1, J, E) for part in zip(*filter(None, pairs), strict=True))
-        heads = []
-        for h, q in enumerate(linear(module.q, y).reshape(H, E)):
-            j = h // (H // J)
-            weights = np.exp(keys[:, j] @ q / np.sqrt(E))
-            heads.append(weights @ values[:, j] / weights.sum())
-        return linear(module.o, np.concatenate(heads))
+    def one_query(n, j, y):
+        pairs = [seen_by(n, j, m, i, key) for m, tokens in enumerate(shards) for i, key in enumerate(tokens)]
+        keys, values = (np.stack(part) for part in zip(*filter(None, pairs), strict=True))
+        outputs = []
+        for h, q in enumerate(turned(linear(module.q, y), n, j)):
+            weights = np.exp(keys[:, h // (H // J)] @ q / np.sqrt(E))
+            outputs.append(weights @ values[:, h // (H // J)] / weights.sum())
+        return linear(module.o, np.concatenate(outputs))
 
-    return [[one_query(n, y) for y in tokens] for n, tokens in enumerate(shards)]
+    return [[one_query(n, j, y) for j, y in enumerate(tokens)] for n, tokens in enumerate(shards)]
 
 
-@pytest.mark.parametrize("losses", [False, True])
-@pytest.mark.parametrize("class_token", ["distributed", "single"])
-@pytest.mark.parametrize("site", ["hidden", "kv"])
-def test_virtual_attention_computes_the_equations(site, class_token, losses):
-    astra = AstraConfig(groups=2, codewords=4, site=site, class_token=class_token)
-    module = MixedPrecisionAttention(D, H, J, E, qkv_bias=True, astra=astra, dtype=jnp.float32, rngs=nnx.Rngs(0))
+def check_equations(random_module, split, site, losses, rotary=None):
+    """Virtual shards of random inputs against `slow_attention`, in all slots that hold a token."""
+    astra, class_token = AstraConfig(groups=2, codewords=4, site=site), split.class_token
+    options = dict(qkv_bias=True, rotary=rotary, astra=astra, dtype=jnp.float32)
+    module = random_module(MixedPrecisionAttention, D, H, J, E, **options)
     rng = np.random.default_rng(0)
-    for bias in (module.q.bias, module.k.bias, module.v.bias, module.codec.codebook):
-        bias[...] = jnp.asarray(rng.normal(size=bias.shape), jnp.float32)
-    split = Shards(LENGTHS, class_token)
-    slots = rng.normal(size=(B, len(LENGTHS), 1 + max(LENGTHS), D)).astype(np.float32)
+    slots = rng.normal(size=(B, split.N, split.class_slots + split.S, D)).astype(np.float32)
     received = rng.random(slots.shape[:3]) < 0.5 if losses else np.ones(slots.shape[:3], bool)
 
     strategy = Virtual(split, received=jnp.asarray(received.reshape(B, -1)) if losses else None)
     out, carry, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), 0)
     assert (carry, report) == ((), None)
     out = out.reshape(slots.shape)
+    lengths = np.broadcast_to(split.lengths, (B, split.N))
     for b in range(B):
         # Slots of real tokens: the class token where it is in use, then as many as the shard is long.
-        real = [
-            [0] * (class_token == "distributed" or n == 0) + [1 + i for i in range(length)]
-            for n, length in enumerate(LENGTHS)
-        ]
+        heads = [class_token == "distributed" or (class_token == "single" and n == 0) for n in range(split.N)]
+        real = [[0] * heads[n] + [split.class_slots + i for i in range(length)] for n, length in enumerate(lengths[b])]
         tokens = [list(slots[b, n, places].astype(np.float64)) for n, places in enumerate(real)]
         arrived = [list(received[b, n, places]) for n, places in enumerate(real)]
-        for n, expected in enumerate(slow_attention(module, tokens, class_token, arrived)):
-            np.testing.assert_allclose(out[b, n, real[n]], expected, atol=2e-6)
+        for n, expected in enumerate(slow_attention(module, tokens, class_token, arrived, split.causal)):
+            if expected:
+                np.testing.assert_allclose(out[b, n, real[n]], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("losses", [False, True])
+@pytest.mark.parametrize("class_token", ["distributed", "single"])
+@pytest.mark.parametrize("site", ["hidden", "kv"])
+def test_virtual_attention_computes_the_equations(random_module, site, class_token, losses):
+    check_equations(random_module, Shards(LENGTHS, class_token), site, losses)
+
+
+@pytest.mark.parametrize("losses", [False, True])
+@pytest.mark.parametrize("site", ["hidden", "kv"])
+def test_causal_attention_with_rotary_embeddings_computes_the_equations(random_module, site, losses):
+    """Also where every sequence has a split of its own, and the first shards of one are empty."""
+    split = Shards(jnp.asarray([[3, 1, 2], [0, 1, 1]]), slots=3, causal=True)
+    check_equations(random_module, split, site, losses, Rotary(rope_theta=3.0))
+
+
+T = 12
+
+
+@nnx.jit
+def run_cut(model, ids, lengths):
+    """Logits [B,T,V] where every sequence has a split of its own."""
+    shards = Shards(lengths, slots=T, causal=True)
+    return shards.gather(model(shards.scatter(ids), Virtual(shards))[0], T)
+
+
+@pytest.mark.parametrize(("family", "site"), [("tiny_gpt2", "hidden"), ("tiny_llama", "kv")])
+@given(cuts=st.lists(st.integers(0, T), min_size=2, max_size=2), t=st.integers(0, T - 1))
+def test_a_token_changes_what_follows_and_nothing_before(request, family, site, cuts, t):
+    """In its own shard and, through codes, in all later ones, beginning at the border. Shards may be empty."""
+    model = request.getfixturevalue(family)(AstraConfig(groups=4, codewords=16, site=site))
+    lengths = np.diff([0, *sorted(cuts), T])
+    ids = np.stack([np.arange(T), np.arange(T)])
+    ids[1, t] += 20
+    before, after = run_cut(model, jnp.asarray(ids), jnp.asarray([lengths, lengths]))
+    changed = np.abs(before - after).max(-1) > 1e-5
+    assert changed.tolist() == (np.arange(T) >= t).tolist()
+
+
+@nnx.jit(static_argnums=2)
+def run_text(model, text, N):
+    shards, tokens = model.shards(N, text), model.to_tokens(text)
+    out = model(shards.scatter(tokens), Virtual(shards))[0]
+    return shards.gather(out, tokens.shape[1]) if model.per_token else out
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("tiny_gpt2", {}), ("tiny_llama", {}), ("tiny_bert", {"pooling": "class"})],
+)
+def test_a_text_is_computed_as_if_it_were_alone(request, random_text, family, options):
+    """Whatever stands beside it in a batch, and whatever both are padded to."""
+    model = request.getfixturevalue(family)(AstraConfig(groups=4, codewords=16), **options)
+    text = random_text(23, 1, 2, 7)
+    together = run_text(model, text, 4)
+    for b, length in enumerate(text.lengths):
+        alone = Text(np.pad(text.ids[b : b + 1], [(0, 0), (0, 8)]), text.lengths[b : b + 1])
+        row = slice(length) if model.per_token else ...
+        np.testing.assert_allclose(run_text(model, alone, 4)[0][row], together[b][row], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("class_token", ["distributed", "single"])
@@ -136,6 +209,19 @@ def test_training_reports_what_every_block_saw(tiny_vit, rank_coded):
     model.codec.residual_var[...] *= 0
     quiet = run(model, rank_coded(2), Virtual(shards), shards)[0]
     np.testing.assert_allclose(run_noisy(model, jax.random.key(0))[0], quiet, atol=1e-5)
+
+
+def test_training_on_text_counts_the_tokens_of_every_sequence(tiny_gpt2, random_text):
+    text = random_text(23, 1, 7)
+
+    @nnx.jit
+    def run_noisy(model, text):
+        shards = model.shards(3, text)
+        return model(shards.scatter(model.to_tokens(text)), Virtual(shards, noise=Noise(jax.random.key(0), 1.0)))[1]
+
+    seen = run_noisy(tiny_gpt2(AstraConfig(groups=4, codewords=16)), text)
+    np.testing.assert_array_equal(seen.count.sum(-1), 23 + 1 + 7)
+    assert np.isfinite(seen.commitment).all()
 
 
 @pytest.mark.parametrize(("class_token", "slots"), [("distributed", 7), ("single", 8)])

@@ -150,9 +150,10 @@ def test_run_names_classes(done):
     rows = done["run"]["classes"]
     assert len(rows) == 4 and {row["class"] for row in rows} <= set(CLASSES)
     assert rows[0]["probability"] >= rows[1]["probability"]
-    assert done["run"]["code_bytes_per_image"] == 2 * 4 * 16 // 8
+    assert done["run"]["code_bytes_per_input"] == 2 * 4 * 16 // 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_site_kv_runs(done, place):
     data = ["--data", str(place / "pictures")]
     out = str(place / "kv")

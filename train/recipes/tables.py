@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import tyro
 
@@ -57,7 +57,7 @@ def accuracy(checkpoint: Path, args: Args) -> float:
     options = evaluate.Args(
         checkpoints=(checkpoint,), data=args.data, split=args.test, label_column=args.label_column, rates=()
     )
-    return evaluate.measure(checkpoint, dataclasses.replace(options, devices=str(args.devices)))["accuracy %"]
+    return evaluate.measure(checkpoint, dataclasses.replace(options, devices=str(args.devices)), print)["accuracy %"]
 
 
 def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
@@ -68,7 +68,7 @@ def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
     if result.exists():
         return json.loads(result.read_text(encoding="utf8"))["accuracy %"]
     console.rule(tuned.name)
-    data: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArgs)}
+    data = args.source()
     if not calibrated.exists():
         calibrate.main(
             calibrate.Args(

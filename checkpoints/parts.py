@@ -1,0 +1,87 @@
+"""A model in parts: what stands outside the blocks, module by module, and then one block after the other.
+
+Weights are read, written and converted part by part, so that no more than one part of a model is in memory twice.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from checkpoints.keys import flat_state, with_state
+
+# Name of a part, and its arrays by their paths in the model; those of one block lack the leading axis L.
+Part = tuple[str, dict[str, np.ndarray]]
+
+BLOCKS = "blocks."
+BLOCK = "block-"
+
+
+def part_name(path: str, block: int | None = None) -> str:
+    """The part that a parameter belongs to: its block, or the module at the top that it is in."""
+    return path.split(".")[0] if block is None else f"{BLOCK}{block:04d}"
+
+
+def outline(model: Any) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """The parts of a model, which may be abstract: name -> path -> shape and dtype."""
+    parts: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, a in flat_state(model).items():
+        stacked = path.startswith(BLOCKS)
+        shape = jax.ShapeDtypeStruct(a.shape[1:] if stacked else a.shape, a.dtype)
+        for block in range(a.shape[0]) if stacked else (None,):
+            parts.setdefault(part_name(path, block), {})[path] = shape
+    return dict(sorted(parts.items()))
+
+
+def cut(model: Any) -> Iterator[Part]:
+    """The parts of a model, in main memory one at a time (on a CPU nothing is copied but one block)."""
+    flat = flat_state(model)
+    blocks = {path: a for path, a in flat.items() if path.startswith(BLOCKS)}
+    for name, shapes in outline(model).items():
+        if name.startswith(BLOCK):
+            yield name, jax.tree.map(np.asarray, _take(blocks, int(name.removeprefix(BLOCK))))
+        else:
+            yield name, {path: np.asarray(flat[path]) for path in shapes}
+
+
+def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, sharding: Any = None) -> Any:
+    """The inverse of `cut`: puts every part straight onto its devices.
+
+    Args:
+      model: an abstract model.
+      parts: all of its parts; blocks may also come stacked, as arrays of a part that is no block.
+      param_dtype: what parameters are cast to; None leaves them as they are. Codebooks and statistics are float32.
+      sharding: where the arrays go; None for the first local device.
+    """
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes, parameters = flat_state(model), flat_state(model, nnx.Param)
+
+    def dtype(path: str, a: np.ndarray) -> Any:
+        return (param_dtype or a.dtype) if path in parameters else shapes[path].dtype
+
+    flat: dict[str, Array] = {}
+    stack: dict[str, Array] = {}
+    for name, arrays in parts:
+        if not name.startswith(BLOCK):
+            flat |= {p: jax.device_put(a.astype(dtype(p, a), copy=False), sharding) for p, a in arrays.items()}
+        else:
+            stack = stack or {p: jnp.zeros(shapes[p].shape, dtype(p, a), device=sharding) for p, a in arrays.items()}
+            # Waited for, or blocks are read faster than they are put in place and pile up.
+            stack = jax.block_until_ready(_put(stack, arrays, int(name.removeprefix(BLOCK))))
+        del arrays  # or this part is still there while the next one is read
+    return with_state(model, flat | stack)
+
+
+@jax.jit
+def _take(stack: dict[str, Array], block: Any) -> dict[str, Array]:
+    return {path: jax.lax.dynamic_index_in_dim(a, block, keepdims=False) for path, a in stack.items()}
+
+
+@partial(jax.jit, donate_argnums=0)  # in place
+def _put(stack: dict[str, Array], arrays: dict[str, Array], block: Any) -> dict[str, Array]:
+    return {p: jax.lax.dynamic_update_index_in_dim(a, arrays[p].astype(a.dtype), block, 0) for p, a in stack.items()}
