@@ -34,7 +34,7 @@ class DataArgs:
     data: str
     """A hub id, a folder of pictures in one folder per class, or .parquet, .csv, .tsv, .jsonl or .txt files."""
     split: str = "train"
-    """Which part of the data; a slice such as train[:1000] goes too."""
+    """Which part of the data; a slice such as train[:1000] goes too. A file whose name does not say is any part."""
     image_column: str | None = None
     """The column with the images, where there are several."""
     text_column: tuple[str, ...] = ()

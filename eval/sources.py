@@ -55,7 +55,7 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
             if path.suffix not in suffixes:
                 raise AstraError(f"{path}: not a {' or '.join(suffixes)} file: give one, a folder or a hub id")
             loader, options = LOADERS[path.suffix]
-            files = {_split_of(path.stem): [_literal(path)]}
+            files = {_split_of(path.stem, split): [_literal(path)]}
         elif path.is_dir() and not _is_dataset_repository(path, suffixes):
             if not pictures:
                 raise AstraError(f"{path}: the folder has no {' or '.join(suffixes)} files: give another one")
@@ -147,10 +147,11 @@ def _split_names() -> dict[str, str]:
     return {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
-def _split_of(stem: str) -> str:
-    """`test-00000-of-00001` -> `test`; a file with no such word in its name is `train`, as in `datasets`."""
+def _split_of(stem: str, wanted: str) -> str:
+    """`test-00000-of-00001` -> `test`; a file with no such word in its name is whichever split is wanted of it."""
     names = _split_names()
-    return next((names[word] for word in re.split(r"[-._ 0-9]+", stem) if word in names), "train")
+    first = re.split(r"[\[+]", wanted)[0].strip()
+    return next((names[word] for word in re.split(r"[-._ 0-9]+", stem) if word in names), names.get(first, first))
 
 
 def _is_dataset_repository(folder: Path, suffixes: Sequence[str]) -> bool:

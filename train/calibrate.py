@@ -134,7 +134,7 @@ def main(args: Args) -> None:
     """Runs `astra calibrate`."""
     report = Report("calibrate", args.json)
     astra = AstraConfig(args.groups, args.codewords, args.site, args.class_token)
-    source = checkpoints.load(args.checkpoint)
+    source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
     y = capture(model, inputs(checkpoint, args), args.tokens, args.seed)

@@ -132,7 +132,9 @@ def test_parquet_file_is_the_split_of_its_name(tmp_path):
     assert len(load_images(str(path), "test")) == 6
     assert "has no split 'train'; it has test" in message(str(path), "train")
     plain = write_parquet(tmp_path / "latest.parquet", label=classes("a", "b", "c"))
-    assert len(load_images(str(plain), "train")) == 6
+    for split in ("train", "test"):  # its name does not say, so it is what is asked for
+        assert len(load_images(str(plain), split)) == 6
+    assert len(load_images(str(plain), "validation[:2]")) == 2
 
 
 def test_progress_bars_stay_as_they_were(tmp_path, capsys):

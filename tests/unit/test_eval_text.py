@@ -31,7 +31,7 @@ def sentence(rng: np.random.Generator, words: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_gpt2, tiny_bert, tiny_vit) -> Path:
+def place(tmp_path_factory, word_tokenizer, tiny_gpt2, tiny_bert, tiny_vit) -> Path:
     """Checkpoints `lm`, `lm-codes`, `classifier`, `encoder`, `vit`, and data for each."""
     place = tmp_path_factory.mktemp("eval")
     tokenizers = {name: word_tokenizer(len(WORDS), special=name == "special") for name in ("plain", "special")}

@@ -4,7 +4,8 @@ and number of devices, calibrated only and finetuned.
     python -m train.recipes.perplexity ORIGINAL OUT --data train.txt --test test.txt other.txt
 
 Every G is calibrated from the original, finetuned for all numbers of devices at once, and evaluated on virtual shards.
-What OUT already has is not run again, so an interrupted run goes on where it was.
+The control is the original itself, trained for as many steps on one device: finetuning is training, too. What OUT
+already has is not run again, so an interrupted run goes on where it was.
 """
 
 import dataclasses
@@ -77,30 +78,35 @@ def perplexities(checkpoint: Path, N: int, args: Args) -> dict[str, float]:
     return found
 
 
+def finetuned(checkpoint: Path, name: str, shards: tuple[int, ...], args: Args) -> Path:
+    """A checkpoint trained on virtual shards. Repeated, it goes on where it was, and does nothing where it is done."""
+    out = args.out / name
+    training = Training(steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, shards=shards)
+    options = finetune.Args(checkpoint=checkpoint, out=out, training=training, length=args.length, **args.source())
+    finetune.main(options)
+    return out
+
+
 def checkpoints_of(G: int, args: Args) -> dict[str, Path]:
     """The calibrated and the finetuned checkpoint of one G, made where they are missing."""
-    data = args.source()
-    calibrated, tuned = args.out / f"calibrated-G{G}", args.out / f"finetuned-G{G}"
+    calibrated = args.out / f"calibrated-G{G}"
     if not calibrated.exists():
-        calibrate.main(
-            calibrate.Args(
-                checkpoint=args.original, out=calibrated, groups=G, site=args.site, length=args.length, **data
-            )
+        options = calibrate.Args(
+            checkpoint=args.original, out=calibrated, groups=G, site=args.site, length=args.length, **args.source()
         )
-    training = Training(
-        steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, shards=args.devices
-    )
-    # Repeated, it goes on where it was, and does nothing where it is done.
-    finetune.main(finetune.Args(checkpoint=calibrated, out=tuned, training=training, length=args.length, **data))
-    return {"calibrated": calibrated, "finetuned": tuned}
+        calibrate.main(options)
+    return {"calibrated": calibrated, "finetuned": finetuned(calibrated, f"finetuned-G{G}", args.devices, args)}
 
 
 def main(args: Args) -> None:
     """Runs the recipe."""
     report = Report("perplexity", args.json)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [{"N": 1, "G": None, "bits": None, "made by": "original"}]
-    rows[0] |= perplexities(args.original, 1, args)
+    rows: list[dict[str, Any]] = []
+    originals = {"original": args.original, "control": finetuned(args.original, "control", (1,), args)}
+    for made, checkpoint in originals.items():
+        row = {"N": 1, "G": None, "bits": None, "made by": made}
+        rows.append(row | perplexities(checkpoint, 1, args))
     for G in args.groups:
         console.rule(f"G={G}")
         for made, checkpoint in checkpoints_of(G, args).items():
