@@ -344,6 +344,8 @@ def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
         raise AstraError(f"{where}: partial_rotary_factor is {part!r}; only 1 is supported: whole heads are rotated")
     if rope_type in ("llama3", "yarn"):
         values.setdefault("original_max_position_embeddings", limit)
+    if rope_type == "yarn" and "factor" in found and "factor" not in values:  # null: the ratio of the two limits
+        values["factor"] = limit / values["original_max_position_embeddings"]
     missing = [name for name in ROPE_NEEDS.get(rope_type, ()) if name not in values]
     if missing:
         raise AstraError(f"{where}: {field} of type {rope_type} has no {' and no '.join(missing)}")

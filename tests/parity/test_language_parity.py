@@ -266,6 +266,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn with a note": {"rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True}},
     "yarn with nulls": {"rope_scaling": {**YARN, "beta_fast": None, "attention_factor": None}},
     "yarn of today": {"rope_parameters": {**YARN, "rope_theta": 1e6}},
+    "yarn by its limits": {"rope_scaling": {**YARN, "factor": None}},
     "theta outside": {"rope_theta": 7.0, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "two, the old one counts": {
         "rope_scaling": {"type": "linear", "factor": 2.0},
