@@ -1,5 +1,6 @@
 """Text <-> token ids, by the tokenizer that came with a checkpoint (`transformers`, without torch)."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,19 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int):
-        from transformers import AutoTokenizer, logging  # takes over a second: only for those who read text
-
         if not any((folder / name).is_file() for name in FILES):
             raise AstraError(f"{folder}: has no tokenizer.json or other tokenizer file: copy the model's into it")
-        shown = logging.get_verbosity()
-        logging.set_verbosity_error()  # it comments on config.json, which is read for the kind of tokenizer only
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it comments on a missing torch and on config.json, which do not matter here
         try:
+            from transformers import AutoTokenizer  # takes over a second: only for those who read text
+
             self._inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
             reason = str(error).strip().split("\n")[0][:160]
             raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
         finally:
-            logging.set_verbosity(shown)
+            logging.disable(disabled)
         self.size = 1 + max(self._inner.get_vocab().values(), default=-1)  # one more than the largest id
         if self.size > vocab_size:
             raise AstraError(
