@@ -20,7 +20,7 @@ import checkpoints
 from astra_jax.config import AstraConfig
 from astra_jax.console import Report
 from astra_jax.quantizer import usage
-from checkpoints.huggingface import rotary_to_hf
+from checkpoints.configs import rotary_to_hf
 from checkpoints.keys import build
 from checkpoints.store import Checkpoint
 

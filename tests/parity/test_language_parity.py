@@ -25,7 +25,7 @@ from astra_jax.models.blocks import block_at
 from astra_jax.sharding import make_mesh
 from astra_jax.strategies import Single
 from astra_jax.text import Text
-from checkpoints import huggingface
+from checkpoints import configs, huggingface
 from checkpoints.keys import FAMILIES, config_class, flat_state, model_tensors
 
 V, T, PAD = 61, 24, 60
@@ -280,7 +280,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def test_rotary_embeddings_are_read_as_transformers_reads_them(form: str) -> None:
     content = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96, **ROPES[form]}
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(copy.deepcopy(content)))
-    ours = huggingface.config_from_hf("llama", content, Path())[0].rope_parameters
+    ours = configs.config_from_hf("llama", content, Path())[0].rope_parameters
     np.testing.assert_allclose(ours.frequencies(16), theirs.inv_freq.numpy(), rtol=1e-6)
     assert ours.scale == pytest.approx(theirs.attention_scaling)
 
@@ -444,15 +444,15 @@ def test_bfloat16_is_as_near_as_its_eight_bits_allow(name: str, tmp_path: Path, 
 def test_defaults_are_those_of_hugging_face(family: str) -> None:
     architecture = next(iter(FAMILIES[family].architectures))
     theirs = getattr(transformers, architecture).config_class()
-    ours, _ = huggingface.config_from_hf(family, {}, Path())
+    ours, _ = configs.config_from_hf(family, {}, Path())
     fixed = getattr(config_class(family), "FIXED", {})
     assert all(getattr(theirs, name, value) == value for name, value in fixed.items())
     for field in dataclasses.fields(ours):
-        if field.name in huggingface.DERIVED:
+        if field.name in configs.DERIVED:
             continue
         value, expected = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name == "rope_parameters":
-            assert huggingface.rotary_to_hf(value) == expected
+            assert configs.rotary_to_hf(value) == expected
         elif value is not None:  # transformers fills these in: head_dim, num_key_value_heads
             assert value == expected, field.name
 

@@ -17,7 +17,7 @@ import checkpoints
 from astra_jax.models.blocks import block_at
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies import Single
-from checkpoints import huggingface
+from checkpoints import configs, huggingface
 
 BASE = {
     "hidden_size": 32,
@@ -192,4 +192,4 @@ def test_defaults_are_those_of_hugging_face() -> None:
     for field in dataclasses.fields(ViTConfig):
         if field.name != "num_labels":  # read from the labels; the reader has Hugging Face's default of 2
             assert getattr(theirs, field.name) == field.default, field.name
-    assert huggingface.config_from_hf("vit", {}, Path())[0].num_labels == theirs.num_labels
+    assert configs.config_from_hf("vit", {}, Path())[0].num_labels == theirs.num_labels

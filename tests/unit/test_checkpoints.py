@@ -31,7 +31,7 @@ from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
 from astra_jax.sharding import make_mesh
-from checkpoints import huggingface, store
+from checkpoints import configs, huggingface, store
 from checkpoints.info import parameters
 from checkpoints.keys import FAMILIES, Key, build, flat_state, model_tensors, with_state
 from checkpoints.parts import cut
@@ -451,7 +451,7 @@ def test_a_tied_head_that_is_stored_too(name: str, embedding: str, prefix: str, 
     untied = huggingface.read(str(tmp_path))
     assert not untied.config.tie_word_embeddings
     np.testing.assert_array_equal(untied.model.head.kernel[...], table.T + 1)
-    assert huggingface.config_to_hf(untied, "float32")["tie_word_embeddings"] is False
+    assert configs.config_to_hf(untied, "float32")["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize(
@@ -605,7 +605,7 @@ LLAMA31 = LLAMA3 | {
 
 @pytest.mark.parametrize("hf_config", [LLAMA3, LLAMA31])
 def test_llama_3_8b_has_exactly_the_tensors_of_its_index(hf_config: dict[str, Any]) -> None:
-    config, _ = huggingface.config_from_hf("llama", hf_config, Path())
+    config, _ = configs.config_from_hf("llama", hf_config, Path())
     assert config.rope_parameters.rope_type == ("llama3" if hf_config is LLAMA31 else "default")
     model, sizes = build("llama", config), FAMILIES["llama"].sizes(config)
     block = {
@@ -667,10 +667,10 @@ def test_an_export_to_a_full_disk(
 
 
 def test_changed_labels_are_exported(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> None:
-    hf_config = huggingface.config_to_hf(checkpoint, "float32") | {"id2label": {"0": "old"}, "torch_dtype": "float32"}
+    hf_config = configs.config_to_hf(checkpoint, "float32") | {"id2label": {"0": "old"}, "torch_dtype": "float32"}
     changed = dataclasses.replace(checkpoint, hf_config=hf_config)
     assert changed.hf_config["id2label"] == {"0": "old"}
-    content = huggingface.config_to_hf(changed, "bfloat16")
+    content = configs.config_to_hf(changed, "bfloat16")
     assert content["id2label"] == {"0": "cat", "1": "dog", "2": "emu"}
     assert content["dtype"] == content["torch_dtype"] == "bfloat16"
 
@@ -1106,7 +1106,7 @@ def test_converting_needs_memory_for_one_shard_file_and_loading_for_one_model(tm
     largest = max(file.stat().st_size for file in source.iterdir())
     index = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    content = huggingface.config_to_hf(described("llama", config), "float32")
+    content = configs.config_to_hf(described("llama", config), "float32")
     (source / "config.json").write_text(json.dumps(content))
     del shards
     # What is freed goes back at once, so that what is measured is what is held.
