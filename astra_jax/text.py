@@ -1,7 +1,7 @@
 """What a language model takes: batches of token ids."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -23,6 +23,11 @@ class Text(NamedTuple):
     lengths: Int[Array | np.ndarray, "B"]
 
 
+def longest(config: Any) -> int:
+    """The most tokens of a text that a model of this configuration takes."""
+    return getattr(config, "max_seq_length", None) or config.max_position_embeddings
+
+
 def bucket(T: int, limit: int) -> int:
     """The length that sequences of up to T tokens are padded to: 32, 64, 128, ... and `limit` itself.
 
@@ -40,12 +45,12 @@ def pad(sequences: Sequence[Sequence[int]], limit: int, T: int | None = None) ->
     Raises:
       AstraError: a sequence is empty or longer than `limit`.
     """
-    longest = max(map(len, sequences), default=0)
+    most = max(map(len, sequences), default=0)
     if min(map(len, sequences), default=0) < 1:
         raise AstraError("the text is empty: give at least one token")
-    if longest > limit:
-        raise AstraError(f"the text has {longest} tokens; the model takes at most {limit}: shorten it")
-    ids = np.zeros((len(sequences), T or bucket(longest, limit)), np.int32)
+    if most > limit:
+        raise AstraError(f"the text has {most} tokens; the model takes at most {limit}: shorten it")
+    ids = np.zeros((len(sequences), T or bucket(most, limit)), np.int32)
     for row, sequence in zip(ids, sequences, strict=True):
         row[: len(sequence)] = sequence
     return Text(ids, np.asarray([len(sequence) for sequence in sequences], np.int32))

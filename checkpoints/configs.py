@@ -20,7 +20,7 @@ from checkpoints.store import Checkpoint
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
-DERIVED = ("task", "pooling", "normalize", "pooler")
+DERIVED = ("task", "pooling", "normalize", "max_seq_length", "pooler")
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -31,7 +31,7 @@ ROPE_NEEDS = {
 # What it may say that changes the frequencies, and is not computed here. transformers ignores what it does not know.
 ROPE_UNSUPPORTED = ("short_factor", "long_factor", "mrope_section")
 # How sentence-transformers calls the poolings that there are here.
-MODULES = "modules.json"
+MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
 POOLING_MODES: dict[Pooling, str] = {
     "mean": "pooling_mode_mean_tokens",
     "class": "pooling_mode_cls_token",
@@ -58,7 +58,10 @@ def derived_fields(family: str, task: str | None, names: Iterable[str], folder: 
     """The fields of a configuration that are not in the config.json."""
     values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names}
     # A classifier reads the class token.
-    values["pooling"], values["normalize"] = _sentence_pooling(folder) if task == "embedding" else ("class", False)
+    sentences = task == "embedding"
+    values["pooling"], values["normalize"] = _sentence_pooling(folder) if sentences else ("class", False)
+    limits = read_json(folder / SENTENCES) if sentences and (folder / SENTENCES).is_file() else {}
+    values["max_seq_length"] = _typed("max_seq_length", limits.get("max_seq_length"), int | None, folder / SENTENCES)
     return {
         field.name: values[field.name] for field in dataclasses.fields(config_class(family)) if field.name in DERIVED
     }
@@ -182,14 +185,16 @@ def _sentence_pooling(folder: Path) -> tuple[Pooling, bool]:
 
 
 def sentence_files(config: Any) -> dict[str, Any]:
-    """The inverse of `_sentence_pooling`: file -> content."""
+    """What sentence-transformers reads beside config.json: file -> content."""
     kinds = ("Transformer", "Pooling", *["Normalize"] * config.normalize)
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)
     ]
     modes = {mode: name == config.pooling for name, mode in POOLING_MODES.items()}
-    return {MODULES: modules, f"1_Pooling/{CONFIG}": {"word_embedding_dimension": config.hidden_size, **modes}}
+    files = {MODULES: modules, f"1_Pooling/{CONFIG}": {"word_embedding_dimension": config.hidden_size, **modes}}
+    limit = config.max_seq_length
+    return files | ({SENTENCES: {"max_seq_length": limit, "do_lower_case": False}} if limit else {})
 
 
 def _square(name: str, value: Any, where: Path) -> Any:

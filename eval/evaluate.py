@@ -24,7 +24,7 @@ from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.sharding import make_mesh, parse_devices
 from astra_jax.strategies import Astra, Single, Virtual, need_codec, parallelize
-from astra_jax.text import Text
+from astra_jax.text import Text, longest
 from checkpoints import Checkpoint
 from eval import plots
 from eval.data import DataArgs, batches, check_counts
@@ -190,7 +190,7 @@ class Trial:
 
     def outputs(self, texts: Sequence[str]) -> Float[np.ndarray, "texts outputs"]:
         """What the model makes of every text: logits or an embedding."""
-        limit = self.checkpoint.config.max_position_embeddings
+        limit = longest(self.checkpoint.config)
         sequences = self.encode(texts, limit)
         self.say_short(sequences, "texts")
         run = self.run(self.checkpoint.model)

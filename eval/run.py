@@ -30,7 +30,7 @@ from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.preprocess import decode_image
 from astra_jax.sharding import SEQ, make_mesh, parse_devices
 from astra_jax.strategies import Astra, need_codec, parallelize
-from astra_jax.text import Text, pad
+from astra_jax.text import Text, longest, pad
 from checkpoints import Checkpoint
 
 
@@ -185,7 +185,7 @@ def main(args: Args) -> None:
         pixels = jnp.asarray(checkpoint.processor([decode_image(path) for path in args.image]))
         run_once(args, checkpoint, mesh, pixels, [str(path) for path in args.image], report)
     else:
-        text = pad([checkpoint.tokenizer.encode(p) for p in args.prompt], checkpoint.config.max_position_embeddings)
+        text = pad([checkpoint.tokenizer.encode(p) for p in args.prompt], longest(checkpoint.config))
         shortest = int(np.min(text.lengths))
         if shortest < N:
             report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {N} devices")

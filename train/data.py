@@ -14,7 +14,7 @@ from PIL import Image
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor
-from astra_jax.text import Text, pad
+from astra_jax.text import Text, longest, pad
 from astra_jax.tokenizer import Tokenizer
 from checkpoints import Checkpoint
 from eval.data import DataArgs, ImageData
@@ -188,7 +188,7 @@ def sequences(checkpoint: Checkpoint, data: DataArgs, length: int | None) -> tup
       AstraError: the data cannot be read, `length` is not from 2 to the model's limit, or there is too little text.
     """
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    limit = config.max_position_embeddings
+    limit = longest(config)
     length = min(limit, 512) if length is None else length
     if not 2 <= length <= limit:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")

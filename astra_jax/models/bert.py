@@ -28,6 +28,7 @@ class BertConfig:
       pooling: the state that a sentence's embedding is: the mean of all tokens, the class token, or the last token
         (a sentence-transformers pooling config). A classifier always reads the class token.
       normalize: whether embeddings are scaled to length 1.
+      max_seq_length: the most tokens of a sentence, where sentence-transformers says fewer than the model can take.
       pooler: whether the model has BERT's pooling layer, which a classifier reads through.
 
     Raises:
@@ -53,6 +54,7 @@ class BertConfig:
     num_labels: int = 2
     pooling: Pooling = "mean"
     normalize: bool = False
+    max_seq_length: int | None = None
     pooler: bool = True
 
     def __post_init__(self) -> None:

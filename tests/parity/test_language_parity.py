@@ -24,7 +24,7 @@ from astra_jax.generate import Generator, Sampling
 from astra_jax.models.blocks import block_at
 from astra_jax.sharding import make_mesh
 from astra_jax.strategies import Single
-from astra_jax.text import Text
+from astra_jax.text import Text, longest
 from checkpoints import configs, huggingface
 from checkpoints.keys import FAMILIES, config_class, flat_state, model_tensors
 
@@ -314,11 +314,13 @@ def test_sentence_embeddings(pooling: str, normalize: bool, tmp_path: Path, rand
     modes = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False, "include_prompt": True}
     modes |= {mode + "_token" * (pooling == "cls"): True}
     write_sentence_transformer(tmp_path, normalize, **modes)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 19, "do_lower_case": false}')
     checkpoint, text = huggingface.read(str(tmp_path)), batch((T, 1, 7, 13))
     with torch.no_grad():
         states = theirs(**to_torch(text)).last_hidden_state
     expected = POOLINGS[pooling](states, to_torch(text)["attention_mask"])
     close(run(checkpoint.model, text), torch.nn.functional.normalize(expected) if normalize else expected, 1e-4)
+    assert longest(checkpoint.config) == 19
     huggingface.write_folder(checkpoint, tmp_path / "back")
     assert huggingface.read(str(tmp_path / "back")).config == checkpoint.config
 
