@@ -15,6 +15,8 @@ from astra_jax.errors import AstraError
 DATA = "data"  # the batch is split over this axis
 SEQ = "seq"  # the tokens are split over this axis: N devices
 
+MOST_CPU_DEVICES = 256  # that are made on demand: each has threads of its own, and thousands take all memory
+
 Pooling = Literal["class", "mean", "last"]
 Table = Array | np.ndarray  # a numpy table is known when a program is traced, and becomes a constant of it
 
@@ -41,7 +43,7 @@ def make_mesh(seq: int, data: int = 1) -> Mesh:
     wanted = data * seq
     try:
         # Only the CPU backend reads this; an accelerator's devices are what they are.
-        if jax.config.jax_num_cpu_devices < wanted:  # type: ignore[attr-defined]
+        if jax.config.jax_num_cpu_devices < wanted <= MOST_CPU_DEVICES:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:
         pass  # the backend is running: its device count, checked below, is final

@@ -185,6 +185,8 @@ def main(args: Args) -> None:
         pixels = jnp.asarray(checkpoint.processor([decode_image(path) for path in args.image]))
         run_once(args, checkpoint, mesh, pixels, [str(path) for path in args.image], report)
     else:
+        if checkpoint.config.task == "embedding" and len(args.prompt) < 2:
+            raise AstraError(f"{args.checkpoint}: is a sentence encoder: give two or more texts with --prompt")
         text = pad([checkpoint.tokenizer.encode(p) for p in args.prompt], longest(checkpoint.config))
         shortest = int(np.min(text.lengths))
         if shortest < N:

@@ -181,4 +181,6 @@ def test_a_mesh_of_too_many_devices():
         make_mesh(8, 2)
     assert "2 x 8 devices were asked for, but JAX has 8 (cpu): use fewer" in str(raised.value)
     assert 'jax.config.update("jax_num_cpu_devices", 16)' in str(raised.value)
+    with pytest.raises(AstraError, match="9999 devices were asked for"):
+        make_mesh(9999)
     assert make_mesh(8).size == 8  # the error leaves no trace

@@ -171,6 +171,8 @@ def test_a_sentence_encoder(place, capsys):
     rows = call(place, "run", place / "e-codes", "--prompt", "w1 w2 w3", "w1 w2 w3", "w8", "--devices", 2)
     cosines = [row["cosine"] for row in rows["similarities"]]
     assert cosines[0] == pytest.approx(1, abs=1e-5) and max(cosines[1:]) < 0.9999
+    assert main(["run", str(place / "e-codes"), "--prompt", "w1"]) == 2
+    assert "two or more texts" in capsys.readouterr().err
     assert main(["finetune", str(place / "e-codes"), str(place / "e-tuned"), *map(str, data)]) == 2
     assert "without a classifier" in capsys.readouterr().err
 
