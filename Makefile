@@ -1,14 +1,17 @@
-# make demo | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+# make demo | paper | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint venv clean
+.PHONY: demo paper test test-all lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	@$(BIN)/python -m train.recipes.digits
+
+paper: .venv/installed
+	@$(BIN)/python -m eval.paper --markdown docs/paper.md
 
 test: .venv/installed-test
 	@$(BIN)/python -m pytest

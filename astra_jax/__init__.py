@@ -6,14 +6,14 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 
 if TYPE_CHECKING:
+    from astra_jax.parallel import parallelize
     from astra_jax.sharding import make_mesh
-    from astra_jax.strategies import parallelize
 
 __version__ = "0.1.0"
 
 __all__ = ["AstraConfig", "AstraError", "__version__", "make_mesh", "parallelize"]
 
-_LAZY = {"make_mesh": "astra_jax.sharding", "parallelize": "astra_jax.strategies"}
+_LAZY = {"make_mesh": "astra_jax.sharding", "parallelize": "astra_jax.parallel"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
 from astra_jax.config import AstraConfig
+from astra_jax.models.layers import RowLinear
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.rotary import Rotary
+
+SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
 
 
 class Source(NamedTuple):
@@ -47,6 +50,27 @@ class Partial(NamedTuple):
 
 def attend(query: Float[Array, "B S H E"], source: Source) -> Partial:
     """Attention of queries to one source, left unnormalised. H may be a multiple of J (grouped-query attention)."""
+    B, S, H, _ = query.shape
+    if B * H * S * source.key.shape[1] <= SCORES:
+        return _attend_all_heads(query, source)
+    return jax.lax.platform_dependent(query, source, cpu=_attend_by_head, default=_attend_all_heads)
+
+
+def _attend_by_head(query: Float[Array, "B S H E"], source: Source) -> Partial:
+    """`attend` for a CPU: the queries of one key/value head at a time, whose scores stay in the cache."""
+    B, S, H, E = query.shape
+    J = source.key.shape[2]
+
+    def one_head(head: tuple[Array, Array, Array]) -> Partial:
+        q, k, v = head
+        return _attend_all_heads(q, Source(k[:, :, None], v[:, :, None], source.mask))
+
+    q = query.reshape(B, S, J, H // J, E).transpose(2, 0, 1, 3, 4)
+    by_head = jax.lax.map(one_head, (q, *(jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, H, *a.shape[3:]), by_head)
+
+
+def _attend_all_heads(query: Float[Array, "B S H E"], source: Source) -> Partial:
     B, S, H, E = query.shape
     R, J = source.key.shape[1:3]
     # Heads first and plain batched matmuls: about 1.7 times as fast on a CPU as einsums over [B,S,H,E], gradients too.
@@ -103,11 +127,11 @@ class MixedPrecisionAttention(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.J, self.E, self.rotary = J, E, rotary
+        self.H, self.J, self.E, self.rotary = H, J, E, rotary
         self.q = nnx.Linear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.k = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.o = nnx.Linear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
+        self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
         self.codec = VectorQuantizer(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
 
@@ -115,14 +139,14 @@ class MixedPrecisionAttention(nnx.Module):
         """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
         return x.reshape(*x.shape[:-1], -1, self.E)
 
-    def remote_key_value(self, message: Shaped[Array, "B R _"]) -> tuple[Array, Array]:
-        """K^ and V^ of remote tokens: `y^ Wk, y^ Wv` at site `hidden`, the two halves of the vector at site `kv`.
+    def remote_key_value(self, message: Shaped[Array, "B R _"], site: str | None) -> tuple[Array, Array]:
+        """K^ and V^ of remote tokens: the two halves of a vector at site `kv`, else its projections `y^ Wk, y^ Wv`.
 
-        `message` is codes, or an estimate of the quantized vector where a strategy already has one.
+        `message` is codes, or the vectors themselves where a strategy already has them.
         """
         if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
             message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
-        k, v = (self.k(message), self.v(message)) if self.site == "hidden" else jnp.split(message, 2, axis=-1)
+        k, v = jnp.split(message, 2, axis=-1) if site == "kv" else (self.k(message), self.v(message))
         return self.heads(k), self.heads(v)
 
     def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
@@ -142,17 +166,18 @@ class MixedPrecisionAttention(nnx.Module):
           the attention output [B,S,D], the new carry, and what the strategy reports of this block.
         """
         k, v = self.k(y), self.v(y)
-        quantized = jnp.concatenate([k, v], axis=-1) if self.site == "kv" else y
+        site = self.site if strategy.coded else "hidden"
+        sent = jnp.concatenate([k, v], axis=-1) if site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
-        remote, carry, report = strategy.exchange(self.codec, quantized, carry, block)
+        remote, carry, report = strategy.exchange(self.codec, sent, carry, block)
         position = strategy.positions() if self.rotary else None
         q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
         sources = [Source(k, v, strategy.local_mask()), *strategy.cached(block)]
         if remote is not None:
-            k_hat, v_hat = self.remote_key_value(remote.message)
+            k_hat, v_hat = self.remote_key_value(remote.message, site)
             k_hat = self.rotate(k_hat, remote.position)
             sources.append(Source(k_hat.astype(k.dtype), v_hat.astype(v.dtype), remote.mask))
         if strategy.keep:
             report = Kept(k, v, remote.message if remote is not None else None)
         attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
-        return self.o(attended.reshape(*y.shape[:2], -1)), carry, report
+        return self.o(attended.reshape(*y.shape[:2], -1), strategy), carry, report

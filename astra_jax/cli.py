@@ -15,6 +15,8 @@ VERBS = {
     "finetune": ("train.finetune", "train the model to live with quantized exchange (NAVQ)"),
     "eval": ("eval.evaluate", "accuracy or perplexity, bits and predicted latency, on one device and on several"),
     "run": ("eval.run", "classify images or texts, or go on with a text, on a mesh of devices"),
+    "bench": ("eval.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
+    "plan": ("eval.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
     "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
     "info": ("checkpoints.info", "what a checkpoint holds"),
 }

@@ -1,33 +1,95 @@
 """Every collective of the project: nothing else crosses the link.
 
-Each function names the shapes before and after on one device; N is the size of the mesh axis `axis`.
-They work only inside `jax.shard_map`.
+`Peers` are the devices along a mesh axis, inside `jax.shard_map`; `Alone` is one of them whose peers are missing. Each
+method names the shapes before and after on one device; N is the number of devices.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Shaped
 
 
-def shard_index(axis: str) -> Int[Array, ""]:
-    """[] -> []: which shard this device holds, 0..N-1. Sends nothing."""
-    return jax.lax.axis_index(axis)
+def _bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """16-bit floats as integers: XLA's CPU backend would send them as 32-bit floats."""
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
 
 
-def others(axis: str) -> Int[Array, "others"]:
-    """[] -> [N-1]: the shards of the other devices, the next one first, in ring order. Sends nothing."""
-    N = jax.lax.axis_size(axis)
-    return (shard_index(axis) + 1 + jnp.arange(N - 1)) % N
+def _of_bits(x: Shaped[Array, "*shape"], dtype: Any) -> Shaped[Array, "*shape"]:
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def gather_codes(packed: UInt8[Array, "B bytes"], axis: str) -> UInt8[Array, "others B bytes"]:
-    """[B, bytes] -> [N-1, B, bytes]: the packed codes of every other device, in the order of `others`.
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The N devices along a mesh axis. The methods work only inside `jax.shard_map`.
 
-    Every device sends its own `B * bytes` bytes: this is the only exchange inside the network.
+    Attributes:
+      axis: name of the mesh axis.
     """
-    return jax.lax.all_gather(packed, axis)[others(axis)]
+
+    axis: str
+
+    @property
+    def N(self) -> int:
+        """How many devices there are."""
+        return jax.lax.axis_size(self.axis)
+
+    def index(self) -> Any:
+        """[] -> []: which device this is, 0..N-1. Sends nothing."""
+        return jax.lax.axis_index(self.axis)
+
+    def others(self) -> Any:
+        """[] -> [N-1]: the other devices, the next one first, in ring order. Sends nothing."""
+        return (self.index() + 1 + jnp.arange(self.N - 1)) % self.N
+
+    def gather(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "N *shape"]:
+        """[...] -> [N, ...]: what every device holds, in their order. A device sends all of `x` (an all-gather)."""
+        return _of_bits(jax.lax.all_gather(_bits(x), self.axis, to="invarying"), x.dtype)
+
+    def gather_others(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "others *shape"]:
+        """[...] -> [N-1, ...]: what every other device holds, in the order of `others` (an all-gather)."""
+        return self.gather(x)[self.others()]
+
+    def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """[...] -> [...]: the sum over the devices, on every device (an all-reduce)."""
+        return jax.lax.psum(x, self.axis)
+
+    def transpose(self, x: Shaped[Array, "*shape"], split: int, join: int) -> Shaped[Array, "*other"]:
+        """Cuts axis `split` into N parts, sends part n to device n, and puts what arrives side by side on axis `join`.
+
+        [B, N*S, D] -> [B, S, N*D] with split=1, join=2 (an all-to-all).
+        """
+        moved = jax.lax.all_to_all(_bits(x), self.axis, split_axis=split, concat_axis=join, tiled=True)
+        return _of_bits(moved, x.dtype)
 
 
-def sum_over_shards(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
-    """[...] -> [...]: the sum over the devices, on every device (the mean of class states, once per forward pass)."""
-    return jax.lax.psum(x, axis)
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """The last of N devices without the others: its own messages stand in for theirs. Only for timing and counting.
+
+    Last, because for a decoder that is the device which sees all others.
+    """
+
+    N: int
+
+    def index(self) -> Any:
+        return self.N - 1
+
+    def others(self) -> Any:
+        return jnp.arange(self.N - 1)
+
+    def gather(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "N *shape"]:
+        return jnp.broadcast_to(x, (self.N, *x.shape))
+
+    def gather_others(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "others *shape"]:
+        return jnp.broadcast_to(x, (self.N - 1, *x.shape))
+
+    def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return x
+
+    def transpose(self, x: Shaped[Array, "*shape"], split: int, join: int) -> Shaped[Array, "*other"]:
+        part = jax.lax.slice_in_dim(x, 0, x.shape[split] // self.N, axis=split)
+        return jnp.concatenate([part] * self.N, axis=join)

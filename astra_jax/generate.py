@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt16
 
 from astra_jax.attention import Kept, Source
 from astra_jax.errors import AstraError
+from astra_jax.parallel import make_for, on_mesh, place
 from astra_jax.sharding import DATA, SEQ
-from astra_jax.strategies import Remote, Single, on_mesh, place
+from astra_jax.strategies import Astra, Remote, Single, Strategy
 from astra_jax.text import Text, bucket
 
 
@@ -113,7 +114,7 @@ class Cache(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode:
+class Decode(Strategy):
     """The strategy of one new token per sequence: it sees itself, the own tokens of the cache, and the remote ones."""
 
     cache: Cache
@@ -223,8 +224,8 @@ def prefill_program(model: Any, graphdef: Any, mesh: Mesh) -> Any:
 
     @jax.jit
     def prefill(state: Any, text: Text) -> Any:
-        shards = model.shards(N, text)
-        return on_mesh(work, mesh, shards, specs)(state, model.to_tokens(text))
+        strategy = make_for(mesh, Astra.of)(model, N, text)
+        return on_mesh(work, mesh, strategy, specs)(state, model.to_tokens(text))
 
     return prefill
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -96,20 +97,40 @@ class Shards:
             )
 
     @classmethod
-    def even(cls, T: int, N: int, class_token: str | None = None) -> "Shards":
-        """Splits T tokens over N devices as evenly as can be, the longer shards last."""
-        return cls(tuple(int(n) for n in _even(np.asarray(T), N)), class_token)
+    def split(cls, T: int, N: int, class_token: str | None = None, speeds: Sequence[float] = ()) -> "Shards":
+        """Splits T tokens over N devices as evenly as can be, the longer shards last, or in proportion to their speeds.
+
+        In proportion to speed is our choice: the paper has an experiment on unequal devices, but no method.
+
+        Raises:
+          AstraError: a device would get no token; there are not N speeds, or one is not above 0.
+        """
+        lengths = tuple(int(n) for n in _parts(np.asarray(T), _weights(N, speeds)))
+        if T >= N and min(lengths) < 1:
+            raise AstraError(
+                f"of {T} tokens device {lengths.index(0)}, with speed {speeds[lengths.index(0)]:g}, would get none: "
+                "leave it out"
+            )
+        return cls(lengths, class_token)
 
     @classmethod
     def ragged(
-        cls, lengths: Int[Array, "B"], T: int, N: int, class_token: str | None = None, causal: bool = False
+        cls,
+        lengths: Int[Array, "B"],
+        T: int,
+        N: int,
+        class_token: str | None = None,
+        causal: bool = False,
+        speeds: Sequence[float] = (),
     ) -> "Shards":
         """Splits every sequence of a batch, padded to T, on its own: each as if it were alone.
 
-        The longer shards are last, so that the end of every sequence is in the last shard. A sequence with fewer than
-        N tokens leaves the first shards empty.
+        What cannot be split evenly, or in proportion to speeds, goes to the last shards, so that the end of every
+        sequence is in the last one. A sequence with fewer than N tokens leaves the first shards empty.
         """
-        return cls(_even(lengths, N), class_token, -(-T // N), causal)
+        weights = _weights(N, speeds)
+        slots = int(_parts(np.arange(T + 1), weights).max())  # of any sequence up to T
+        return cls(_parts(lengths, weights), class_token, slots, causal)
 
     @property
     def N(self) -> int:
@@ -209,9 +230,22 @@ class Shards:
         return _take(x, shard * self.S + t - jnp.take_along_axis(ends - lengths, shard, axis=1))
 
 
-def _even(T: Any, N: int) -> Any:
-    """[*B] -> [*B,N]: T tokens in N parts that differ by at most 1, the longer ones last."""
-    return T[..., None] // N + (np.arange(N) >= N - T[..., None] % N)
+def _weights(N: int, speeds: Sequence[float]) -> Int[np.ndarray, "N"]:
+    """Speeds as whole numbers, thousandths of the greatest, so that all who split tokens by them round alike."""
+    if not speeds:
+        return np.ones(N, int)
+    if len(speeds) != N:
+        raise AstraError(f"{len(speeds)} speeds were given for {N} devices: give one for each")
+    for speed in speeds:
+        if not 0 < speed < np.inf:
+            raise AstraError(f"a device's speed is {speed:g}; it must be above 0: leave the device out, or give 0.5")
+    return np.ceil(1000 * np.asarray(speeds) / max(speeds)).astype(int)
+
+
+def _parts(T: Any, weights: Int[np.ndarray, "N"]) -> Any:
+    """[*B] -> [*B,N]: T tokens in N parts in proportion to whole weights, rounded down; the last parts get 1 more."""
+    parts, N = T[..., None] * weights // weights.sum(), len(weights)
+    return parts + (np.arange(N) >= N - (T[..., None] - parts.sum(-1, keepdims=True)))
 
 
 def _take(x: Shaped[Array, "B M *feature"], index: Int[Table, "B T"]) -> Shaped[Array, "B T *feature"]:

@@ -1,38 +1,31 @@
 """How one model is run: what is split, where remote keys and values come from, and what crosses the link.
 
-A strategy is a small object that a model is called with; models never mention a mesh axis. All offer
-
-    positions()                  place of every slot in the sequence, class tokens not included
-    prepend_class(cls, x)        puts the class token at the head of every shard that is here
-    exchange(codec, y, carry, block) -> (Remote | None, carry, report)
-    cached(block)                further sources of a block: keys and values of earlier calls
-    local_mask()                 which local tokens a local query sees
-    pool(x, pooling)             the state that a head reads
-    wire_bits(codec)             bits that one device sends per block
+A strategy is a small object that a model is called with; models never mention a mesh axis. `Strategy` says what a model
+asks of one; `STRATEGIES` names those that several devices can run.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from astra_jax import collectives, wire
+from astra_jax import wire
 from astra_jax.attention import Source
+from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
 from astra_jax.quantizer import VectorQuantizer
-from astra_jax.sharding import DATA, SEQ, Pooling, Shards, Table, Tokens
+from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
 
 
 class Remote(NamedTuple):
     """Remote tokens as attention gets them.
 
     Attributes:
-      message: codes [B,R,G], or an estimate [B,R,D] of what the codes stand for.
+      message: codes [B,R,G], or vectors [B,R,D]: an estimate of what the codes stand for, or the exact ones.
       position: their places in the sequence, for rotary embeddings.
       mask: which query sees which remote token, broadcastable to [B,S,R].
     """
@@ -42,15 +35,28 @@ class Remote(NamedTuple):
     mask: Bool[Array, "*#B #S R"]
 
 
-def visible(
-    keys: Tokens, queries: Tokens, causal: bool, received: Bool[Array, "*B R"] | None = None
-) -> Bool[Array, "*B queries R"]:
-    """Which remote tokens a query can attend to: real ones that are sent and arrived (a lost code is masked out).
+class Message(NamedTuple):
+    """What one device gives to one collective, for one sequence.
+
+    Attributes:
+      kind: the collective, as HLO names it.
+      bits: of an all-gather what the device contributes, of the others its whole operand.
+      times: how often that is in one forward pass.
+      in_blocks: False for what is sent once, after the last block.
+    """
+
+    kind: Literal["all-gather", "all-reduce", "all-to-all"]
+    bits: int
+    times: int
+    in_blocks: bool = True
+
+
+def visible(keys: Tokens, queries: Tokens, causal: bool) -> Bool[Array, "*B queries R"]:
+    """Which remote tokens a query can attend to: real ones that are sent.
 
     Shards are contiguous, so that for a decoder a remote shard lies wholly before a query, or wholly after it.
     """
-    mask = jnp.asarray(keys.valid) & jnp.asarray(keys.sent)
-    mask = (mask if received is None else mask & received)[..., None, :]
+    mask = (jnp.asarray(keys.valid) & jnp.asarray(keys.sent))[..., None, :]
     if causal:
         mask = mask & jnp.asarray(keys.shard[..., None, :] < queries.shard[..., :, None])
     return mask
@@ -70,17 +76,67 @@ class Noise(NamedTuple):
     strength: float
 
 
+class Strategy:
+    """What a model asks of a strategy, answered as where nothing is remote and every weight is whole.
+
+    positions()                  place of every slot in the sequence, class tokens not included
+    prepend_class(cls, x)        puts the class token at the head of every shard that is here
+    exchange(codec, y, carry, block) -> (Remote | None, carry, report)
+    cached(block)                further sources of a block: keys and values of earlier calls
+    local_mask()                 which local tokens a local query sees
+    reduce(x)                    a layer's output from what the rows of its kernel that are here make of it
+    run_blocks(block, carry, xs) the stack of blocks
+    pool(x, pooling)             the state that a head reads
+    """
+
+    coded: ClassVar[bool] = True  # whether `exchange` takes what the codec quantizes, or else the hidden state
+    keep: bool = False  # report every block's keys, values and remote codes (`attention.Kept`), for a cache
+
+    def cached(self, block: Any) -> list[Source]:
+        return []
+
+    def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return x
+
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any) -> Any:
+        """`jax.lax.scan` of `block(strategy, carry, xs)`, where xs = (weights, number) have a leading axis L."""
+        return jax.lax.scan(partial(block, self), carry, xs)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Strategy:
-    """What all strategies share: the slots that are here, and who sees whom among them.
+class Sharded(Strategy):
+    """A strategy that knows the split: the slots that are here, and who sees whom among them.
 
     Attributes:
       shards: the split.
-      keep: report every block's keys, values and remote codes (`attention.Kept`), for a cache.
+      keep: see `Strategy`.
     """
 
     shards: Shards
     keep: bool = dataclasses.field(default=False, kw_only=True)
+
+    splits_tokens: ClassVar[bool] = False  # whether a device holds its own shard alone, or all tokens
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "Sharded":
+        """The strategy for a model on N devices, for sequences as long as these inputs (by default the longest).
+
+        Raises:
+          AstraError: the model cannot be split in this way over N devices.
+        """
+        return cls(model.shards(N, inputs))
+
+    def messages(self, model: Any) -> list[Message]:
+        """What one device gives to collectives in one forward pass of one sequence."""
+        return []
+
+    def wire_bits(self, model: Any) -> int:
+        """Bits that one device gives to the collectives of all blocks together, for one sequence."""
+        return sum(message.bits * message.times for message in self.messages(model) if message.in_blocks)
+
+    def weight_axes(self, state: Any) -> Any:
+        """Which axis of every weight is split over the devices, counted from the last; 0 for those that all have."""
+        return jax.tree.map(lambda _: 0, state)
 
     def _mine(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
         """What a table of all slots says of those that are here: all of them, on one device."""
@@ -103,8 +159,8 @@ class _Strategy:
         heads = jnp.broadcast_to(jnp.reshape(cls, (-1, 1, 1, D)), (B, shards.shape[1], 1, D))
         return jnp.concatenate([heads, shards], axis=2).reshape(B, -1, D)
 
-    def cached(self, block: Any) -> list[Source]:
-        return []
+    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
+        return None, carry, None
 
     def local_mask(self) -> Bool[Array, "*B queries keys"]:
         tokens = self.tokens()
@@ -119,7 +175,7 @@ class _Strategy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Single(_Strategy):
+class Single(Sharded):
     """The whole sequence on one device; nothing is exchanged. The reference that everything is compared with.
 
     Attributes:
@@ -129,15 +185,16 @@ class Single(_Strategy):
 
     capture: bool = False
 
+    @classmethod
+    def of(cls, model: Any, N: int = 1, inputs: Any = None) -> "Single":
+        return cls(model.shards(1, inputs))
+
     def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[None, Any, Any]:
         return None, carry, y if self.capture else None
 
-    def wire_bits(self, codec: VectorQuantizer | None) -> int:
-        return 0
-
 
 @dataclasses.dataclass(frozen=True)
-class Virtual(_Strategy):
+class Virtual(Sharded):
     """ASTRA's mathematics on one device, from a shard index per token: N virtual shards.
 
     The reference that every sharded path is tested against, and what training and one-device evaluation use for any
@@ -147,18 +204,20 @@ class Virtual(_Strategy):
       shards: the split.
       noise: given in training: remote tokens are noisy estimates with straight-through gradients, and every block
         reports an `Observation`.
-      received: [B, slots] which codes arrived; None for all. A token that did not arrive is masked out.
+      arrived: which codes arrived: of every slot, in every block, at every receiving shard; None for all. A token
+        that did not arrive is masked out of the softmax (our choice: the paper does not say what stands in for it).
     """
 
     noise: Noise | None = None
-    received: Bool[Array, "B slots"] | None = None
+    arrived: Bool[Array, "L B N slots"] | None = None
 
     def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
         codec = need_codec(codec)
         tokens = self.tokens()
         z = codec.encode(y)
-        elsewhere = jnp.asarray(tokens.shard[:, None] != tokens.shard[None, :])
-        mask = visible(tokens, tokens, self.shards.causal, self.received) & elsewhere
+        mask = visible(tokens, tokens, self.shards.causal) & jnp.asarray(tokens.shard[:, None] != tokens.shard)
+        if self.arrived is not None:
+            mask = mask & self.arrived[block][:, tokens.shard]
         if self.noise is None:
             return Remote(z, tokens.position, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
@@ -170,170 +229,280 @@ class Virtual(_Strategy):
         shard = self.tokens().shard
         return super().local_mask() & jnp.asarray(shard[:, None] == shard[None, :])
 
-    def wire_bits(self, codec: VectorQuantizer | None) -> int:
-        return need_codec(codec).wire_bits(self.shards.sent_slots)
-
 
 @dataclasses.dataclass(frozen=True)
-class Astra(_Strategy):
-    """ASTRA on a mesh: this device's shard, under `jax.shard_map` over the axis `SEQ` (paper section 3).
+class SplitTokens(Sharded):
+    """One shard of the tokens on each device of a mesh, under `jax.shard_map` over the axis `SEQ`.
 
     Attributes:
       shards: the split.
+      peers: the devices.
     """
 
-    def _index(self) -> Any:
-        return collectives.shard_index(SEQ)
+    peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
+
+    splits_tokens = True
 
     def _mine(self, table: Shaped[Table, "*B N S"]) -> Shaped[Array, "*B S"]:
-        return jnp.take(jnp.asarray(table), self._index(), axis=-2)
+        return jnp.take(jnp.asarray(table), self.peers.index(), axis=-2)
 
     def _total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return collectives.sum_over_shards(x, SEQ)
-
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
-        codec = need_codec(codec)
-        B, home, sent = y.shape[0], self.shards.home_slots, self.shards.sent_slots
-        z = codec.encode(y[:, home:])
-        packed = wire.pack(z.reshape(B, -1), codec.bits)
-        arrived = wire.unpack(self._gather(packed), sent * codec.groups, codec.bits)  # [N-1,B,S*G]
-        codes = arrived.reshape(-1, B, sent, codec.groups).swapaxes(0, 1).reshape(B, -1, codec.groups)
-        keys = self.remote_tokens()
-        return Remote(codes, keys.position, visible(keys, self.tokens(), self.shards.causal)), carry, None
+        return self.peers.total(x)
 
     def remote_tokens(self) -> Tokens:
         """The attributes of the tokens that the other devices send, in the order in which they arrive."""
-        others, home = self._others(), self.shards.home_slots
+        others, home = self.peers.others(), self.shards.home_slots
         tables = (jnp.take(jnp.asarray(a[..., home:]), others, axis=-2) for a in self.shards.tokens())
         return Tokens(*(table.reshape(*table.shape[:-2], -1) for table in tables))
 
-    def _gather(self, packed: Array) -> Array:
-        return collectives.gather_codes(packed, SEQ)
+    def _remote(self, arrived: Shaped[Array, "others B sent _"]) -> Remote:
+        """What arrived from every other device, as attention gets it."""
+        message = arrived.swapaxes(0, 1).reshape(arrived.shape[1], -1, arrived.shape[-1])
+        keys = self.remote_tokens()
+        return Remote(message, keys.position, visible(keys, self.tokens(), self.shards.causal))
 
-    def _others(self) -> Array:
-        return collectives.others(SEQ)
-
-    def wire_bits(self, codec: VectorQuantizer | None) -> int:
-        return need_codec(codec).wire_bits(self.shards.sent_slots)
+    def _pooled(self, model: Any) -> list[Message]:
+        """The state that a head reads: its sum over the devices, once."""
+        return [] if model.per_token else [Message("all-reduce", _hidden_bits(model), 1, in_blocks=False)]
 
 
-@dataclasses.dataclass(frozen=True)
-class OneOfN(Astra):
-    """The work of one device of N without the others: its own codes stand in for theirs. Only for timing.
-
-    It is the last device, which for a decoder is the one that sees all others.
-    """
-
-    def _index(self) -> Any:
-        return self.shards.N - 1
-
-    def _total(self, x: Array) -> Array:
-        return x
-
-    def _gather(self, packed: Array) -> Array:
-        return jnp.broadcast_to(packed, (self.shards.N - 1, *packed.shape))
-
-    def _others(self) -> Array:
-        return jnp.arange(self.shards.N - 1)
+def _hidden_bits(model: Any) -> int:
+    """Bits of one token's hidden state."""
+    return 8 * model.config.hidden_size * model.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A model that is compiled for a mesh: a function of its inputs.
+class Astra(SplitTokens):
+    """ASTRA (paper section 3): the devices gather codes, bit-packed, in every block."""
 
-    Attributes:
-      run: the jitted function of weights and inputs.
-      state: the weights, placed on the mesh.
-      in_order: what brings the output of `run` for these inputs into the order of the sequence.
-    """
-
-    run: Any
-    state: Any
-    in_order: Any
-
-    def __call__(self, inputs: Any) -> Array:
-        return self.in_order(self.run(self.state, inputs), inputs)
-
-    def lower(self, inputs: Any) -> Any:
-        """The lowered program; `.compile().as_text()` of it shows every collective."""
-        return self.run.lower(self.state, inputs)
-
-
-def place(model: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """A model's graph, and its weights placed on every device of a mesh (shapes stay shapes, for an abstract model).
-
-    Raises:
-      AstraError: N > 1 and the model has no codebooks.
-    """
-    if mesh.shape[SEQ] > 1:
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "Astra":
         need_codec(model.codec)
-    graphdef, state = nnx.split(model)
-    everywhere = NamedSharding(mesh, P())
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
-        return graphdef, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), state)
-    return graphdef, jax.device_put(state, everywhere)
+        return cls(model.shards(N, inputs))
+
+    def messages(self, model: Any) -> list[Message]:
+        codes = need_codec(model.codec).wire_bits(self.shards.sent_slots)
+        return [Message("all-gather", codes, model.config.num_hidden_layers), *self._pooled(model)]
+
+    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
+        codec = need_codec(codec)
+        B, sent = y.shape[0], self.shards.sent_slots
+        z = codec.encode(y[:, self.shards.home_slots :])
+        packed = self.peers.gather_others(wire.pack(z.reshape(B, -1), codec.bits))  # [N-1,B,bytes]
+        codes = wire.unpack(packed, sent * codec.groups, codec.bits)
+        return self._remote(codes.reshape(-1, B, sent, codec.groups)), carry, None
 
 
-def on_mesh(work: Any, mesh: Mesh, shards: Shards, out_specs: Any) -> Any:
-    """`work(state, tokens, strategy)` on every device of a mesh, as a function of state and all tokens [B,T,...].
+@dataclasses.dataclass(frozen=True)
+class SequenceParallel(SplitTokens):
+    """Voltage (ICDCS 2024): the devices gather the full-precision inputs of attention in every block. Exact.
 
-    The strategy is ASTRA over N = `mesh.shape["seq"]` devices, one device for N = 1. To be called within `jax.jit`,
-    because the lengths of `shards` may be traced.
+    As in ASTRA, every device projects all remote tokens to keys and values itself. The class token, where there is
+    one, is a token of the first shard.
     """
-    N = mesh.shape[SEQ]
-    ragged = not isinstance(shards.lengths, tuple)
 
-    def one_shard(state: Any, tokens: Array, lengths: Any) -> Any:
-        here = dataclasses.replace(shards, lengths=lengths) if ragged else shards
-        return work(state, tokens, Astra(here) if N > 1 else Single(here))
+    coded = False
 
-    # With one shard there is nothing to prove about replication over SEQ, and no collective that would.
-    specs = (P(), P(DATA, SEQ), P(DATA))
-    sharded = jax.shard_map(one_shard, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=N > 1)
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "SequenceParallel":
+        return cls(one_class_token(model.shards(N, inputs)))
 
-    def run(state: Any, tokens: Array) -> Any:
-        slots = shards.scatter(tokens)
-        if not ragged:
-            return sharded(state, slots, None)
-        # Every device finds the slots by itself: else XLA may split this, too, and send a few bytes of it.
-        slots = jax.lax.with_sharding_constraint(slots, NamedSharding(mesh, P(DATA)))
-        return sharded(state, slots, shards.lengths)
+    def messages(self, model: Any) -> list[Message]:
+        bits = self.shards.sent_slots * _hidden_bits(model)
+        return [Message("all-gather", bits, model.config.num_hidden_layers), *self._pooled(model)]
 
-    return run
+    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
+        return self._remote(self.peers.gather_others(y)), carry, None
 
 
-def parallelize(model: Any, mesh: Mesh) -> Program:
-    """Jit-compiles `model` for a (data, seq) mesh: ASTRA over N = `mesh.shape["seq"]` devices, one device for N = 1.
+def one_class_token(shards: Shards) -> Shards:
+    """The split with a class token, if there is one, that is a token like any other."""
+    return dataclasses.replace(shards, class_token="single" if shards.class_token else None)
+
+
+# The layers of a block that read the hidden state, and those that write to it.
+READERS, WRITERS = {"q", "k", "v", "up", "gate"}, {"o", "down"}
+
+
+def heads_axis(names: Sequence[str]) -> int:
+    """Which axis of a weight, counted from the last, Megatron splits: heads and columns of the MLP. 0 for none.
 
     Args:
-      model: a model of `astra_jax.models`; its weights are placed on every device.
-      mesh: from `make_mesh`.
-
-    Returns:
-      A function from the model's input (for ViT: images [B, height, width, channels]; for text: `Text`) to its output:
-      one row per sequence, or, from a language model, one per token. Any batch size goes; it is padded to a multiple
-      of the mesh's data axis.
-
-    Raises:
-      AstraError: there are more devices than tokens, or N > 1 and the model has no codebooks.
+      names: the weight's path in the model.
     """
-    graphdef, state = place(model, mesh)
-    N, batches = mesh.shape[SEQ], mesh.shape[DATA]
-    model.shards(N)
+    if READERS & {*names}:
+        return -1
+    return -2 if WRITERS & {*names} and "bias" not in names else 0
 
-    def work(state: Any, tokens: Array, strategy: Any) -> Array:
-        return nnx.merge(graphdef, state)(tokens, strategy)[0]
 
-    @jax.jit
-    def run(state: Any, inputs: Any) -> Array:
-        B = jax.tree.leaves(inputs)[0].shape[0]
-        padded = jax.tree.map(lambda a: jnp.pad(a, [(0, -B % batches)] + [(0, 0)] * (a.ndim - 1), "edge"), inputs)
-        tokens, shards = model.to_tokens(padded), model.shards(N, padded)
-        sharded = on_mesh(work, mesh, shards, P(DATA, SEQ) if model.per_token else P(DATA))
-        return sharded(state, tokens)[:B]
+def width_axis(names: Sequence[str]) -> int:
+    """Which axis of a block's weight, counted from the last, is the hidden width: DeTransformer's split. 0 for none."""
+    if READERS & {*names}:
+        return -2 if "bias" not in names else 0
+    return 0 if "codec" in names else -1
 
-    @jax.jit  # a program of its own: what it moves is the answer, and no part of the network
-    def in_order(out: Array, inputs: Any) -> Array:
-        return model.shards(N, inputs).gather(out, model.to_tokens(inputs).shape[1]) if model.per_token else out
 
-    return Program(run, state, in_order)
+def split_axes(axis_of: Callable[[Sequence[str]], int], state: Any) -> Any:
+    """`axis_of(path)` of every array in a state. What has length 1 there, as scales of quantized weights, is whole."""
+
+    def one(path: Any, array: Any) -> int:
+        axis = axis_of([str(getattr(key, "key", getattr(key, "name", ""))) for key in path])
+        return axis if axis and array.shape[axis] > 1 else 0
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def part_size(array: Any, axis: int, N: int) -> int:
+    """How long one of N parts of an array along an axis is. Raises AstraError where the parts are not equal."""
+    size, rest = divmod(array.shape[axis], N)
+    if rest:  # what `of` checks are the layers; only scales of quantized weights are fewer
+        raise AstraError(
+            f"{array.shape[axis]} groups of quantized weights cannot be split over {N} devices: use fewer, or int8"
+        )
+    return size
+
+
+def part(array: Shaped[Array, "*whole"], axis: int, n: Any, N: int) -> Shaped[Array, "*part"]:
+    """Part n of N of an array along an axis, counted from the last; the array itself for axis 0."""
+    if not axis:
+        return array
+    size = part_size(array, axis, N)
+    return jax.lax.dynamic_slice_in_dim(array, n * size, size, array.ndim + axis)
+
+
+def check_divides(strategy: str, N: int, sizes: dict[str, int]) -> None:
+    """Raises AstraError unless all sizes (by their names) are multiples of N."""
+    if any(size % N for size in sizes.values()):
+        named = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        fitting = [str(n) for n in range(2, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
+        raise AstraError(
+            f"strategy {strategy} splits {named} evenly, which {N} devices cannot: use "
+            + (f"{', '.join(fitting)} devices, or strategy sp" if fitting else "strategy sp")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorParallel(Sharded):
+    """Megatron's tensor parallelism: heads and MLP columns are split, all tokens are everywhere. Exact.
+
+    Two all-reduces per block: of the attention's output and of the MLP's. Embeddings, norms and heads are replicated.
+
+    Attributes:
+      shards: one shard.
+      peers: the devices.
+    """
+
+    peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
+
+    coded = False
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "TensorParallel":
+        attention = model.blocks.attention
+        sizes = {"heads": attention.H, "key/value heads": attention.J, "MLP columns": model.config.intermediate_size}
+        check_divides("tp", N, sizes)
+        return cls(model.shards(1, inputs))
+
+    def messages(self, model: Any) -> list[Message]:
+        slots = self.shards.class_slots + self.shards.S
+        return [Message("all-reduce", slots * _hidden_bits(model), 2 * model.config.num_hidden_layers)]
+
+    def weight_axes(self, state: Any) -> Any:
+        return split_axes(heads_axis, state)
+
+    def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return self.peers.total(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParallel(Sharded):
+    """DeTransformer's block parallelism (DATE 2024) with its all-gather plan: `bp-ag`.
+
+    The L blocks form Nb groups. In all blocks of a group but the last, device n runs a sub-block of its own: it has
+    D/N of the hidden width of all tokens, and of the weights what reads or writes that part; norms are over the part.
+    Then the devices gather their parts, and each runs the group's last block whole. With Nb = L nothing is decoupled
+    and the result is exact; otherwise a model has to be trained for it: the outputs of one that was not mean nothing.
+
+    This is the structure of DeTransformer's public code; names and counts of the variants in the paper's comparison are
+    not public, so that what `bp-ag` and `bp-sp` are is our choice.
+
+    Attributes:
+      shards: the split over N devices (only `bp-sp` uses that it is one).
+      exchanges: Nb.
+      peers: the devices.
+    """
+
+    exchanges: int = 1
+    peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
+
+    coded = False
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None, exchanges: int = 1) -> "BlockParallel":
+        L = model.config.num_hidden_layers
+        check_divides("bp", N, {"hidden units": model.config.hidden_size})
+        if exchanges < 1 or L % exchanges:
+            fitting = ", ".join(str(n) for n in range(1, L + 1) if L % n == 0)
+            raise AstraError(f"{exchanges} exchanges do not divide {L} blocks into equal groups: use one of {fitting}")
+        return cls(one_class_token(model.shards(N, inputs)), exchanges)
+
+    @property
+    def _slots(self) -> int:
+        """Slots of one shard."""
+        return self.shards.class_slots + self.shards.S
+
+    def messages(self, model: Any) -> list[Message]:
+        return [Message("all-gather", self._slots * _hidden_bits(model), self.exchanges)]
+
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any) -> Any:
+        (weights, numbers), n, N = xs, self.peers.index(), self.peers.N
+
+        def weights_of(number: Array) -> Any:
+            # Taken from the stack one by one: a scan over slices of the stack would copy nearly all of it first.
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), weights)
+
+        def sub_block(x: Array, number: Array) -> tuple[Array, None]:
+            whole = weights_of(number)
+            mine = jax.tree.map(partial(part, n=n, N=N), whole, split_axes(width_axis, whole))
+            return block(self, (x, ()), (mine, number))[0][0], None
+
+        def group(carry: Any, numbers: Array) -> tuple[Any, Any]:
+            x, remote = carry
+            x, _ = jax.lax.scan(sub_block, part(x, -1, n, N), numbers[:-1])
+            return self._whole_block(block, x, remote, (weights_of(numbers[-1]), numbers[-1]))
+
+        return jax.lax.scan(group, carry, numbers.reshape(self.exchanges, -1))
+
+    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+        """A group's last block: parts of the width of all tokens -> all tokens, whole."""
+        whole = jnp.concatenate([*self.peers.gather(x)], axis=-1)
+        return block(self, (whole, remote), xs)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSequenceParallel(BlockParallel):
+    """`bp-sp`: block parallelism whose whole blocks are run as Voltage does, each device its own tokens (our choice).
+
+    An all-to-all makes of all tokens' parts of the width a shard of whole tokens, attention gathers as in
+    `SequenceParallel`, and then the devices gather the result.
+    """
+
+    def messages(self, model: Any) -> list[Message]:
+        bits = self._slots * _hidden_bits(model)
+        return [Message("all-to-all", bits, self.exchanges), Message("all-gather", bits, 2 * self.exchanges)]
+
+    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+        mine = self.peers.transpose(x, split=1, join=2)
+        (mine, remote), report = block(SequenceParallel(self.shards, peers=self.peers), (mine, remote), xs)
+        return (jnp.concatenate([*self.peers.gather(mine)], axis=1), remote), report
+
+
+# What several devices can run, by the name of a command line. `of` makes one for a model.
+STRATEGIES: dict[str, type[Sharded]] = {
+    "single": Single,
+    "astra": Astra,
+    "sp": SequenceParallel,
+    "tp": TensorParallel,
+    "bp-ag": BlockParallel,
+    "bp-sp": BlockSequenceParallel,
+}

@@ -4,13 +4,12 @@ Weights are read, written and converted part by part, so that no more than one p
 """
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array
 
 from checkpoints.keys import flat_state, with_state
@@ -49,17 +48,20 @@ def cut(model: Any) -> Iterator[Part]:
             yield name, {path: np.asarray(flat[path]) for path in shapes}
 
 
-def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, sharding: Any = None) -> Any:
+def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, shardings: Any = None) -> Any:
     """The inverse of `cut`: puts every part straight onto its devices.
 
     Args:
       model: an abstract model.
       parts: all of its parts; blocks may also come stacked, as arrays of a part that is no block.
       param_dtype: what parameters are cast to; None leaves them as they are. Codebooks and statistics are float32.
-      sharding: where the arrays go; None for the first local device.
+      shardings: where every array goes, a state as the model's own; None for the first local device.
     """
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes, parameters = flat_state(model), flat_state(model, nnx.Param)
+    if shardings is None:
+        where = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        where = traverse_util.flatten_dict(nnx.to_pure_dict(shardings), sep=".")
 
     def dtype(path: str, a: np.ndarray) -> Any:
         return (param_dtype or a.dtype) if path in parameters else shapes[path].dtype
@@ -68,11 +70,13 @@ def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, shardin
     stack: dict[str, Array] = {}
     for name, arrays in parts:
         if not name.startswith(BLOCK):
-            flat |= {p: jax.device_put(a.astype(dtype(p, a), copy=False), sharding) for p, a in arrays.items()}
+            flat |= {p: jax.device_put(a.astype(dtype(p, a), copy=False), where[p]) for p, a in arrays.items()}
         else:
-            stack = stack or {p: jnp.zeros(shapes[p].shape, dtype(p, a), device=sharding) for p, a in arrays.items()}
+            if not stack:
+                stack = {p: jnp.zeros(shapes[p].shape, dtype(p, a), device=where[p]) for p, a in arrays.items()}
+                put = jax.jit(_put, donate_argnums=0, out_shardings={p: where[p] for p in stack})  # in place
             # Waited for, or blocks are read faster than they are put in place and pile up.
-            stack = jax.block_until_ready(_put(stack, arrays, int(name.removeprefix(BLOCK))))
+            stack = jax.block_until_ready(put(stack, arrays, int(name.removeprefix(BLOCK))))
         del arrays  # or this part is still there while the next one is read
     return with_state(model, flat | stack)
 
@@ -82,6 +86,5 @@ def _take(stack: dict[str, Array], block: Any) -> dict[str, Array]:
     return {path: jax.lax.dynamic_index_in_dim(a, block, keepdims=False) for path, a in stack.items()}
 
 
-@partial(jax.jit, donate_argnums=0)  # in place
 def _put(stack: dict[str, Array], arrays: dict[str, Array], block: Any) -> dict[str, Array]:
     return {p: jax.lax.dynamic_update_index_in_dim(a, arrays[p].astype(a.dtype), block, 0) for p, a in stack.items()}

@@ -14,7 +14,7 @@ in the folder (the state and log of a training run) is left alone.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,11 @@ def save(path: Path | str, checkpoint: Checkpoint, parts: Iterable[Part] | None 
 
 
 def load(
-    path: Path | str, dtype: Any = jnp.float32, *, param_dtype: Any = jnp.float32, sharding: Any = None
+    path: Path | str,
+    dtype: Any = jnp.float32,
+    *,
+    param_dtype: Any = jnp.float32,
+    shardings: Callable[[Any], Any] | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder.
 
@@ -150,7 +154,8 @@ def load(
       dtype: what the model computes in.
       param_dtype: what parameters are cast to; None leaves them as they are stored: a converted model's as they were
         in its files, a trained model's in float32. Codebooks and statistics are float32 whatever it is.
-      sharding: where the arrays go, such as `NamedSharding(mesh, P())`; None for the first local device.
+      shardings: from the abstract model to where its arrays go, such as
+        `lambda model: astra_jax.parallel.shardings(model, mesh)`; None for the first local device.
 
     Raises:
       AstraError: the folder is missing, something else, damaged, or written by a newer version.
@@ -158,7 +163,7 @@ def load(
     meta, weights, version = _read(Path(path))
     model = build(meta.family, meta.config, meta.astra, dtype)
     parts = _read_parts(weights, model, version)
-    return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, sharding))
+    return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, shardings and shardings(model)))
 
 
 def read_meta(path: Path | str) -> Checkpoint:

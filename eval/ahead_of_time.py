@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
+from astra_jax.arguments import Integers
 from astra_jax.config import AstraConfig, Site
 from astra_jax.console import Report
 from astra_jax.generate import prefill_program
-from astra_jax.models.llama import LLAMA_3_8B, LlamaConfig
+from astra_jax.models.llama import LlamaConfig
+from astra_jax.parallel import place
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Astra, need_codec, place
+from astra_jax.strategies import Astra
 from astra_jax.text import Text
 from checkpoints.keys import build
 from eval.hlo import collectives_in
+from eval.presets import LLAMA_3_8B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Args:
     """N."""
     tokens: int = 1024
     """T: tokens of the prompt."""
-    groups: tuple[int, ...] = (1, 32)
+    groups: Integers = (1, 32)
     """G, one after the other."""
     site: Site = "kv"
     """What is quantized."""
@@ -63,7 +66,7 @@ def measure(config: LlamaConfig, args: Args, G: int) -> dict[str, Any]:
     gathered = sum(
         c.bytes // args.devices for c in collectives_in(compiled.as_text()) if c.kind == "all-gather" and c.in_loop
     )
-    shards = model.shards(args.devices, Text(jnp.zeros((1, args.tokens), int), jnp.asarray([args.tokens])))
+    strategy = Astra.of(model, args.devices, Text(jnp.zeros((1, args.tokens), int), jnp.asarray([args.tokens])))
     memory = compiled.memory_analysis()
     return {
         "N": args.devices,
@@ -74,7 +77,7 @@ def measure(config: LlamaConfig, args: Args, G: int) -> dict[str, Any]:
         "arguments GB": memory.argument_size_in_bytes / 1e9,
         "working GB": memory.temp_size_in_bytes / 1e9,
         "cache MB": memory.output_size_in_bytes / 1e6,
-        "bytes per block": Astra(shards).wire_bits(need_codec(model.codec)) // 8,
+        "bytes per block": strategy.wire_bits(model) // config.num_hidden_layers // 8,
         "as compiled": gathered,
         "compile s": seconds,
     }

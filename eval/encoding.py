@@ -16,11 +16,13 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 
+from astra_jax.arguments import Integers
+from astra_jax.collectives import Alone
 from astra_jax.config import AstraConfig
 from astra_jax.console import Report
 from astra_jax.models.vit import ViTBlock, ViTConfig
 from astra_jax.sharding import Shards
-from astra_jax.strategies import OneOfN, Single, need_codec
+from astra_jax.strategies import Astra, Single, need_codec
 from eval.timing import median_seconds
 
 
@@ -34,7 +36,7 @@ class Args:
     """N."""
     hidden_size: int = 768
     """D; heads are 64 wide and the MLP is 4 D."""
-    groups: tuple[int, ...] = (1, 8, 16, 32)
+    groups: Integers = (1, 8, 16, 32)
     """G, one after the other."""
     json: Path | None = None
     """Also write everything printed to this file."""
@@ -45,8 +47,8 @@ def measure(args: Args, G: int | None) -> dict[str, Any]:
     D = args.hidden_size
     config = ViTConfig(hidden_size=D, num_attention_heads=D // 64, intermediate_size=4 * D)
     block = ViTBlock(config, AstraConfig(groups=G) if G else None, jnp.float32, nnx.Rngs(0))
-    shards = Shards.even(args.tokens, args.devices if G else 1, "distributed")
-    strategy = OneOfN(shards) if G else Single(shards)
+    shards = Shards.split(args.tokens, args.devices if G else 1, "distributed")
+    strategy = Astra(shards, peers=Alone(args.devices)) if G else Single(shards)
     x = jax.random.normal(jax.random.key(1), (1, 1 + shards.S, D))
     if G:
         codec = need_codec(block.attention.codec)

@@ -5,10 +5,15 @@ how well the similarity of sentence embeddings follows what people say (Pearson'
 
 A checkpoint with codebooks runs as ASTRA over the mesh that --devices picks, one without on a single device: give the
 original first to compare. On a CPU the devices are made by the program itself.
+
+--loss tells what is left of it on links that lose packets, as the mean of a few tries and their standard deviation, and
+--speeds splits the tokens over unequal devices. Both are simulated on virtual shards, as by --virtual.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,28 +22,38 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 import checkpoints
+from astra_jax.arguments import Numbers, Texts
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
+from astra_jax.parallel import parallelize
 from astra_jax.sharding import make_mesh, parse_devices
-from astra_jax.strategies import Astra, Single, Virtual, need_codec, parallelize
+from astra_jax.strategies import STRATEGIES, Astra, Single, Virtual
 from astra_jax.text import Text, longest
+from astra_jax.weights import Weights, quantize_weights, weight_bytes
+from astra_jax.wire import tokens_per_packet
 from checkpoints import Checkpoint
 from eval import plots
 from eval.data import DataArgs, batches, check_counts
-from eval.hlo import collectives_in
-from eval.network import latency, parse_rate
+from eval.loss import Loss, arrived
+from eval.network import Link, parse_rate, pass_seconds
 from eval.perplexity import NextTokenLoss, perplexity
 from eval.text import run_batches, windows
 from eval.timing import compute_seconds
+from eval.traffic import messages
 
 # config.task -> what is measured; a model without that field classifies images.
 TASKS = {"causal-lm": "perplexity", "classification": "classification", "embedding": "similarity"}
 # Task -> the column of the plot.
 METRICS = {"perplexity": "perplexity", "classification": "accuracy %", "similarity": "Spearman"}
 LONGEST = 1024  # the longest default window, in tokens
+BURST = 8.0  # the default mean length of a burst, in packets
+SEEDS = 5  # the default number of tries under packet loss
+
+Run = Callable[[Any], Array]  # inputs -> outputs
+Metrics = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +70,22 @@ class Args(DataArgs):
     """The mesh: N devices over the tokens, or DxN for D batches at once."""
     virtual: bool = False
     """Run the N shards on one device: the same numbers, no mesh needed."""
-    strategy: Literal["auto", "single"] = "auto"
-    """`single` also runs checkpoints with codebooks on one device, without exchange."""
+    strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
+    """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
+    weights: Weights | None = None
+    """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
+    loss: float | None = None
+    """Share of the packets that are lost on every link, such as 0.05; what was in them is not attended to."""
+    loss_model: Literal["bernoulli", "burst"] | None = None
+    """Whether packets are lost one by one, or in a row; by default bernoulli."""
+    packet: int | None = None
+    """Payload of a packet in bytes, by default 1400. It holds whole tokens."""
+    burst: float | None = None
+    """Loss model burst: the mean number of packets that are lost in a row, by default 8."""
+    seeds: int | None = None
+    """How often everything is run under packet loss, by default 5."""
+    speeds: Numbers = ()
+    """Relative speeds of the N devices, such as 1,1,0.5,0.5, to split the tokens in proportion to; by default equal."""
     length: int | None = None
     """Text: tokens of a window, and of the sequence that is timed; by default the model's limit, but at most 1024."""
     stride: int | None = None
@@ -65,7 +94,7 @@ class Args(DataArgs):
     """Images, texts or windows per batch; by default 64, of windows 8."""
     limit: int | None = None
     """Stop after this many images, documents, texts or pairs."""
-    rates: tuple[str, ...] = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
+    rates: Texts = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
     """Link rates to predict the latency of one image or sequence for."""
     plot: Path | None = None
     """Draw quality over bits and latency over the link's rate into this file (PNG or SVG)."""
@@ -96,6 +125,52 @@ def check_task(args: Args) -> str:
     return task
 
 
+def strategy_of(checkpoint: Checkpoint, args: Args) -> str:
+    """The name in `STRATEGIES` under which a checkpoint runs."""
+    if parse_devices(args.devices)[1] == 1:
+        return "single"
+    if args.strategy == "auto":
+        return "astra" if checkpoint.astra else "single"
+    return args.strategy
+
+
+def check_simulation(args: Args) -> Args:
+    """The arguments, with --virtual where another option needs it. Raises AstraError where options do not fit."""
+    wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
+    if wanted and (parse_devices(args.devices)[1] == 1 or args.strategy == "single"):
+        raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
+    wanted += ["--virtual"] * args.virtual
+    if wanted and args.strategy not in ("auto", "single", "astra"):
+        raise AstraError(
+            f"{wanted[0]} simulates the exchange of codes, which strategy {args.strategy} does not do: "
+            "use strategy astra, or leave the option out"
+        )
+    return dataclasses.replace(args, virtual=bool(wanted))
+
+
+def loss_of(args: Args) -> Loss | None:
+    """The packet loss that is asked for, if any. Raises AstraError if an option is out of range or does not fit."""
+    details = {
+        "--loss-model": args.loss_model, "--packet": args.packet, "--burst": args.burst, "--seeds": args.seeds,
+    }  # fmt: skip
+    given = [option for option, value in details.items() if value is not None]
+    if args.loss is None:
+        if given:
+            raise AstraError(f"{given[0]} says how packets are lost, but not how many: give --loss, such as 0.05, too")
+        return None
+    if args.burst is not None and args.loss_model != "burst":
+        raise AstraError("--burst is for losses in a row: give --loss-model burst, too, or leave the option out")
+    if args.seeds is not None and args.seeds < 1:
+        raise AstraError(f"--seeds is {args.seeds}; it must be at least 1: try {SEEDS}")
+    loss = Loss(args.loss) if args.packet is None else Loss(args.loss, packet=args.packet)
+    if args.loss_model == "burst":
+        loss = dataclasses.replace(loss, burst=BURST if args.burst is None else args.burst)
+    for astra in (checkpoints.read_meta(path).astra for path in args.checkpoints):
+        if astra is not None:
+            tokens_per_packet(astra.groups * astra.bits, loss.packet)
+    return loss
+
+
 def takes_images(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint's model takes images, not text."""
     return checkpoint.family == "vit"
@@ -121,22 +196,35 @@ def example(checkpoint: Checkpoint, length: int) -> Any:
     return Text(jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32))
 
 
-def sent_bytes(model: Any, inputs: Any, N: int, virtual: bool) -> tuple[int, int]:
-    """Bytes that one device sends for one input: codes in all blocks, and the state that the head reads, at the end.
+@partial(jax.jit, static_argnames=("graphdef", "N", "speeds"))
+def run_virtual(
+    graphdef: Any, state: Any, inputs: Any, N: int, speeds: tuple[float, ...], there: Bool[Array, "L B N slots"] | None
+) -> Array:
+    """Inputs -> outputs of a model on one device with N virtual shards, of which `there` tells what codes arrived.
 
-    Read from the compiled program, or as the strategy predicts where the shards are virtual and no program gathers.
-    Raises AstraError if the two differ.
+    Jitted here, not where it is used, so that all tries under packet loss share one program.
     """
-    config = model.config
-    predicted = Astra(model.shards(N, inputs)).wire_bits(need_codec(model.codec)) * config.num_hidden_layers
-    if virtual:
-        return predicted // 8, 0 if model.per_token else 4 * config.hidden_size
-    program = parallelize(model, make_mesh(N)).lower(inputs).compile().as_text()
-    found = collectives_in(program)
-    codes = sum(c.bytes // N * (c.trip_count or 1) for c in found if c.kind == "all-gather")
-    if 8 * codes != predicted:
-        raise AstraError(f"the program gathers {8 * codes} bits, but {predicted} were predicted: please report it")
-    return codes, sum(c.bytes for c in found if c.kind != "all-gather")
+    model = nnx.merge(graphdef, state)
+    tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
+    strategy = Virtual(shards, arrived=there) if N > 1 else Single(shards)
+    out = model(shards.scatter(tokens), strategy)[0]
+    return shards.gather(out, tokens.shape[1]) if model.per_token else out
+
+
+def mean_and_spread(found: Sequence[Metrics]) -> Metrics:
+    """The mean of every column over several tries, and behind it the standard deviation (of a sample; None of one try).
+
+    Counts, which are whole numbers, are the same in all of them.
+    """
+    row: Metrics = {}
+    for column, first in found[0].items():
+        values = [metrics[column] for metrics in found]
+        if isinstance(first, int):
+            row[column] = first
+        else:
+            row[column] = float(np.mean(values))
+            row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,23 +234,50 @@ class Trial:
     checkpoint: Checkpoint
     args: Args
     N: int
+    strategy: str
     say: Callable[[str], None]
+    loss: Loss | None
 
-    def run(self, model: Any) -> Callable[[Any], Array]:
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Of the N devices; () for equal ones."""
+        return self.args.speeds if self.N > 1 else ()
+
+    def run(self, model: Any, seed: int | None = None) -> Run:
         """Inputs -> outputs of the checkpoint's model, or of one around it: on a (data, N) mesh, or on one device with
-        N virtual shards."""
+        N virtual shards, under packet loss if there is a seed: it and the number of a batch decide what is lost."""
         if not self.args.virtual:
-            return parallelize(model, make_mesh(self.N, parse_devices(self.args.devices)[0]))
+            mesh = make_mesh(self.N, parse_devices(self.args.devices)[0])
+            return parallelize(model, mesh, STRATEGIES[self.strategy].of)
         graphdef, state = nnx.split(model)
+        if seed is None:
+            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, None)
+        loss, astra, L = self.loss, self.checkpoint.astra, self.checkpoint.config.num_hidden_layers
+        assert loss is not None and astra is not None
+        number = itertools.count()
 
-        @jax.jit
-        def run(state: Any, inputs: Any) -> Array:
-            model = nnx.merge(graphdef, state)
-            tokens, shards = model.to_tokens(inputs), model.shards(self.N, inputs)
-            out = model(shards.scatter(tokens), Virtual(shards) if self.N > 1 else Single(shards))[0]
-            return shards.gather(out, tokens.shape[1]) if model.per_token else out
+        def lossy(inputs: Any) -> Array:
+            shards, B = model.shards(self.N, inputs, self.speeds), jax.tree.leaves(inputs)[0].shape[0]
+            rng = np.random.default_rng([seed, next(number)])
+            there = arrived(loss, shards, astra.groups * astra.bits, L, B, rng)
+            return run_virtual(graphdef, state, inputs, self.N, self.speeds, jnp.asarray(there))
 
-        return lambda inputs: run(state, inputs)
+        return lossy
+
+    def reached(self, model: Any, score: Callable[[Run, str], Metrics]) -> Metrics:
+        """What `score(run, label)` finds; under packet loss mean, standard deviation and `seeds`, what each try found.
+
+        Args:
+          model: what is run.
+          score: its label is what a progress bar has to show behind its own.
+        """
+        if self.args.loss is None:
+            return score(self.run(model), "")
+        if self.loss is None:  # one device, beside others that lose packets
+            found = [score(self.run(model), "")]
+        else:
+            found = [score(self.run(model, seed), f", seed {seed}") for seed in range(self.args.seeds or SEEDS)]
+        return {**mean_and_spread(found), "seeds": found}
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The token ids of texts, cut to `limit` tokens if given."""
@@ -180,64 +295,85 @@ class Trial:
 
     def say_short(self, sequences: Sequence[Sequence[int]], what: str) -> None:
         """Says how many sequences cannot be split over all devices."""
-        needed = self.N + self.checkpoint.model.shards(self.N).class_slots
-        short = sum(len(ids) < needed for ids in sequences)
+        lengths = np.asarray([len(ids) for ids in sequences])
+        no_ids = np.broadcast_to(np.int32(0), (len(lengths), max(lengths, default=1)))
+        shards = self.checkpoint.model.shards(self.N, Text(no_ids, lengths), self.speeds)
+        short = int(np.sum(np.min(shards.lengths, axis=-1) < 1))
         if short:
             self.say(
-                f"{short:,} of {len(sequences):,} {what} have fewer tokens than there are devices ({self.N}) and use "
-                "only some of them"
+                f"{short:,} of {len(lengths):,} {what} are too short for all {self.N} devices and use only some of them"
             )
 
-    def outputs(self, texts: Sequence[str]) -> Float[np.ndarray, "texts outputs"]:
-        """What the model makes of every text: logits or an embedding."""
-        limit = longest(self.checkpoint.config)
-        sequences = self.encode(texts, limit)
-        self.say_short(sequences, "texts")
-        run = self.run(self.checkpoint.model)
-        rows = dict(run_batches(run, sequences, limit, self.args.batch_size or 64, "texts"))
+    def outputs(self, run: Run, sequences: Sequence[list[int]], label: str) -> Float[np.ndarray, "texts outputs"]:
+        """What a model makes of every text: logits or an embedding."""
+        limit, batch = longest(self.checkpoint.config), self.args.batch_size or 64
+        rows = dict(run_batches(run, sequences, limit, batch, f"texts{label}"))
         return np.stack([rows[place] for place in range(len(rows))])
 
+    def short_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of texts that the model takes whole, or cut to what it takes."""
+        sequences = self.encode(texts, longest(self.checkpoint.config))
+        self.say_short(sequences, "texts")
+        return sequences
 
-def image_accuracy(trial: Trial) -> dict[str, Any]:
+
+def image_accuracy(trial: Trial) -> Metrics:
     """Share of the images whose highest logit is their label."""
     args, batch = trial.args, trial.args.batch_size or 64
-    data, classify = args.open(trial.checkpoint.labels), trial.run(trial.checkpoint.model)
+    data = args.open(trial.checkpoint.labels)
     total = min(len(data), args.limit or len(data))
-    right = 0
-    with progress("images", total) as advance:
-        for images, labels in batches(data, trial.checkpoint.processor, batch, limit=args.limit):
-            # The last batch is filled up, so that one compiled program serves all.
-            filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
-            predicted = np.argmax(np.asarray(classify(jnp.asarray(filled))), axis=-1)[: len(labels)]
-            right += int((predicted == labels).sum())
-            advance(len(labels), accuracy=right / total)
-    return {"accuracy %": 100 * right / total}
+
+    def score(run: Run, label: str) -> Metrics:
+        right = 0
+        with progress(f"images{label}", total) as advance:
+            for images, labels in batches(data, trial.checkpoint.processor, batch, limit=args.limit):
+                # The last batch is filled up, so that one compiled program serves all.
+                filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
+                predicted = np.argmax(np.asarray(run(jnp.asarray(filled))), axis=-1)[: len(labels)]
+                right += int((predicted == labels).sum())
+                advance(len(labels), accuracy=right / total)
+        return {"accuracy %": 100 * right / total}
+
+    return trial.reached(trial.checkpoint.model, score)
 
 
-def text_accuracy(trial: Trial) -> dict[str, Any]:
+def text_accuracy(trial: Trial) -> Metrics:
     """Share of the texts whose highest logit is their label."""
     data = trial.args.open_labelled(trial.checkpoint.labels)
     rows = [data[i] for i in range(min(len(data), trial.args.limit or len(data)))]
-    predicted = np.argmax(trial.outputs([row["text"] for row in rows]), axis=-1)
-    return {"accuracy %": 100 * float(np.mean(predicted == [row["label"] for row in rows]))}
+    labels, sequences = [row["label"] for row in rows], trial.short_texts([row["text"] for row in rows])
+
+    def score(run: Run, label: str) -> Metrics:
+        predicted = np.argmax(trial.outputs(run, sequences, label), axis=-1)
+        return {"accuracy %": 100 * float(np.mean(predicted == labels))}
+
+    return trial.reached(trial.checkpoint.model, score)
 
 
-def text_perplexity(trial: Trial) -> dict[str, Any]:
+def text_perplexity(trial: Trial) -> Metrics:
     """Perplexity of the documents over sliding windows."""
     length, stride = window(trial.checkpoint.config, trial.args)
     documents = trial.encode(trial.args.open_documents()[: trial.args.limit])
     trial.say(f"{len(documents):,} document(s) in windows of {length:,} tokens, stride {stride:,}")
     trial.say_short([part.ids for ids in documents for part in windows(ids, length, stride)], "windows")
-    run = trial.run(NextTokenLoss(trial.checkpoint.model))
-    found = perplexity(run, documents, length, stride, trial.args.batch_size or 8)
-    return {"perplexity": found.perplexity, "nats per token": found.nll, "tokens": found.tokens}
+
+    def score(run: Run, label: str) -> Metrics:
+        found = perplexity(run, documents, length, stride, trial.args.batch_size or 8, f"windows{label}")
+        return {"perplexity": found.perplexity, "nats per token": found.nll, "tokens": found.tokens}
+
+    return trial.reached(NextTokenLoss(trial.checkpoint.model), score)
 
 
-def similarity(trial: Trial) -> dict[str, Any]:
+def similarity(trial: Trial) -> Metrics:
     """How the cosines of the embeddings of two sentences correlate with what people say of them."""
     first, second, scores = zip(*trial.args.open_pairs()[: trial.args.limit], strict=True)
-    embeddings = trial.outputs(first + second)
-    return correlations(embeddings[: len(first)], embeddings[len(first) :], np.asarray(scores))
+    sequences = trial.short_texts(first + second)
+
+    def score(run: Run, label: str) -> Metrics:
+        embeddings = trial.outputs(run, sequences, label)
+        return correlations(embeddings[: len(first)], embeddings[len(first) :], np.asarray(scores))
+
+    return trial.reached(trial.checkpoint.model, score)
 
 
 def correlations(
@@ -266,31 +402,49 @@ MEASURES = {"perplexity": text_perplexity, "classification": text_accuracy, "sim
 
 
 def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any]:
-    """One row of the table: what a checkpoint reaches and what it costs. `say` is told what is done to its texts."""
+    """One row of the table: what a checkpoint reaches and what it costs. `say` is told what is done to its texts.
+
+    Under packet loss the row has `seeds`, too: the metrics of every try.
+    """
     checkpoint = checkpoints.load(path)
-    model, config, astra = checkpoint.model, checkpoint.config, checkpoint.astra
-    N = parse_devices(args.devices)[1]
-    if astra is None or args.strategy == "single":
-        astra, N = None, 1
+    if args.weights:
+        checkpoint = dataclasses.replace(checkpoint, model=quantize_weights(checkpoint.model, args.weights))
+    model, config = checkpoint.model, checkpoint.config
+    strategy = strategy_of(checkpoint, args)
+    N = parse_devices(args.devices)[1] if strategy != "single" else 1
+    astra = checkpoint.astra if strategy == "astra" else None
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
-    trial = Trial(checkpoint, args, N, lambda text: say(f"{path.name}: {text}"))
+    loss = loss_of(args) if N > 1 else None
+    make = STRATEGIES[strategy].of
+    make(model, N)  # what cannot be split is told before any data are read
+    model.shards(N, speeds=args.speeds if N > 1 else ())
+    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     inputs = example(checkpoint, T)
-    codes, pooled = sent_bytes(model, inputs, N, args.virtual) if N > 1 else (0, 0)
-    compute = compute_seconds(model, N, inputs)
+    if N > 1 and args.virtual:
+        sent = Astra(model.shards(N, inputs, args.speeds)).messages(model)
+    else:
+        sent = messages(model, N, inputs, make)
+    # How long a device of another speed would take is not known here.
+    compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make)
     bits = astra.groups * astra.bits if astra else None
     return {
         "checkpoint": path.name,
+        "strategy": strategy,
         "N": N,
         "G": astra.groups if astra else None,
         "T": T,
         **reached,
+        "weight MB": weight_bytes(model) / 1e6,
         "bits": bits,
         "ratio": config.hidden_size * 32 / bits if bits else None,
-        "bytes": codes + pooled,
-        "compute ms": 1e3 * compute,
-        **{rate: 1e3 * latency(compute, 8 * codes, 8 * pooled, parse_rate(rate)) for rate in args.rates},
+        "bytes": sum(m.bits * m.times for m in sent) // 8,
+        "compute ms": None if compute is None else 1e3 * compute,
+        **{
+            rate: None if compute is None else 1e3 * pass_seconds(compute, sent, N, Link(parse_rate(rate)))
+            for rate in args.rates
+        },
     }
 
 
@@ -304,10 +458,11 @@ def main(args: Args) -> None:
     check_counts(args.batch_size, args.limit)
     if args.plot:
         plots.check_plot(args.plot)
+    args = check_simulation(args)
     data_devices, N = parse_devices(args.devices)
     if not args.virtual:
         make_mesh(N, data_devices)  # before JAX starts, so that it makes enough CPU devices
-    task = check_task(args)
+    task, loss = check_task(args), loss_of(args)
     notes: list[str] = []
 
     def say(text: str) -> None:
@@ -315,13 +470,32 @@ def main(args: Args) -> None:
         report.say(text, notes=notes)
 
     rows = [measure(path, args, say) for path in args.checkpoints]
+    tries = [
+        {"checkpoint": row["checkpoint"], "seed": seed if row["N"] > 1 else None, **metrics}
+        for row in rows
+        for seed, metrics in enumerate(row.pop("seeds", ()))
+    ]
     what = "image" if takes_images(checkpoints.read_meta(args.checkpoints[0])) else "sequence of T tokens"
     report.table("rows", f"{args.data} [{args.split}]", rows)
     report.say(
-        "N devices; bits per token and block; compression ratio; "
-        f"bytes that a device sends for one {what}, as compiled\n"
+        f"N devices; weights as {args.weights or 'in full precision'}; bits per token and block; compression ratio; "
+        f"bytes that a device sends for one {what}, {'as predicted' if args.virtual else 'as compiled'}\n"
         f"compute: one device's share of one {what}, measured here; then its latency in ms, predicted for each rate"
     )
+    if loss is not None:
+        how = "one by one" if loss.burst is None else f"in bursts of {loss.burst:g} on average"
+        report.say(
+            f"a share of {loss.rate:g} of the packets of {loss.packet:,} bytes is lost, {how}, on virtual shards: "
+            f"mean and standard deviation (sd) over {args.seeds or SEEDS} seed(s)",
+            loss=dataclasses.asdict(loss),
+            seeds=tries,
+        )
+    if args.speeds:
+        report.say(
+            f"tokens are split for speeds {' '.join(f'{s:g}' for s in args.speeds)}, on virtual shards; "
+            "unequal devices are not timed here",
+            speeds=list(args.speeds),
+        )
     if args.plot:
         plots.metric_and_latency(rows, METRICS[task], what.removesuffix(" of T tokens"), args.rates, args.plot)
         report.say(f"plot: {args.plot}", plot=str(args.plot))

@@ -13,6 +13,7 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[%\w.-]+)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PROMOTED = re.compile(r"to_apply=%?[\w.-]+_promoted")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -22,7 +23,8 @@ class Collective(NamedTuple):
     Attributes:
       kind: `all-gather`, `all-reduce`, ...: asynchronous forms (`all-gather-start`) go under the same name.
       dtype, shape: of the result on one device, dtype as HLO writes it (`u8`, `f32`).
-      bytes: of the result; for an all-gather over N devices that is N times what one device sends.
+      bytes: of the result; for an all-gather over N devices that is N times what one device sends. Sums of 16-bit
+        floats count with these, though XLA's CPU backend makes them, and only them, in 32 bits.
       in_loop: whether it is in a `while`, directly or in something that is called from there.
       trip_count: how often the loop runs (nested loops multiplied); None outside of loops and where it is not known.
     """
@@ -89,13 +91,13 @@ def _closing(text: str, start: int) -> int:
 
 def _results(instruction: _Instruction, kind: str, start: bool) -> list[tuple[str, tuple[int, ...], int]]:
     """(dtype, shape, bytes) of what a collective makes."""
-    arrays = []
+    arrays, promoted = [], _PROMOTED.search(instruction.attributes)
     for dtype, bits, dims in _ARRAY.findall(instruction.type):
         shape = tuple(int(n) for n in dims.split(",") if n)
         elements = 1
         for n in shape:
             elements *= n
-        arrays.append((dtype, shape, -(-elements * int(bits or 8) // 8)))
+        arrays.append((dtype, shape, -(-elements * int(bits or 8) // 8) // (2 if promoted else 1)))
     if start and kind in ("all-gather", "collective-permute"):
         # The type of these is (operands, results, contexts); that of all-reduce-start is the results alone.
         operands = len(re.findall(r"%[\w.-]+", instruction.operands)) or instruction.operands.count(",") + 1

@@ -32,11 +32,19 @@ class NextTokenLoss(nnx.Module):
         return self.model.config
 
     @property
+    def dtype(self) -> Any:
+        return self.model.dtype
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
+
+    @property
     def codec(self) -> VectorQuantizer | None:
         return self.model.codec
 
-    def shards(self, N: int, text: Text | None = None) -> Shards:
-        return self.model.shards(N, text)
+    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
+        return self.model.shards(N, text, speeds)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T 2"]:
         """Every token and the one that follows it; what follows the last one of a sequence does not count."""
@@ -64,7 +72,12 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(
-    run: Callable[[Text], Any], documents: Sequence[Sequence[int]], length: int, stride: int, batch_size: int
+    run: Callable[[Text], Any],
+    documents: Sequence[Sequence[int]],
+    length: int,
+    stride: int,
+    batch_size: int,
+    label: str = "windows",
 ) -> Perplexity:
     """Perplexity of documents over sliding windows; see `eval.text.windows` for which predictions count.
 
@@ -73,6 +86,7 @@ def perplexity(
       documents: token ids of every document. The first token of each is not predicted.
       length, stride: of the windows, in tokens.
       batch_size: windows per batch; it does not change the result.
+      label: of the progress bar.
 
     Raises:
       AstraError: no document has a token to predict.
@@ -81,7 +95,7 @@ def perplexity(
     if not parts:
         raise AstraError("no document has two tokens, so there is nothing to predict: choose other data")
     total, tokens = 0.0, 0
-    for place, losses in run_batches(run, [window.ids for window in parts], length, batch_size, "windows"):
+    for place, losses in run_batches(run, [window.ids for window in parts], length, batch_size, label):
         counted = losses[parts[place].counted : len(parts[place].ids) - 1]
         total += float(counted.sum(dtype=np.float64))
         tokens += counted.size

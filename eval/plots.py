@@ -23,36 +23,70 @@ def metric_and_latency(
     rows: Sequence[dict[str, Any]], metric: str, what: str, rates: Sequence[str], path: Path
 ) -> None:
     """Two panels from the rows of `astra eval`: a metric over bits per token and block, and predicted latency over the
-    link's rate. One-device rows are horizontal lines.
+    link's rate. What has no bits per token, such as one device, is a horizontal line; rows without latency have none.
 
     Args:
-      metric: the column of the left panel, which is also its label.
+      metric: the column of the left panel, which is also its label. Where there is a column of its standard deviation,
+        that is drawn as error bars.
       what: what the latency is that of, such as `image`.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    single = [row for row in rows if row["N"] == 1]
-    several = sorted((row for row in rows if row["N"] > 1), key=lambda row: row["bits"])
-    for row in single:
-        left.axhline(row[metric], color="black", linestyle="--", label=f"{row['checkpoint']}, one device")
-    if several:
-        bits = [row["bits"] for row in several]
-        left.plot(bits, [row[metric] for row in several], marker="o", label=f"ASTRA, {several[0]['N']} devices")
+    exact = [row for row in rows if row["bits"] is None]
+    coded = sorted((row for row in rows if row["bits"] is not None), key=lambda row: row["bits"])
+    for row in exact:
+        left.axhline(row[metric], color="black", linestyle="--", label=f"{row['checkpoint']}, {_how(row)}")
+    if coded:
+        bits = [row["bits"] for row in coded]
+        spread = [row.get(f"{metric} sd") or 0.0 for row in coded]
+        label = f"ASTRA, {coded[0]['N']} devices"
+        left.errorbar(bits, [row[metric] for row in coded], spread, marker="o", capsize=3, label=label)
         left.set_xscale("log", base=2)
         left.set_xticks(bits, [str(b) for b in bits])
     left.set_xlabel("bits per token and block")
     left.set_ylabel(metric)
     left.legend()
     megabits = [parse_rate(rate) / 1e6 for rate in rates]
-    for row in [*single, *several]:
+    for row in [*exact, *coded]:
+        if row["compute ms"] is None:
+            continue
         style = {"color": "black", "linestyle": "--"} if row["N"] == 1 else {"marker": "o"}
-        name = "one device" if row["N"] == 1 else f"ASTRA, G={row['G']}"
+        name = f"ASTRA, G={row['G']}" if row["G"] else _how(row)
         right.plot(megabits, [row[rate] for rate in rates], label=name, **style)
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xticks(megabits, [f"{m:g}" for m in megabits])
     right.set_xlabel("link (Mbps)")
     right.set_ylabel(f"predicted latency of one {what} (ms)")
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if right.lines:
+        right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)
+
+
+def speed_up(cells: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) -> None:
+    """Speed-up over one device at every rate of the link, one line per strategy, from the cells of `astra bench`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1.0, color="black", linestyle="--", label="one device")
+    megabits = [parse_rate(rate) / 1e6 for rate in rates]
+    for name in dict.fromkeys(cell["strategy"] for cell in cells if cell["N"] > 1):
+        found = {cell["rate"]: cell["speed-up"] for cell in cells if cell["strategy"] == name}
+        axes.plot(megabits, [found[rate] for rate in rates], marker="o", label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(megabits, [f"{m:g}" for m in megabits])
+    axes.minorticks_off()
+    ticks = [
+        t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 8) if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]
+    ]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xlabel("link (Mbps)")
+    axes.set_ylabel("times faster than one device")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+def _how(row: dict[str, Any]) -> str:
+    return "one device" if row["N"] == 1 else f"{row['strategy']}, {row['N']} devices"

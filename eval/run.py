@@ -20,17 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 import checkpoints
 from astra_jax.console import Report, console, progress
 from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling
+from astra_jax.parallel import Make, parallelize, shardings
 from astra_jax.preprocess import decode_image
 from astra_jax.sharding import SEQ, make_mesh, parse_devices
-from astra_jax.strategies import Astra, need_codec, parallelize
+from astra_jax.strategies import STRATEGIES, Astra
 from astra_jax.text import Text, longest, pad
+from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from checkpoints import Checkpoint
 
 
@@ -50,11 +51,15 @@ class Args:
     """How many classes to print for each picture or text."""
     max_new_tokens: int | None = None
     """How many tokens to go on for, at most; by default 128, or what the model's limit leaves."""
+    strategy: Literal["astra", "sp", "tp"] = "astra"
+    """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
     stop: tuple[str, ...] = ()
     """End where one of these strings comes up; it is not printed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in, and kept in memory."""
+    weights: Weights | None = None
+    """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
     json: Path | None = None
     """Also write everything printed to this file."""
 
@@ -69,12 +74,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, seconds[1], seconds[0]
 
 
-def sent_bytes(model: Any, N: int, inputs: Any) -> int:
-    """Bytes of codes that every device sends for one image or text of this batch."""
-    if N == 1:
-        return 0
-    shards = model.shards(N, inputs)
-    return model.config.num_hidden_layers * Astra(shards).wire_bits(need_codec(model.codec)) // 8
+def sent_bytes(model: Any, N: int, inputs: Any, make: Make = Astra.of) -> int:
+    """Bytes that every device gives to the collectives of all blocks, for one image or text of this batch."""
+    return make(model, N, inputs).wire_bits(model) // 8 if N > 1 else 0
 
 
 def class_rows(checkpoint: Checkpoint, logits: Any, names: list[str], top: int) -> list[dict[str, Any]]:
@@ -97,20 +99,21 @@ def similarity_rows(embeddings: Any, names: list[str]) -> list[dict[str, Any]]:
 
 def run_once(args: Args, checkpoint: Checkpoint, mesh: Mesh, inputs: Any, names: list[str], report: Report) -> None:
     """Pictures or texts through a classifier or a sentence encoder."""
-    program = parallelize(checkpoint.model, mesh)
+    make = STRATEGIES[args.strategy].of
+    program = parallelize(checkpoint.model, mesh, make)
     output, seconds, first = timed(lambda: program(inputs))
     where = f"{args.checkpoint} on {args.devices} device(s)"
     if getattr(checkpoint.config, "task", None) == "embedding":
         report.table("similarities", where, similarity_rows(output, names))
     else:
         report.table("classes", where, class_rows(checkpoint, output, names, args.top))
-    sent = sent_bytes(checkpoint.model, mesh.shape[SEQ], inputs)
+    sent, codes = sent_bytes(checkpoint.model, mesh.shape[SEQ], inputs, make), args.strategy == "astra"
     report.say(
         f"{1e3 * seconds:.1f} ms for {len(names)} input(s), {first:.1f} s with compilation; "
-        f"each device sent {sent:,} bytes of codes per input",
+        f"each device sent {sent:,} bytes{' of codes' * codes} per input",
         seconds=seconds,
         first_seconds=first,
-        code_bytes_per_input=sent,
+        **{"code_bytes_per_input" if codes else "bytes_per_input": sent},
     )
 
 
@@ -175,8 +178,16 @@ def main(args: Args) -> None:
     data_devices, N = parse_devices(args.devices)
     mesh = make_mesh(N, data_devices)
     dtype = jnp.dtype(args.dtype)
-    placed = NamedSharding(mesh, P())
-    checkpoint = checkpoints.load(args.checkpoint, dtype=dtype, param_dtype=dtype, sharding=placed)
+    make = STRATEGIES[args.strategy].of
+    # Straight to where they are needed: no device ever holds more than its own.
+    where = partial(shardings, mesh=mesh, make=make)
+    checkpoint = checkpoints.load(args.checkpoint, dtype=dtype, param_dtype=dtype, shardings=where)
+    if args.weights:
+        before, model = weight_bytes(checkpoint.model), quantize_weights(checkpoint.model, args.weights)
+        checkpoint, after = dataclasses.replace(checkpoint, model=model), weight_bytes(model)
+        report.say(
+            f"the weights take {after:,} bytes instead of {before:,}", weight_bytes=after, full_weight_bytes=before
+        )
     images = checkpoint.family == "vit"
     given, other = ("image", "prompt") if images else ("prompt", "image")
     if not getattr(args, given) or getattr(args, other):
@@ -192,6 +203,8 @@ def main(args: Args) -> None:
         if shortest < N:
             report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {N} devices")
         if checkpoint.config.task == "causal-lm":
+            if args.strategy != "astra":
+                raise AstraError(f"--strategy {args.strategy}: texts go on from codes only: leave the option out")
             generate(args, checkpoint, mesh, text, report)
         else:
             run_once(args, checkpoint, mesh, text, list(args.prompt), report)

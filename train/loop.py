@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
 from astra_jax.sharding import DATA
@@ -55,7 +56,7 @@ class Training:
     """Batches whose gradients are averaged before one update."""
     trains: Literal["all", "codebooks"] = "all"
     """What is trained: the model and its codebooks, or the codebooks alone (they follow the frozen model by EMA)."""
-    shards: tuple[int, ...] = (4,)
+    shards: Integers = (4,)
     """N: devices to train for; with several, one is drawn for every batch."""
     noise: float = 1.0
     """lambda of Noise-Augmented Quantization; 0 turns the noise off, 1 is the paper's best."""

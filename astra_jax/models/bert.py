@@ -1,6 +1,7 @@
 """BERT-like encoders (`BertModel`, `BertForSequenceClassification`, sentence-transformers): the forward pass."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class BertBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
         attended, remote, report = self.attention(x, strategy, remote, block)
         x = self.norm1(x + attended)
-        return self.norm2(x + self.mlp(x)), remote, report
+        return self.norm2(x + self.mlp(x, strategy)), remote, report
 
 
 class Bert(nnx.Module):
@@ -101,7 +102,7 @@ class Bert(nnx.Module):
     def __init__(
         self, config: BertConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        self.config, self.astra = config, astra
+        self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, init = config.hidden_size, nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.max_position_embeddings, D)))
@@ -123,13 +124,14 @@ class Bert(nnx.Module):
             return None
         return self.astra.class_token if self.astra else "distributed"
 
-    def shards(self, N: int, text: Text | None = None) -> Shards:
+    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
         kind = self._class_token
+        class_slots = int(kind is not None)
         if text is None:
-            return Shards.even(self.config.max_position_embeddings - (kind is not None), N, kind)
+            return Shards.split(self.config.max_position_embeddings - class_slots, N, kind, speeds)
         T, lengths = jnp.shape(text.ids)[1], jnp.asarray(text.lengths)
-        return Shards.ragged(lengths - 1, T - 1, N, kind) if kind else Shards.ragged(lengths, T, N)
+        return Shards.ragged(lengths - class_slots, T - class_slots, N, kind, speeds=speeds)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T 2"]:
         """Every token's id, and that of the sequence's class token; the class token itself is not among the tokens

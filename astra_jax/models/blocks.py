@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from astra_jax.weights import dequantized
+
 
 def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], L: int, rngs: nnx.Rngs) -> Any:
     """L blocks made by `make`, as one module whose variables have a leading axis L."""
@@ -28,11 +30,11 @@ def scan_blocks(blocks: Any, x: Float[Array, "B S D"], strategy: Any) -> tuple[F
     graphdef, state = nnx.split(blocks)
     L = jax.tree.leaves(state)[0].shape[0]
 
-    def one_block(carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
+    def one_block(strategy: Any, carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, remote = carry
         block_state, number = xs
-        x, remote, report = nnx.merge(graphdef, block_state)(x, strategy, remote, number)
+        x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
         return (x, remote), report
 
-    (x, _), reports = jax.lax.scan(one_block, (x, ()), (state, jnp.arange(L)))
+    (x, _), reports = strategy.run_blocks(one_block, (x, ()), (state, jnp.arange(L)))
     return x, reports

@@ -1,5 +1,6 @@
 """What the decoders GPT-2 and Llama share: how text goes in, and the heads."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ class Decoder(nnx.Module):
 
     config: Any
     astra: AstraConfig | None
+    dtype: Any
     embed: nnx.Embed
     blocks: Any
 
@@ -46,12 +48,11 @@ class Decoder(nnx.Module):
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
-    def shards(self, N: int, text: Text | None = None) -> Shards:
+    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
-        limit = self.config.max_position_embeddings
         if text is None:
-            return Shards(Shards.even(limit, N).lengths, causal=True)
-        return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True)
+            return Shards(Shards.split(self.config.max_position_embeddings, N, speeds=speeds).lengths, causal=True)
+        return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True, speeds=speeds)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T"]:
         """The token ids of a batch."""

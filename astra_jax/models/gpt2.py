@@ -81,7 +81,7 @@ class GPT2Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
         attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
         x = x + attended
-        return x + self.mlp(self.norm2(x)), remote, report
+        return x + self.mlp(self.norm2(x), strategy), remote, report
 
 
 class GPT2(Decoder):
@@ -97,7 +97,7 @@ class GPT2(Decoder):
     def __init__(
         self, config: GPT2Config, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        self.config, self.astra = config, astra
+        self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, init = config.n_embd, nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.n_positions, D)))

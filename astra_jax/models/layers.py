@@ -58,16 +58,28 @@ def check_divides(config: Any, whole: str, part: str) -> None:
         )
 
 
+class RowLinear(nnx.Linear):
+    """A linear layer of whose kernel some rows may be here and the rest elsewhere: the strategy adds up the parts."""
+
+    def __call__(  # type: ignore[override]  # a strategy where Flax has a sharding
+        self, x: Float[Array, "B S rows"], strategy: Any
+    ) -> Float[Array, "B S columns"]:
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        y = strategy.reduce(x @ kernel)
+        return y if bias is None else y + bias
+
+
 class MLP(nnx.Module):
     """[B,S,D] -> [B,S,F] -> [B,S,D] with an activation between."""
 
     def __init__(self, D: int, F: int, activation: str, *, dtype: Any, rngs: nnx.Rngs):
         self.up = nnx.Linear(D, F, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(F, D, dtype=dtype, rngs=rngs)
+        self.down = RowLinear(F, D, dtype=dtype, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    def __call__(self, x: Float[Array, "B S D"], strategy: Any) -> Float[Array, "B S D"]:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)), strategy)
 
 
 class GatedMLP(nnx.Module):
@@ -76,8 +88,8 @@ class GatedMLP(nnx.Module):
     def __init__(self, D: int, F: int, activation: str, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
         self.gate = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.up = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(F, D, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.down = RowLinear(F, D, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "B S D"], strategy: Any) -> Float[Array, "B S D"]:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x), strategy)

@@ -65,16 +65,6 @@ class LlamaConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128_256,
-    intermediate_size=14336,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_parameters=Rotary(rope_theta=500_000.0),
-)
-
-
 class LlamaBlock(nnx.Module):
     """Pre-norm block: grouped-query attention with RoPE, then a gated MLP, each behind an RMSNorm, with residuals."""
 
@@ -97,7 +87,7 @@ class LlamaBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
         attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
         x = x + attended
-        return x + self.mlp(self.norm2(x)), remote, report
+        return x + self.mlp(self.norm2(x), strategy), remote, report
 
 
 class Llama(Decoder):
@@ -113,7 +103,7 @@ class Llama(Decoder):
     def __init__(
         self, config: LlamaConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        self.config, self.astra = config, astra
+        self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, init = config.hidden_size, nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = stack_blocks(lambda r: LlamaBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)

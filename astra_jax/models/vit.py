@@ -1,6 +1,7 @@
 """ViT (`ViTForImageClassification`): the whole forward pass on one page."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class ViTBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
         attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
         x = x + attended
-        return x + self.mlp(self.norm2(x)), remote, report
+        return x + self.mlp(self.norm2(x), strategy), remote, report
 
 
 class ViT(nnx.Module):
@@ -81,7 +82,7 @@ class ViT(nnx.Module):
     def __init__(
         self, config: ViTConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        self.config, self.astra = config, astra
+        self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, P, init = config.hidden_size, config.patch_size, nnx.initializers.truncated_normal(0.02)
         self.embed = nnx.Linear(P * P * config.num_channels, D, dtype=dtype, rngs=rngs)
         self.cls = nnx.Param(jnp.zeros((D,)))
@@ -95,9 +96,10 @@ class ViT(nnx.Module):
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
-    def shards(self, N: int, images: Any = None) -> Shards:
-        """The even split of an image's patches over N devices."""
-        return Shards.even(self.config.num_patches, N, self.astra.class_token if self.astra else "distributed")
+    def shards(self, N: int, images: Any = None, speeds: Sequence[float] = ()) -> Shards:
+        """The split of an image's patches over N devices."""
+        class_token = self.astra.class_token if self.astra else "distributed"
+        return Shards.split(self.config.num_patches, N, class_token, speeds)
 
     def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
         """Cuts images into patches, row by row; a patch is (row, column, channel)."""

@@ -6,9 +6,9 @@ import pytest
 
 from astra_jax.config import AstraConfig
 from astra_jax.generate import Generator, Sampling
+from astra_jax.parallel import parallelize
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Shards, make_mesh
-from astra_jax.strategies import Astra, parallelize
 from eval.hlo import collectives_in
 
 
@@ -30,7 +30,7 @@ def test_only_codes_cross_the_link(tiny_vit, rank_coded, N, data, astra):
     program = parallelize(model, make_mesh(N, data)).lower(rank_coded(data * images_per_device))
     gather, reduce = collectives_in(program.compile().as_text())
 
-    bits = Astra(model.shards(N)).wire_bits(model.codec)
+    bits = model.codec.wire_bits(model.shards(N).sent_slots)
     assert (gather.kind, gather.dtype) == ("all-gather", "u8")
     assert gather.bytes == N * images_per_device * bits / 8
     assert gather.in_loop
@@ -43,7 +43,7 @@ def test_only_codes_cross_the_link(tiny_vit, rank_coded, N, data, astra):
 
 def check_codes(gather, model, text, N, data):
     """An all-gather of packed codes in every block, of as many bytes as the strategy predicts."""
-    bits = Astra(model.shards(N, text)).wire_bits(model.codec)
+    bits = model.codec.wire_bits(model.shards(N, text).sent_slots)
     assert (gather.kind, gather.dtype) == ("all-gather", "u8")
     assert gather.bytes == N * len(text.lengths) // data * bits / 8
     assert gather.trip_count == model.config.num_hidden_layers
@@ -111,6 +111,6 @@ def test_nothing_crosses_the_link_where_tokens_stay_together(tiny_vit, rank_code
 def test_vit_base_of_the_paper():
     """10 bits, G = 32: 49 tokens on each of 4 devices are 1960 bytes per block, 76.8 times less than float32."""
     codec = VectorQuantizer(AstraConfig(groups=32, codewords=1024), 768)
-    bits = Astra(Shards.even(196, 4, "distributed")).wire_bits(codec)
+    bits = codec.wire_bits(Shards.split(196, 4, "distributed").sent_slots)
     assert bits == 8 * 1960
     np.testing.assert_allclose(49 * 768 * 32 / bits, 76.8)

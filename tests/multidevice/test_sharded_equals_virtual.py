@@ -12,8 +12,9 @@ from flax import nnx
 
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.parallel import parallelize
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Single, Virtual, parallelize
+from astra_jax.strategies import Single, Virtual
 
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
 

@@ -79,10 +79,11 @@ def test_every_module_and_the_logits(name: str, tmp_path: Path, make_torch: Any,
             normed = layer.layernorm_before(torch.from_numpy(np.array(x)))
             close(block.norm1(x), normed)
             y = jnp.asarray(normed.numpy())
-            for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "o_proj")):
+            for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
                 close(getattr(block.attention, mine)(y), getattr(layer.attention, other)(normed))
+            close(block.attention.o(y, strategy), layer.attention.o_proj(normed))
             close(block.attention(y, strategy, (), number)[0], layer.attention(normed)[0])
-            close(block.mlp(y), layer.mlp(normed))
+            close(block.mlp(y, strategy), layer.mlp(normed))
             output = layer(torch.from_numpy(np.array(x)))
             output = output[0] if isinstance(output, tuple) else output
             close(block(x, strategy, (), number)[0], output)

@@ -132,3 +132,21 @@ def test_low_precision_inputs_are_accumulated_in_float32():
     assert {a.dtype for a in partial} == {jnp.dtype("float32")}
     expected = softmax_attention(query, key, value, np.ones((B, S, R), bool))
     np.testing.assert_allclose(merge([partial]), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3)])
+@pytest.mark.parametrize("shape", [(S, R), (B, S, R)], ids=str)
+def test_many_scores_are_computed_head_by_head(monkeypatch, heads, kv_heads, shape):
+    """To the same numbers and gradients."""
+    inputs = draw(heads=heads, kv_heads=kv_heads)
+    mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.6)
+
+    def loss(query, key, value):
+        return (merge([attend(query, Source(key, value, mask))]) ** 2).sum()
+
+    results = []
+    for most in (S * R * B * heads, 0):
+        monkeypatch.setattr("astra_jax.attention.SCORES", most)
+        # A new function every time, or jax.jit would remember the program.
+        results.append(jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1, 2)))(*inputs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)

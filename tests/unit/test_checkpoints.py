@@ -30,7 +30,9 @@ from astra_jax.models.bert import BertConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
+from astra_jax.parallel import shardings
 from astra_jax.sharding import make_mesh
+from astra_jax.strategies import TensorParallel
 from checkpoints import configs, huggingface, store
 from checkpoints.info import parameters
 from checkpoints.keys import FAMILIES, Key, build, flat_state, model_tensors, with_state
@@ -875,12 +877,28 @@ def test_files_of_several_dtypes_are_kept_in_float32(tmp_path: Path) -> None:
 
 def test_weights_go_straight_to_where_they_shall_be(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
     checkpoints.save(tmp_path, calibrated)
-    everywhere = NamedSharding(make_mesh(4, 2), P())
-    model = checkpoints.load(tmp_path, sharding=everywhere).model
+    mesh = make_mesh(4, 2)
+    everywhere = NamedSharding(mesh, P())
+    model = checkpoints.load(tmp_path, shardings=lambda model: shardings(model, mesh)).model
     assert same(model, calibrated.model)
     assert all(a.sharding.is_equivalent_to(everywhere, a.ndim) for a in flat_state(model).values())
     checkpoints.save(tmp_path, dataclasses.replace(calibrated, model=model))  # and come back from there
     assert same(checkpoints.load(tmp_path).model, calibrated.model)
+
+
+def test_a_device_gets_its_part_of_the_weights_alone(tiny_vit: Any, tmp_path: Path) -> None:
+    """Heads and MLP columns, as tensor parallelism splits them."""
+    model = tiny_vit()
+    checkpoints.save(tmp_path, checkpoints.Checkpoint("vit", model.config, None, None, None, {}, "float32", (), model))
+    mesh = make_mesh(2)
+    loaded = checkpoints.load(tmp_path, shardings=lambda model: shardings(model, mesh, TensorParallel.of)).model
+    assert same(loaded, model)
+    sizes = {path: a.addressable_shards[0].data.shape for path, a in flat_state(loaded).items()}
+    assert sizes["blocks.attention.q.kernel"] == (2, 16, 8)
+    assert sizes["blocks.attention.o.kernel"] == (2, 8, 16)
+    assert sizes["blocks.mlp.up.bias"] == (2, 16)
+    assert sizes["blocks.mlp.down.bias"] == (2, 16)
+    assert sizes["embed.kernel"] == (16, 16)
 
 
 def test_one_part_of_the_weights_is_there_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
-from astra_jax.models.llama import LLAMA_3_8B, Llama, LlamaConfig
+from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.strategies import Single
+from eval.presets import LLAMA_3_8B
 
 WHOLE = "it must be a whole number of at least 1"
 

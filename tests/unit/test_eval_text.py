@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import datasets
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -17,8 +20,10 @@ from astra_jax import make_mesh, parallelize
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.text import pad
+from astra_jax.strategies import Virtual
+from astra_jax.text import Text, pad
 from eval.evaluate import correlations
+from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss, perplexity
 
 WORDS = [f"w{i}" for i in range(25)]
@@ -119,7 +124,10 @@ def test_perplexity_on_one_device_and_on_four(place):
     assert codes["bits"] == 16 and codes["ratio"] == D * 32 / 16 and codes["bytes"] == L * 6 * 16 // 8
     assert codes["10mbit"] == pytest.approx(codes["compute ms"] + 1e3 * 8 * codes["bytes"] / 10e6)
     assert "lm: 3 document(s) in windows of 24 tokens, stride 10" in found["notes"]
-    assert any(re.match("lm-codes: 1 of 8 windows have fewer tokens than there are devices", n) for n in found["notes"])
+    assert any(
+        n == "lm-codes: 1 of 8 windows are too short for all 4 devices and use only some of them"
+        for n in found["notes"]
+    )
     assert not any(note.startswith("lm: 1 of") for note in found["notes"])
     assert (place / "plot.png").stat().st_size > 10_000
 
@@ -147,7 +155,7 @@ def test_classification_counts_right_answers(place):
     assert row["T"] == 9 and row["bytes"] == L * 2 * 16 // 8 + 4 * D
     assert found["notes"] == [
         f"classifier: 2 of 8 texts were cut to {LIMIT} tokens",
-        "classifier: 1 of 8 texts have fewer tokens than there are devices (4) and use only some of them",
+        "classifier: 1 of 8 texts are too short for all 4 devices and use only some of them",
     ]
     virtual = evaluate(place, "{place}/classifier --data {place}/test.csv --batch-size 3 --virtual")["rows"][0]
     assert virtual["T"] == LIMIT and virtual["bytes"] == L * 8 * 16 // 8 + 4 * D
@@ -164,6 +172,59 @@ def test_similarity_is_what_scipy_says_of_the_embeddings(place):
     assert row["bytes"] == L * 11 * 16 // 8 + 4 * D
     fewer = evaluate(place, "{place}/encoder --data {place}/test.tsv --devices 3 --limit 4")["rows"][0]
     assert fewer["Spearman"] == pytest.approx(stats.spearmanr(cosines[:4], pairs["score"][:4]).statistic, abs=1e-4)
+
+
+# --- packet loss --------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_under_packet_loss(place):
+    """Seed and batch decide what is lost: the same windows run here, with masks drawn for each."""
+    options = "--data {place}/test.txt --separator <end> --length 24 --stride 10 --batch-size 3"
+    found = evaluate(place, f"{{place}}/lm-codes {options} --loss 0.4 --packet 4 --seeds 2")
+    checkpoint = checkpoints.load(place / "lm-codes")
+    model = NextTokenLoss(checkpoint.model)
+    encoded = [checkpoint.tokenizer.encode(text) for text in (place / "test.txt").read_text().split("<end>")]
+
+    @nnx.jit
+    def lossy(model: NextTokenLoss, text: Text, there: jax.Array) -> jax.Array:
+        shards = model.shards(4, text)
+        out = model(shards.scatter(model.to_tokens(text)), Virtual(shards, arrived=there))[0]
+        return shards.gather(out, text.ids.shape[1])
+
+    for seed, one in enumerate(found["seeds"]):
+        drawn = []
+
+        def run(text: Text, seed: int = seed, drawn: list = drawn) -> jax.Array:
+            rng = np.random.default_rng([seed, len(drawn)])
+            drawn.append(arrived(Loss(0.4, packet=4), model.shards(4, text), 16, L, 3, rng))
+            return lossy(model, text, jnp.asarray(drawn[-1]))
+
+        expected = perplexity(run, encoded, 24, 10, 3)
+        assert len(drawn) == 3 and not any(there.all() for there in drawn)
+        assert one == {
+            "checkpoint": "lm-codes",
+            "seed": seed,
+            "perplexity": pytest.approx(expected.perplexity, rel=1e-4),
+            "nats per token": pytest.approx(expected.nll, abs=1e-5),
+            "tokens": expected.tokens,
+        }
+    (row,), (first, second) = found["rows"], [one["perplexity"] for one in found["seeds"]]
+    assert first != second and row["perplexity"] == pytest.approx((first + second) / 2)
+    assert row["perplexity sd"] == pytest.approx(abs(first - second) / math.sqrt(2))
+    assert row["tokens"] == 69 + 19 + 1 and "tokens sd" not in row
+
+
+def test_texts_under_packet_loss_and_speeds(place):
+    """With nothing lost they get what they get without, also where tokens are split for speeds."""
+    options = "--devices 3 --speeds 1 2 4 --batch-size 5"
+    (row,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options}")["rows"]
+    (same,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --loss 0 --seeds 1")["rows"]
+    (lossy,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --loss 0.5 --packet 2")["rows"]
+    for column in ("Pearson", "Spearman"):
+        assert row[column] == pytest.approx(same[column], abs=1e-6) and same[f"{column} sd"] is None
+        assert lossy[column] != row[column] and lossy[f"{column} sd"] > 0
+    # Of 32 tokens the three get 4, 9 and 18, and the last the one that is left over.
+    assert row["bytes"] == L * 19 * 16 // 8 + 4 * D
 
 
 # --- correlations by hand -----------------------------------------------------------------------------------------

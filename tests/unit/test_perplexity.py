@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.parallel import parallelize
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Single, Virtual, parallelize
+from astra_jax.strategies import Single, Virtual
 from astra_jax.text import pad
 from eval.perplexity import NextTokenLoss, perplexity
 from eval.text import bucketed, run_batches, windows

@@ -15,7 +15,7 @@ from astra_jax.sharding import DATA, SEQ, Shards, make_mesh, parse_devices
 
 @given(st.integers(1, 12), st.integers(0, 60))
 def test_an_even_split_covers_all_tokens_once_and_in_order(N, more):
-    shards = Shards.even(N + more, N)
+    shards = Shards.split(N + more, N)
     tokens = shards.tokens()
     assert shards.N == N
     assert N + more == shards.T
@@ -81,7 +81,7 @@ def test_a_ragged_split_covers_every_sequence_once_and_in_order(batch, N):
         assert sorted(lengths[b]) == lengths[b].tolist()  # the longer ones last
         assert (lengths[b] == 0).sum() == max(0, N - T)  # too few tokens leave the first ones empty
         assert T - 1 in index[b, -1]
-        assert T < N or Shards.even(T, N).lengths == tuple(lengths[b])  # each as if it were alone
+        assert T < N or Shards.split(T, N).lengths == tuple(lengths[b])  # each as if it were alone
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -152,7 +152,7 @@ def test_scatter_puts_tokens_into_their_slots(lengths):
 
 def test_more_devices_than_tokens():
     with pytest.raises(AstraError, match="3 tokens cannot be split over 4 devices: use at most 3 devices"):
-        Shards.even(3, 4)
+        Shards.split(3, 4)
     with pytest.raises(AstraError, match="cannot be split over 0 devices"):
         Shards(())
 

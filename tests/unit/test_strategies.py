@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_jax.attention import MixedPrecisionAttention
+from astra_jax.collectives import Alone
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.rotary import Rotary
 from astra_jax.sharding import Shards
-from astra_jax.strategies import Astra, Noise, OneOfN, Single, Virtual, need_codec
+from astra_jax.strategies import Astra, Noise, Single, Virtual, need_codec
 from astra_jax.text import Text
 
 B, D, H, J, E = 2, 8, 4, 2, 4
@@ -47,7 +48,7 @@ def slow_attention(module, shards, class_token, received, causal):
 
     Args:
       shards: one list per device of vectors [D], its class token first.
-      received: which codes arrived, one list per device.
+      received: which codes arrived, for every receiving device one list per sending device.
       causal: whether a query sees only tokens before it and itself.
 
     Returns: one list per device of outputs [D].
@@ -67,7 +68,7 @@ def slow_attention(module, shards, class_token, received, causal):
             return None
         if m != n:
             at_home = i == 0 and class_token == "distributed"
-            if at_home or not received[m][i]:
+            if at_home or not received[n][m][i]:
                 return None
             y_hat = quantize(C, np.concatenate([k, v]) if module.site == "kv" else y)
             k, v = np.split(y_hat, 2) if module.site == "kv" else (linear(module.k, y_hat), linear(module.v, y_hat))
@@ -92,10 +93,11 @@ def check_equations(random_module, split, site, losses, rotary=None):
     module = random_module(MixedPrecisionAttention, D, H, J, E, **options)
     rng = np.random.default_rng(0)
     slots = rng.normal(size=(B, split.N, split.class_slots + split.S, D)).astype(np.float32)
-    received = rng.random(slots.shape[:3]) < 0.5 if losses else np.ones(slots.shape[:3], bool)
+    shape = (2, B, split.N, *slots.shape[1:3])  # [block, sequence, receiver, sender, slot]
+    received = rng.random(shape) < 0.5 if losses else np.ones(shape, bool)
 
-    strategy = Virtual(split, received=jnp.asarray(received.reshape(B, -1)) if losses else None)
-    out, carry, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), 0)
+    strategy = Virtual(split, arrived=jnp.asarray(received.reshape(2, B, split.N, -1)) if losses else None)
+    out, carry, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), 1)
     assert (carry, report) == ((), None)
     out = out.reshape(slots.shape)
     lengths = np.broadcast_to(split.lengths, (B, split.N))
@@ -104,7 +106,7 @@ def check_equations(random_module, split, site, losses, rotary=None):
         heads = [class_token == "distributed" or (class_token == "single" and n == 0) for n in range(split.N)]
         real = [[0] * heads[n] + [split.class_slots + i for i in range(length)] for n, length in enumerate(lengths[b])]
         tokens = [list(slots[b, n, places].astype(np.float64)) for n, places in enumerate(real)]
-        arrived = [list(received[b, n, places]) for n, places in enumerate(real)]
+        arrived = [[list(received[1, b, n, m, places]) for m, places in enumerate(real)] for n in range(split.N)]
         for n, expected in enumerate(slow_attention(module, tokens, class_token, arrived, split.causal)):
             if expected:
                 np.testing.assert_allclose(out[b, n, real[n]], expected, atol=2e-6)
@@ -230,15 +232,15 @@ def test_wire_bits(tiny_vit, class_token, slots):
     model = tiny_vit(AstraConfig(groups=4, codewords=8, class_token=class_token))
     shards = model.shards(4)
     expected = -(-slots * 4 * 3 // 8) * 8
-    assert Virtual(shards).wire_bits(model.codec) == Astra(shards).wire_bits(model.codec) == expected
-    assert Single(model.shards(1)).wire_bits(model.codec) == 0
+    assert Astra(shards).wire_bits(model) == 2 * expected
+    assert Single(model.shards(1)).wire_bits(model) == 0
 
 
 def test_one_of_n_runs_without_the_others(tiny_vit, rank_coded):
     model = tiny_vit(AstraConfig(groups=4, codewords=8))
     shards = model.shards(4)
     patches = model.to_tokens(rank_coded(2))[:, : shards.S]
-    logits, _ = nnx.jit(lambda model, patches: model(patches, OneOfN(shards)))(model, patches)
+    logits, _ = nnx.jit(lambda model, patches: model(patches, Astra(shards, peers=Alone(4))))(model, patches)
     assert logits.shape == (2, 5)
     assert np.isfinite(logits).all()
 

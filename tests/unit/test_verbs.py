@@ -13,11 +13,13 @@ from flax import nnx
 from PIL import Image
 
 import checkpoints
-from astra_jax import make_mesh, parallelize
+from astra_jax import make_mesh, parallelize, strategies
 from astra_jax.cli import main
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.preprocess import decode_image
+from astra_jax.sharding import Shards
 from checkpoints.huggingface import write_folder
+from eval.loss import arrived
 
 CLASSES = ("black", "dark", "light", "white")
 CONFIG = ViTConfig(
@@ -130,6 +132,87 @@ def test_virtual_shards_give_the_same_on_a_single_device(done, place, monkeypatc
     assert all(row[column] == done["eval"]["rows"][2][column] for column in ("accuracy %", "N", "bits", "bytes"))
 
 
+def evaluate(place: Path, arguments: str) -> dict:
+    """The JSON of `astra eval` on the pictures."""
+    report, data = place / "evaluate.json", place / "pictures"
+    assert main(["eval", *arguments.format(place=place).split(), "--data", str(data), "--json", str(report)]) == 0
+    return json.loads(report.read_text())
+
+
+def test_a_loss_of_nothing_changes_nothing(done, place):
+    found = evaluate(place, "{place}/original {place}/tuned --batch-size 8 --loss 0 --seeds 2 --packet 2")
+    alone, row = found["rows"]
+    expected = done["eval"]["rows"][2]
+    assert row["accuracy %"] == expected["accuracy %"]
+    assert row["accuracy % sd"] == 0 and alone["accuracy % sd"] is None
+    assert alone["accuracy %"] == done["eval"]["rows"][0]["accuracy %"]
+    assert all(row[column] == expected[column] for column in ("strategy", "N", "G", "bits", "bytes"))
+    assert found["loss"] == {"rate": 0, "burst": None, "packet": 2}
+    assert [(one["checkpoint"], one["seed"]) for one in found["seeds"]] == [
+        ("original", None),
+        ("tuned", 0),
+        ("tuned", 1),
+    ]
+
+
+def test_packet_loss_is_a_program_run_many_times(done, place, monkeypatch):
+    """One program for all seeds and batches; every batch loses other packets, and a second run the same."""
+    traced, drawn = [], []
+
+    def spy(real, kept):
+        return lambda *args, **options: kept.append(real(*args, **options)) or kept[-1]
+
+    monkeypatch.setattr("eval.evaluate.Virtual", spy(strategies.Virtual, traced))
+    monkeypatch.setattr("eval.evaluate.arrived", spy(arrived, drawn))
+    arguments = "{place}/tuned --batch-size 7 --loss 0.6 --loss-model burst --burst 3 --packet 2 --seeds 3"
+    found = evaluate(place, f"{arguments} --plot {place}/lossy.svg")
+    assert len(traced) == 1 and traced[0].arrived.shape == (2, 7, 4, 4 * 5)
+    assert len(drawn) == 3 * 3 == len({there.tobytes() for there in drawn})
+    assert abs(np.mean([there.mean() for there in drawn]) - (1 - 0.6 * 12 / 20)) < 0.05  # 12 of 20 slots are on a link
+    assert found["loss"] == {"rate": 0.6, "burst": 3.0, "packet": 2}
+    assert evaluate(place, arguments)["seeds"] == found["seeds"] and len(traced) == 1
+    assert [there.tobytes() for there in drawn[9:]] == [there.tobytes() for there in drawn[:9]]
+
+
+def test_tokens_in_proportion_to_speed(done, place):
+    """16 tokens for speeds 1 1 0.5 0.5 are shards of 5 5 3 3: every device sends slots for 5."""
+    (row,) = evaluate(place, f"{{place}}/tuned --batch-size 8 --speeds 1 1 0.5 0.5 --plot {place}/speeds.png")["rows"]
+    assert row["bytes"] == 2 * 5 * 16 // 8 + 4 * 16
+    assert row["compute ms"] is None and row["10mbit"] is None
+    checkpoint = checkpoints.load(place / "tuned")
+    model, split = checkpoint.model, Shards((5, 5, 3, 3), "distributed")
+    files = sorted((place / "pictures" / "test").glob("*/*.png"))
+    images = jnp.asarray(checkpoint.processor([decode_image(path) for path in files]))
+    classify = nnx.jit(
+        lambda model, images: model(split.scatter(model.to_tokens(images)), strategies.Virtual(split))[0]
+    )
+    right = [
+        checkpoint.labels[i] == path.parent.name
+        for i, path in zip(np.argmax(classify(model, images), -1), files, strict=True)
+    ]
+    assert row["accuracy %"] == pytest.approx(100 * np.mean(right))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "bits"),
+    # Of 16 numbers a token in 2 blocks. sp: 4 tokens and a class token, and its state at the end; tp: all 17, twice.
+    [
+        ("sp", 4, 32 * 16 * (2 * 5 + 1)),
+        pytest.param("tp", 2, 32 * 16 * 2 * 2 * 17, marks=pytest.mark.slow),
+        pytest.param("bp-ag", 4, 32 * 4 * 4 * 5, marks=pytest.mark.slow),
+        pytest.param("bp-sp", 4, 32 * 16 * 3 * 5, marks=pytest.mark.slow),
+    ],
+)
+def test_rivals(done, place, strategy, devices, bits):
+    """They need no codebooks, and the exact ones give what one device gives."""
+    arguments = f"{{place}}/original --batch-size 8 --strategy {strategy} --devices {devices}"
+    (row,) = evaluate(place, f"{arguments} --plot {place}/rivals.png")["rows"]
+    assert (row["strategy"], row["N"], row["G"], row["bits"]) == (strategy, devices, None, None)
+    assert 8 * row["bytes"] == bits and row["100mbit"] > row["compute ms"] > 0
+    if strategy in ("sp", "tp"):
+        assert row["accuracy %"] == done["eval"]["rows"][0]["accuracy %"]
+
+
 def test_calibrate_reports_every_block_and_keeps_the_weights(done, place):
     rows = done["calibrate"]["blocks"]
     assert [row["block"] for row in rows] == [0, 1] and all(0 < row["relative error"] < 1 for row in rows)
@@ -151,6 +234,22 @@ def test_run_names_classes(done):
     assert len(rows) == 4 and {row["class"] for row in rows} <= set(CLASSES)
     assert rows[0]["probability"] >= rows[1]["probability"]
     assert done["run"]["code_bytes_per_input"] == 2 * 4 * 16 // 8
+
+
+@pytest.mark.parametrize("strategy", ["sp", "tp"])
+def test_run_by_another_strategy_needs_no_codebooks(done, place, capsys, strategy):
+    """And names the same classes as one device."""
+    picture, out = place / "pictures" / "test" / "dark" / "0.png", place / "rival.json"
+    found = []
+    for options in (["--devices", "1"], ["--devices", "2", "--strategy", strategy]):
+        assert main(["run", str(place / "original"), "--image", str(picture), "--json", str(out), *options]) == 0
+        found.append(json.loads(out.read_text()))
+    for one, several in zip(found[0]["classes"], found[1]["classes"], strict=True):
+        assert one["class"] == several["class"]
+        np.testing.assert_allclose(one["probability"], several["probability"], rtol=1e-4)
+    sent = {"sp": 4 * 16 * 2 * 9, "tp": 4 * 16 * 2 * 2 * 17}  # bytes: 8 of 16 tokens and a class token; twice all 17
+    assert found[1]["bytes_per_input"] == sent[strategy]
+    assert "of codes" not in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -182,6 +281,24 @@ BAD = {
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
     "no checkpoint given": ("eval {data}", "no checkpoint"),
+    "more loss than there is": ("eval {place}/tuned {data} --loss 1", "loss is 1; .* try 0.05"),
+    "less loss than none": ("eval {place}/tuned {data} --loss -0.1", "loss is -0.1; .* try 0.05"),
+    "a packet for half a token": ("eval {place}/tuned {data} --loss 0.1 --packet 1", "1 bytes, .* one token take 2"),
+    "no seeds": ("eval {place}/tuned {data} --loss 0.1 --seeds 0", "--seeds is 0"),
+    "bursts too short": ("eval {place}/tuned {data} --loss 0.9 --loss-model burst --burst 2", "9 packets or more"),
+    "bursts one by one": ("eval {place}/tuned {data} --loss 0.1 --burst 2", "--loss-model burst"),
+    "a model of no loss": ("eval {place}/tuned {data} --loss-model burst", "--loss-model .* give --loss"),
+    "packets of no loss": ("eval {place}/tuned {data} --packet 99", "--packet .* give --loss"),
+    "seeds of no loss": ("eval {place}/tuned {data} --seeds 2", "--seeds .* give --loss"),
+    "loss within one device": ("eval {place}/tuned {data} --loss 0.1 --devices 1", "--loss is for several devices"),
+    "loss of no exchange": ("eval {place}/tuned {data} --loss 0.1 --strategy single", "--loss is for several devices"),
+    "loss of no codes": ("eval {place}/tuned {data} --loss 0.1 --strategy sp", "--loss .* strategy sp does not"),
+    "virtual heads": ("eval {place}/tuned {data} --virtual --strategy tp", "--virtual .* strategy tp does not"),
+    "heads that do not divide": ("eval {place}/tuned {data} --strategy tp", "heads.*4 devices"),
+    "too few speeds": ("eval {place}/tuned {data} --speeds 1 2", "2 speeds .* 4 devices"),
+    "a device that stands still": ("eval {place}/tuned {data} --speeds 1 1 0 1", "speed is 0; .* above 0"),
+    "an infinite speed": ("eval {place}/tuned {data} --speeds 1 1 inf 1", "speed is inf; "),
+    "a device too slow for a token": ("eval {place}/tuned {data} --speeds 0.001 1 1 1", "would get none"),
     "a corrupt picture": ("run {place}/tuned --image {place}/corrupt.png", "corrupt.png"),
     "json into no folder": ("info {place}/tuned --json {place}/no/where.json", "does not exist"),
     "a plot of an unknown kind": ("eval {place}/tuned {data} --plot {place}/plot.xyz", "plot.xyz"),

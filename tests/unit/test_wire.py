@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astra_jax import wire
+from astra_jax.errors import AstraError
 
 pack = jax.jit(wire.pack, static_argnums=1)
 unpack = jax.jit(wire.unpack, static_argnums=(1, 2))
@@ -52,3 +53,24 @@ def test_only_the_last_byte_is_padded(bits):
     packed = wire.pack(jnp.full((2, 11), 2**bits - 1, jnp.uint16), bits)
     spare = -11 * bits % 8
     assert packed.tolist() == [[0xFF] * (packed.shape[1] - 1) + [0xFF >> spare]] * 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "tokens"),
+    # 10 bits a token: 1120 in 1400 bytes; 320 bits: 35; a token of 41 bits needs 6 bytes.
+    [(10, 1400, 1120), (320, 1400, 35), (41, 6, 1), (41, 10, 1), (41, 11, 2), (8, 1, 1)],
+)
+def test_a_packet_holds_whole_tokens(bits, size, tokens):
+    assert wire.tokens_per_packet(bits, size) == tokens
+    assert wire.packed_bytes(tokens, bits) <= size < wire.packed_bytes(tokens + 1, bits)
+
+
+@pytest.mark.parametrize("size", [5, 0, -1])
+def test_a_packet_too_small_for_a_token_is_named(size):
+    with pytest.raises(AstraError, match=f"^a packet holds {size} bytes, but the codes of one token take 6: "):
+        wire.tokens_per_packet(41, size)
+
+
+@pytest.mark.parametrize(("slots", "tokens", "expected"), [(256, 35, 8), (35, 35, 1), (36, 35, 2), (1, 1120, 1)])
+def test_packets_of_a_message(slots, tokens, expected):
+    assert wire.packets(slots, tokens) == expected

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from astra_jax.arguments import Integers
 from astra_jax.cli import guarded
 from astra_jax.config import Site
 from astra_jax.console import Report, console
@@ -35,11 +36,11 @@ class Args(DataArgs):
     """Folder for the checkpoints and the results."""
     test: tuple[str, ...]
     """Text files to evaluate on."""
-    groups: tuple[int, ...] = (1, 16, 32)
+    groups: Integers = (1, 16, 32)
     """G, one after the other."""
     site: Site = "hidden"
     """What is quantized."""
-    devices: tuple[int, ...] = (4,)
+    devices: Integers = (4,)
     """N: devices to train for and to evaluate on."""
     steps: int = 300
     """Finetuning steps of every G."""

@@ -16,6 +16,7 @@ from typing import Annotated, get_args
 
 import tyro
 
+from astra_jax.arguments import Integers
 from astra_jax.cli import guarded
 from astra_jax.config import ClassToken
 from astra_jax.console import Report, console, write_atomically
@@ -34,7 +35,7 @@ class Args(DataArgs):
     """A checkpoint made by `astra convert`."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the checkpoints and the results."""
-    groups: tuple[int, ...] = (32, 16, 8, 1)
+    groups: Integers = (32, 16, 8, 1)
     """G, one after the other."""
     devices: int = 4
     """N: devices to train for and to evaluate on."""

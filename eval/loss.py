@@ -1,0 +1,100 @@
+"""Packet loss on the links between devices: which codes arrive.
+
+Every directed link, from one device to another, loses packets on its own. The packets of a link follow each other block
+by block, in each the tokens in order. A packet is lost as a whole, with the codes of all its tokens; the receiver
+masks those tokens out of the attention of that block, and nothing is sent again. What a lost code is replaced by is not
+public in the paper: to leave it out is our choice. The state that a head reads, sent once at the end, is not lost.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Bool
+
+from astra_jax import wire
+from astra_jax.errors import AstraError
+from astra_jax.sharding import Shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """How a link loses packets: a chain of two states, lost and arrived (Gilbert's model).
+
+    Attributes:
+      rate: share of the packets that are lost, from 0 to less than 1.
+      burst: mean number of packets in a row that are lost; None where every packet is lost on its own (Bernoulli).
+      packet: payload of a packet in bytes.
+
+    Raises:
+      AstraError: a value is out of range, or the bursts are too short for the rate.
+    """
+
+    rate: float
+    burst: float | None = None
+    packet: int = 1400
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise AstraError(f"loss is {self.rate:g}; it is a share of the packets, from 0 to less than 1: try 0.05")
+        if self.burst is None:
+            return
+        if not 1 <= self.burst < math.inf:
+            raise AstraError(f"burst is {self.burst:g}; it is a mean number of packets, at least 1: try 8")
+        if self.rate > self.burst / (self.burst + 1):
+            raise AstraError(
+                f"bursts of {self.burst:g} packets cannot make up a loss of {self.rate:g}: "
+                f"let them have {self.rate / (1 - self.rate):.3g} packets or more"
+            )
+
+    @property
+    def stay(self) -> float:
+        """Probability that a packet is lost after one that was lost: `1 - 1 / burst`."""
+        return self.rate if self.burst is None else 1 - 1 / self.burst
+
+    @property
+    def enter(self) -> float:
+        """Probability that a packet is lost after one that arrived: `rate / (1 - rate) * (1 - stay)`.
+
+        With it the share of lost packets is `rate` at any time.
+        """
+        return self.rate / (1 - self.rate) * (1 - self.stay)
+
+
+def lost(loss: Loss, P: int, links: tuple[int, ...], rng: np.random.Generator) -> Bool[np.ndarray, "P *links"]:
+    """Which of P packets in a row are lost, on links that do not know of each other; the first is as any other."""
+    draws = rng.random((P, *links))
+    found = np.empty(draws.shape, bool)
+    found[0] = draws[0] < loss.rate
+    for p in range(1, P):
+        found[p] = draws[p] < np.where(found[p - 1], loss.stay, loss.enter)
+    return found
+
+
+def arrived(
+    loss: Loss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator
+) -> Bool[np.ndarray, "L B N slots"]:
+    """Which codes reach whom in one forward pass of B sequences, as `strategies.Virtual` takes it.
+
+    Every sequence is a pass of its own: its messages share no packet with those of others.
+
+    Args:
+      loss: how links lose packets.
+      shards: the split. All devices send the same number of slots, padding included, as they do on a mesh.
+      token_bits: bits of one token in one block, G * log2(K).
+      L: blocks.
+
+    Returns:
+      For every block, sequence, receiving device and slot of any device whether the slot's code is there. What a device
+      has itself and slots that are never sent count as there.
+
+    Raises:
+      AstraError: a packet is too small for a token.
+    """
+    N, sent, home = shards.N, shards.sent_slots, shards.home_slots
+    tokens = wire.tokens_per_packet(token_bits, loss.packet)
+    P = wire.packets(sent, tokens)
+    there = ~lost(loss, L * P, (B, N, N), rng).reshape(L, P, B, N, N) | np.eye(N, dtype=bool)
+    slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
+    slots[..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
+    return slots.reshape(L, B, N, -1)

@@ -1,0 +1,31 @@
+"""Known architectures by name, for what needs no trained weights: latency, bits, plans."""
+
+from typing import Any
+
+from astra_jax.models.bert import BertConfig
+from astra_jax.models.gpt2 import GPT2Config
+from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.vit import ViTConfig
+from astra_jax.rotary import Rotary
+
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128_256,
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_parameters=Rotary(rope_theta=500_000.0),
+)
+
+# Name -> family and configuration. Those of the paper, and the usual sizes of their families.
+PRESETS: dict[str, tuple[str, Any]] = {
+    "vit-base": ("vit", ViTConfig()),
+    "vit-large": (
+        "vit",
+        ViTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    ),
+    "bert-base": ("bert", BertConfig()),
+    "gpt2-s": ("gpt2", GPT2Config()),
+    "gpt2-m": ("gpt2", GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
+    "llama-3-8b": ("llama", LLAMA_3_8B),
+}
