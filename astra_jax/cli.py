@@ -1,6 +1,7 @@
 """`astra VERB`: a table of verbs; the module behind a verb is imported only when it is called."""
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ VERBS = {
     "run": ("eval.run", "classify images or texts, or go on with a text, on a mesh of devices"),
     "bench": ("eval.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
     "plan": ("eval.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
+    "net": ("eval.net", "check, before a run, that several hosts reach each other, and how fast"),
+    "lab": ("eval.lab", "run a command on several hosts with slow links, made of one Linux machine"),
     "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
     "info": ("checkpoints.info", "what a checkpoint holds"),
 }
@@ -33,9 +36,11 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb. Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log; what goes wrong there is raised here, too
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [a for a in argv if a != "--debug"]
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows is not ours: the command of `astra lab`
+    debug = "--debug" in argv[:end]
+    argv = [a for a in argv[:end] if a != "--debug"] + argv[end:]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -49,15 +54,29 @@ def guarded(work: Callable[[], object], debug: bool = False) -> int:
     """Runs `work` and turns what a user can fix into one line and an exit code: 0, 2 or, after Ctrl-C, 130."""
     try:
         work()
+        _of_cluster("leave")
         return 0
     except (AstraError, OSError) as error:  # OSError: permissions, a full disk
         if debug:
             traceback.print_exc()
+        _of_cluster("abandon", str(error))
         print(f"astra: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        _of_cluster("abandon", "stopped by Ctrl-C")
         print("astra: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _of_cluster("lost", error)
+        raise
+
+
+def _of_cluster(name: str, *args: object) -> None:
+    """Calls a function of `astra_jax.cluster` if this may be one of several hosts; importing it takes long."""
+    if cluster := sys.modules.get("astra_jax.cluster"):
+        getattr(cluster, name)(*args)
 
 
 def _run(verb: str, rest: Sequence[str]) -> None:

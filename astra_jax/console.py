@@ -19,6 +19,15 @@ if not console.is_terminal:
     console = Console(highlight=False, width=180)  # a file or a pipe has no width of its own
 
 
+_status = ""  # what is printed at the end where all else is not
+
+
+def be_quiet(status: str) -> None:
+    """Prints and writes nothing from now on but errors and, at the end, this line: another host has the answer."""
+    global _status
+    console.quiet, _status = True, status
+
+
 class Report:
     """Collects everything that a verb prints and writes it to `--json FILE` at the end.
 
@@ -50,7 +59,9 @@ class Report:
 
     def close(self) -> None:
         """Writes the JSON file, whole or not at all."""
-        if self.path is not None:
+        if console.quiet:
+            print(_status)
+        elif self.path is not None:
             write_atomically(self.path, json.dumps(self.data, indent=2) + "\n")
 
 

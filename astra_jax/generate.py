@@ -247,7 +247,9 @@ class Generator:
         self.model, self.mesh = model, mesh
         self.graphdef, self.state = place(model, mesh)
         self.ends = Mesh(mesh.devices[:, -1], (DATA,))
-        self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state)
+        # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
+        self.here = all(device.process_index == jax.process_index() for device in self.ends.devices)
+        self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state) if self.here else None
         self._prefill = prefill_program(model, self.graphdef, mesh)
         self._cache = jax.jit(_make_cache, static_argnames="more")
         self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnames="cache")
@@ -298,7 +300,7 @@ class Generator:
         """Generates: yields the next token of every sequence, `new_tokens` times or until the caller stops.
 
         Any batch size goes; it is padded to a multiple of the mesh's data axis. `cache_memory` is known after the
-        first token.
+        first token. Where the ends of the prompts are on another host (not `here`), nothing is yielded.
 
         Raises:
           AstraError: prompts and new tokens together are longer than the model's limit.
@@ -314,6 +316,9 @@ class Generator:
         B = len(lengths)
         more = -B % self.mesh.shape[DATA]
         text = Text(np.pad(text.ids, [(0, more), (0, 0)]), np.pad(lengths, (0, more), constant_values=1))
+        if not self.here:
+            jax.block_until_ready(self._prefill(self.state, text))
+            return
         key = jax.random.key(sampling.seed)
         logits, cache = self.prefill(text, new_tokens)
         self.cache_memory = memory(cache)

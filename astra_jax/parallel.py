@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from astra_jax.sharding import DATA, SEQ
+from astra_jax.sharding import DATA, SEQ, put
 from astra_jax.strategies import Astra, Sharded, Single, part_size
 
 # (model, N, inputs) -> strategy, such as `Astra.of`.
@@ -70,7 +71,7 @@ def place(model: Any, mesh: Mesh, make: Make = Astra.of) -> tuple[Any, Any]:
     graphdef, state = nnx.split(model)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
-    return graphdef, jax.device_put(state, where)
+    return graphdef, jax.tree.map(put, state, where)
 
 
 def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:
@@ -132,7 +133,8 @@ def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
         sharded = on_mesh(work, mesh, strategy, P(DATA, SEQ) if by_token else P(DATA))
         return sharded(state, model.to_tokens(padded))[:B]
 
-    @jax.jit  # a program of its own: what it moves is the answer, and no part of the network
+    # A program of its own: what it moves is the answer, and no part of the network. Every host gets all of it.
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, P()) if mesh.is_multi_process else None)
     def in_order(out: Array, inputs: Any) -> Array:
         if not model.per_token:
             return out

@@ -36,25 +36,45 @@ def parse_devices(text: str) -> tuple[int, int]:
 def make_mesh(seq: int, data: int = 1) -> Mesh:
     """A (data, seq) mesh over `data * seq` devices.
 
-    On the CPU the devices are made on demand, which works only before JAX has started its backend.
+    On the CPU of one host the devices are made on demand, which works only before JAX has started its backend. Of
+    several hosts, all devices are used, and the last shards are on host 0, where the user is: so the end of a prompt,
+    from which a language model goes on, is there.
 
     Raises:
-      AstraError: there are fewer devices; the message says how many and what to do.
+      AstraError: there are fewer devices, or several hosts have more; the message says how many and what to do.
     """
     wanted = data * seq
+    several = jax.distributed.is_initialized()
     try:
         # Only the CPU backend reads this; an accelerator's devices are what they are.
-        if jax.config.jax_num_cpu_devices < wanted <= MOST_CPU_DEVICES:  # type: ignore[attr-defined]
+        if not several and jax.config.jax_num_cpu_devices < wanted <= MOST_CPU_DEVICES:  # type: ignore[attr-defined]
             jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:
         pass  # the backend is running: its device count, checked below, is final
     devices = jax.devices()
+    if several:
+        if len(devices) != wanted:
+            raise AstraError(
+                f"{data} x {seq} devices were asked for, but the {jax.process_count()} hosts have {len(devices)}: "
+                f"use --devices {len(devices)}"
+            )
+        devices = sorted(devices, key=lambda device: (device.process_index == 0, device.process_index, device.id))
+        return Mesh(np.reshape(devices, (seq, data)).T, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
     if len(devices) < wanted:
         raise AstraError(
             f"{data} x {seq} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}): use fewer, or "
             f'on a CPU call jax.config.update("jax_num_cpu_devices", {wanted}) before any other use of JAX'
         )
     return jax.make_mesh((data, seq), (DATA, SEQ), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
+
+
+def put(array: Any, sharding: Any) -> Array:
+    """An array that this host has as a whole, on the devices of a sharding. Each host fills its own; nothing moves."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return array  # in place already
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array)[index])
 
 
 class Tokens(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array
 
+from astra_jax.sharding import put
 from checkpoints.keys import flat_state, with_state
 
 # Name of a part, and its arrays by their paths in the model; those of one block lack the leading axis L.
@@ -70,13 +71,13 @@ def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, shardin
     stack: dict[str, Array] = {}
     for name, arrays in parts:
         if not name.startswith(BLOCK):
-            flat |= {p: jax.device_put(a.astype(dtype(p, a), copy=False), where[p]) for p, a in arrays.items()}
+            flat |= {p: put(a.astype(dtype(p, a), copy=False), where[p]) for p, a in arrays.items()}
         else:
             if not stack:
                 stack = {p: jnp.zeros(shapes[p].shape, dtype(p, a), device=where[p]) for p, a in arrays.items()}
-                put = jax.jit(_put, donate_argnums=0, out_shardings={p: where[p] for p in stack})  # in place
+                put_block = jax.jit(_put, donate_argnums=0, out_shardings={p: where[p] for p in stack})  # in place
             # Waited for, or blocks are read faster than they are put in place and pile up.
-            stack = jax.block_until_ready(put(stack, arrays, int(name.removeprefix(BLOCK))))
+            stack = jax.block_until_ready(put_block(stack, arrays, int(name.removeprefix(BLOCK))))
         del arrays  # or this part is still there while the next one is read
     return with_state(model, flat | stack)
 

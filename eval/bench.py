@@ -18,24 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 
 from astra_jax.arguments import Integers, Numbers, Texts
+from astra_jax.cluster import Hosts, open_mesh
 from astra_jax.config import Site
 from astra_jax.console import Report, progress, write_atomically
 from astra_jax.errors import AstraError
-from astra_jax.sharding import make_mesh
 from astra_jax.strategies import STRATEGIES
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from eval import plots
 from eval.costs import Cost, check_speeds, check_split, cost, fastest, share_flops
 from eval.devices import DeviceProfile, read_profile, write_profile
 from eval.network import Counting, Link, exchange_seconds, parse_rate, parse_seconds, pass_seconds
-from eval.timing import compute_seconds
+from eval.timing import compute_seconds, wall_seconds
 from eval.traces import Trace, read_trace, replay
-from eval.traffic import messages
-from eval.workload import ONE, Setting, open_workload, settings
+from eval.traffic import messages, pass_on_mesh
+from eval.workload import ONE, Setting, Workload, open_workload, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Args:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-3-8b."""
-    devices: int = 4
-    """N."""
+    devices: int | None = None
+    """N; by default 4, or one on each host."""
+    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
     tokens: int | None = None
     """T; by default 1,024, or what the model takes."""
     strategies: Texts = tuple(STRATEGIES)
@@ -145,6 +148,27 @@ def replayed(costs: Sequence[Cost], L: int, trace: Trace, latency: float, counti
     return rows
 
 
+def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> list[float]:
+    """Wall-clock seconds of passes on all hosts, which begin each one together: until the answer is here."""
+    run, state = pass_on_mesh(model, way.N, way.make)
+    inputs = jax.tree.map(np.asarray, work.inputs())
+    return wall_seconds(lambda: run(state, inputs), repeats, lambda: multihost_utils.sync_global_devices(str(way)))
+
+
+def on_link(found: Cost, walls: Sequence[float], link: Link) -> dict[str, Any]:
+    """A row of measured passes: median, least and most of them, and what the network model says."""
+    predicted, measured = pass_seconds(found.compute, found.messages, found.setting.N, link), float(np.median(walls))
+    return {
+        "strategy": str(found.setting),
+        "compute ms": 1e3 * max(found.compute),
+        "predicted ms": 1e3 * predicted,
+        "measured ms": 1e3 * measured,
+        "least ms": 1e3 * min(walls),
+        "most ms": 1e3 * max(walls),
+        "measured / predicted": measured / predicted,
+    }
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes rows with the same keys as a table with a header."""
     text = io.StringIO()
@@ -156,7 +180,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def check(args: Args) -> None:
     """Raises AstraError, before any work, for what cannot be."""
-    if args.devices < 1:
+    if args.devices is not None and args.devices < 1:
         raise AstraError(f"--devices is {args.devices}; it must be at least 1: try 4")
     if args.repeats < 1:
         raise AstraError(f"--repeats is {args.repeats}; it must be at least 1: try 5")
@@ -178,11 +202,12 @@ def main(args: Args) -> None:
     rates = args.rates
     for rate in rates:
         parse_rate(rate)
-    latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, args.devices)
+    N = args.devices or args.several.hosts or 4
+    latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = settings(args.strategies, args.devices, args.groups, args.exchanges)
-    make_mesh(args.devices)  # before JAX starts, so that it makes enough CPU devices
+    ways = settings(args.strategies, N, args.groups, args.exchanges)
+    open_mesh(str(N), args.several)  # before JAX starts, so that it makes enough CPU devices
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     check_split(work, ways, speeds)
     L = work.config.num_hidden_layers
@@ -191,7 +216,7 @@ def main(args: Args) -> None:
         bare = work.model(weights, None)
         full, rounded = (weight_bytes(model) / 1e6 for model in (bare, quantize_weights(bare, args.weights)))
         report.say(f"the weights take {rounded:,.1f} MB instead of {full:,.1f}", weight_mb=rounded, full_weight_mb=full)
-    costs: dict[Setting, Cost] = {}
+    costs, walls = dict[Setting, Cost](), dict[Setting, list[float]]()
     speed = dict[Setting, float]()  # FLOPs per second
     with progress("strategies", len({ONE, *ways})) as advance:
         for way in dict.fromkeys([ONE, *ways]):
@@ -203,6 +228,8 @@ def main(args: Args) -> None:
                 model = quantize_weights(model, args.weights) if args.weights else model
                 seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats)
                 speed[way] = share_flops(work, way) / seconds
+                if jax.distributed.is_initialized() and way.N > 1:
+                    walls[way] = measured_seconds(work, model, way, args.repeats)
             costs[way] = cost(work, way, fastest(speeds, way.N), speed[way])
             advance(strategy=str(way))
     single, shown = costs[ONE], [costs[way] for way in ways]
@@ -215,6 +242,10 @@ def main(args: Args) -> None:
     report.table("speed_up", "times faster than one device", pivot(rows, "speed-up"))
     report.table("link_percent", "share of the link in %", pivot(rows, "link %"))
     report.data["cells"] = rows
+    if walls:
+        link = Link(parse_rate(rates[0]), latency, args.counting)
+        measured = [on_link(costs[way], seconds, link) for way, seconds in walls.items()]
+        report.table("measured", f"a pass on {N} hosts, on their link and as {rates[0]} predict", measured)
     if trace:
         report.table("trace", f"link {args.trace}", replayed(shown, L, trace, latency, args.counting))
     report.say(

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 import checkpoints
 from astra_jax.arguments import Numbers, Texts
+from astra_jax.cluster import Hosts, open_mesh
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.parallel import parallelize
@@ -66,8 +67,9 @@ class Args(DataArgs):
     """What to measure; `auto` is what the checkpoint was made for."""
     split: str = "test"
     """Which part of the data; a slice such as test[:1000] goes too."""
-    devices: str = "4"
-    """The mesh: N devices over the tokens, or DxN for D batches at once."""
+    devices: str | None = None
+    """The mesh: N devices over the tokens, or DxN for D batches at once; by default 4, or one on each host."""
+    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
     virtual: bool = False
     """Run the N shards on one device: the same numbers, no mesh needed."""
     strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
@@ -125,9 +127,14 @@ def check_task(args: Args) -> str:
     return task
 
 
+def devices_of(args: Args) -> tuple[int, int]:
+    """(D, N) of the mesh."""
+    return parse_devices(args.devices or str(args.several.hosts or 4))
+
+
 def strategy_of(checkpoint: Checkpoint, args: Args) -> str:
     """The name in `STRATEGIES` under which a checkpoint runs."""
-    if parse_devices(args.devices)[1] == 1:
+    if devices_of(args)[1] == 1:
         return "single"
     if args.strategy == "auto":
         return "astra" if checkpoint.astra else "single"
@@ -137,7 +144,7 @@ def strategy_of(checkpoint: Checkpoint, args: Args) -> str:
 def check_simulation(args: Args) -> Args:
     """The arguments, with --virtual where another option needs it. Raises AstraError where options do not fit."""
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
-    if wanted and (parse_devices(args.devices)[1] == 1 or args.strategy == "single"):
+    if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
         raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
     wanted += ["--virtual"] * args.virtual
     if wanted and args.strategy not in ("auto", "single", "astra"):
@@ -247,7 +254,7 @@ class Trial:
         """Inputs -> outputs of the checkpoint's model, or of one around it: on a (data, N) mesh, or on one device with
         N virtual shards, under packet loss if there is a seed: it and the number of a batch decide what is lost."""
         if not self.args.virtual:
-            mesh = make_mesh(self.N, parse_devices(self.args.devices)[0])
+            mesh = make_mesh(self.N, devices_of(self.args)[0])
             return parallelize(model, mesh, STRATEGIES[self.strategy].of)
         graphdef, state = nnx.split(model)
         if seed is None:
@@ -411,7 +418,7 @@ def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any
         checkpoint = dataclasses.replace(checkpoint, model=quantize_weights(checkpoint.model, args.weights))
     model, config = checkpoint.model, checkpoint.config
     strategy = strategy_of(checkpoint, args)
-    N = parse_devices(args.devices)[1] if strategy != "single" else 1
+    N = devices_of(args)[1] if strategy != "single" else 1
     astra = checkpoint.astra if strategy == "astra" else None
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
@@ -459,9 +466,9 @@ def main(args: Args) -> None:
     if args.plot:
         plots.check_plot(args.plot)
     args = check_simulation(args)
-    data_devices, N = parse_devices(args.devices)
     if not args.virtual:
-        make_mesh(N, data_devices)  # before JAX starts, so that it makes enough CPU devices
+        D, N = devices_of(args)
+        open_mesh(f"{D}x{N}", args.several)  # before JAX starts, so that it makes enough CPU devices
     task, loss = check_task(args), loss_of(args)
     notes: list[str] = []
 

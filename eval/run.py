@@ -23,12 +23,13 @@ import tyro
 from jax.sharding import Mesh
 
 import checkpoints
+from astra_jax.cluster import Hosts, open_mesh
 from astra_jax.console import Report, console, progress
 from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.parallel import Make, parallelize, shardings
 from astra_jax.preprocess import decode_image
-from astra_jax.sharding import SEQ, make_mesh, parse_devices
+from astra_jax.sharding import SEQ
 from astra_jax.strategies import STRATEGIES, Astra
 from astra_jax.text import Text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
@@ -45,8 +46,9 @@ class Args:
     """One or more pictures."""
     prompt: tuple[str, ...] = ()
     """One or more texts; several are run as one batch."""
-    devices: str = "1"
-    """The mesh: N devices over the tokens, or DxN for D batches at once."""
+    devices: str | None = None
+    """The mesh: N devices over the tokens, or DxN for D batches at once; by default 1, or one on each host."""
+    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
     top: int = 5
     """How many classes to print for each picture or text."""
     max_new_tokens: int | None = None
@@ -102,7 +104,7 @@ def run_once(args: Args, checkpoint: Checkpoint, mesh: Mesh, inputs: Any, names:
     make = STRATEGIES[args.strategy].of
     program = parallelize(checkpoint.model, mesh, make)
     output, seconds, first = timed(lambda: program(inputs))
-    where = f"{args.checkpoint} on {args.devices} device(s)"
+    where = f"{args.checkpoint} on {mesh.size} device(s)"
     if getattr(checkpoint.config, "task", None) == "embedding":
         report.table("similarities", where, similarity_rows(output, names))
     else:
@@ -125,6 +127,10 @@ def generate(args: Args, checkpoint: Checkpoint, mesh: Mesh, text: Text, report:
     prompts = [row[:length].tolist() for row, length in zip(text.ids, lengths, strict=True)]
     rows = [Continuation(checkpoint.tokenizer.stream(ids), checkpoint.eos_ids, args.stop) for ids in prompts]
     generator = Generator(checkpoint.model, mesh)
+    if not generator.here:
+        for _ in range(2):  # as often as below
+            list(generator.tokens(text, new_tokens, args.sampling))
+        return
 
     start = time.perf_counter()
     list(itertools.islice(generator.tokens(text, new_tokens, args.sampling), 2))
@@ -175,8 +181,8 @@ def main(args: Args) -> None:
     report = Report("run", args.json)
     if args.top < 1:
         raise AstraError(f"--top is {args.top}; it must be at least 1")
-    data_devices, N = parse_devices(args.devices)
-    mesh = make_mesh(N, data_devices)
+    mesh = open_mesh(args.devices, args.several)
+    N = mesh.shape[SEQ]
     dtype = jnp.dtype(args.dtype)
     make = STRATEGIES[args.strategy].of
     # Straight to where they are needed: no device ever holds more than its own.
@@ -193,7 +199,7 @@ def main(args: Args) -> None:
     if not getattr(args, given) or getattr(args, other):
         raise AstraError(f"{args.checkpoint}: takes {'pictures' if images else 'text'}: give --{given}, not --{other}")
     if images:
-        pixels = jnp.asarray(checkpoint.processor([decode_image(path) for path in args.image]))
+        pixels = np.asarray(checkpoint.processor([decode_image(path) for path in args.image]))
         run_once(args, checkpoint, mesh, pixels, [str(path) for path in args.image], report)
     else:
         if checkpoint.config.task == "embedding" and len(args.prompt) < 2:

@@ -14,16 +14,28 @@ from astra_jax.collectives import Alone
 from astra_jax.strategies import Single, part
 
 
-def median_seconds(call: Callable[[], Any], repeats: int = 11) -> float:
-    """The median time of `call` in seconds, after two calls to warm up."""
+def wall_seconds(
+    call: Callable[[], Any], repeats: int = 11, together: Callable[[], None] = lambda: None
+) -> list[float]:
+    """The times of `call` in seconds, after two calls to warm up.
+
+    Args:
+      together: called before each, to let several hosts begin at the same time.
+    """
     for _ in range(2):
         jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
+        together()
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return seconds
+
+
+def median_seconds(call: Callable[[], Any], repeats: int = 11) -> float:
+    """The median time of `call` in seconds, after two calls to warm up."""
+    return float(np.median(wall_seconds(call, repeats)))
 
 
 def forward(model: Any, graphdef: Any) -> Callable[[Any, Array, Any], Array]:

@@ -24,13 +24,13 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
-    """The optimized HLO of a forward pass on N devices (see `eval.timing.forward`). Weights and inputs may be shapes.
+def pass_on_mesh(model: Any, N: int, make: Any) -> tuple[Any, Any]:
+    """A forward pass on N devices (see `eval.timing.forward`): the jitted function of state and inputs, and the state.
 
     Raises:
       AstraError: the strategy cannot split the model, or there are fewer devices.
     """
-    mesh, model = make_mesh(N), abstract(model)
+    mesh = make_mesh(N)
     make = make_for(mesh, make)
     graphdef, state = place(model, mesh, make)
     work = forward(model, graphdef)
@@ -41,6 +41,12 @@ def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
         by_token = model.per_token and strategy.splits_tokens
         return on_mesh(work, mesh, strategy, P(DATA, SEQ) if by_token else P(DATA))(state, model.to_tokens(inputs))
 
+    return run, state
+
+
+def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
+    """The optimized HLO of a forward pass on N devices. Weights and inputs may be shapes."""
+    run, state = pass_on_mesh(abstract(model), N, make)
     text = run.lower(state, abstract(inputs)).compile().as_text()
     assert text is not None
     return text

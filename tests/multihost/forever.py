@@ -1,0 +1,27 @@
+"""One of several hosts that never ends by itself: python -m tests.multihost.forever COORDINATOR HOSTS HOST CHECKPOINT
+
+Says `running` once it has exchanged something with the others, and goes on with that.
+"""
+
+import sys
+
+import checkpoints
+from astra_jax.cli import guarded
+from astra_jax.cluster import Hosts, open_mesh
+from astra_jax.parallel import parallelize, shardings
+from tests.multihost.one_host import inputs_for
+
+
+def run() -> None:
+    """Runs a model without end."""
+    coordinator, hosts, host, path = sys.argv[1:]
+    mesh = open_mesh(None, Hosts(coordinator, int(hosts), int(host), patience=5.0))
+    checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh))
+    program, inputs = parallelize(checkpoint.model, mesh), inputs_for(checkpoint)
+    while True:
+        program(inputs).block_until_ready()
+        print("running", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(run))

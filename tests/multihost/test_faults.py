@@ -1,0 +1,67 @@
+"""A host that is killed, or ends with an error, ends the others at once, with one line that names it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.multihost.test_hosts import ROOT, free_port, saved  # noqa: F401  # a fixture
+
+
+@pytest.fixture
+def hosts(saved):  # noqa: F811
+    """Three hosts that run a model without end, as processes."""
+    program = [sys.executable, "-m", "tests.multihost.forever", f"127.0.0.1:{free_port()}", "3"]
+    path = str(saved("vit", "hidden"))
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    processes = [subprocess.Popen([*program, str(host), path], **pipes) for host in range(3)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def last_words(process):
+    """Seconds until a process ended, its exit code, and the last line of what it complained of."""
+    start = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    return time.monotonic() - start, process.returncode, err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_host_that_is_killed_while_all_run(hosts, victim):
+    for process in hosts:
+        assert process.stdout.readline() == "running\n", process.communicate()
+    hosts[victim].kill()
+    for host, process in enumerate(hosts):
+        if host != victim:
+            seconds, code, line = last_words(process)
+            assert (code, line) == (2, f"astra: error: host {victim} is gone: its process ended or was killed")
+            assert seconds < 2
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_while_it_starts(hosts):
+    time.sleep(3)
+    hosts[1].kill()
+    for host in (0, 2):
+        _, code, line = last_words(hosts[host])
+        assert code == 2 and ("host 1 is gone" in line or "host 1 did not come" in line)
+
+
+@pytest.mark.slow
+def test_a_host_that_stops_answering(hosts):
+    """As behind a cut link: its process is stopped, not ended."""
+    for process in hosts:
+        assert process.stdout.readline() == "running\n", process.communicate()
+    hosts[1].send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    for host in (0, 2):
+        _, code, line = last_words(hosts[host])
+        assert (code, line) == (2, "astra: error: host 1 has given no sign of life for 5 s: is its link cut?")
+        assert 3 < time.monotonic() - start < 15

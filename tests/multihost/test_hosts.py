@@ -1,0 +1,94 @@
+"""Several hosts, as processes that know each other by addresses of the loopback interface, compute what one does."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoints
+from astra_jax.config import AstraConfig
+from astra_jax.sharding import make_mesh
+from tests.multihost.one_host import answer
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess.CompletedProcess]:
+    """Runs one command per host at once; kills all of them where one does not end in time."""
+    processes = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for c in commands
+    ]
+    try:
+        ended = []
+        for process in processes:
+            out, err = process.communicate(timeout=seconds)
+            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return ended
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture
+def saved(request, tmp_path):
+    """Saves a tiny model with codebooks; returns the folder."""
+
+    def save(family: str, site: str) -> Path:
+        astra = AstraConfig(groups=4, codewords=16, site=site)
+        model = request.getfixturevalue(f"tiny_{family}")(astra)
+        meta = checkpoints.Checkpoint(family, model.config, astra, None, None, {}, "float32", (), model)
+        checkpoints.save(tmp_path / family, meta)
+        return tmp_path / family
+
+    return save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "site", "hosts"), [("vit", "hidden", 4), ("llama", "kv", 4), ("gpt2", "hidden", 2)], ids=str
+)
+def test_hosts_compute_what_devices_of_one_process_do(saved, tmp_path, family, site, hosts):
+    """Logits on every host; the tokens that a text goes on with, on host 0 alone."""
+    path, coordinator = saved(family, site), f"127.0.0.1:{free_port()}"
+    program = [sys.executable, "-m", "tests.multihost.one_host", coordinator, str(hosts)]
+    commands = [[*program, str(host), str(path), str(tmp_path / f"{host}.npz")] for host in range(hosts)]
+    for ended in together(commands):
+        assert ended.returncode == 0, ended.stderr
+    expected = answer(path, make_mesh(hosts))
+    for host in range(hosts):
+        found = np.load(tmp_path / f"{host}.npz")
+        np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+        if "tokens" in expected:
+            tokens = expected["tokens"] if host == 0 else expected["tokens"][:0].reshape(-1)
+            np.testing.assert_array_equal(found["tokens"], tokens)
+
+
+@pytest.mark.slow
+def test_the_verb_prints_on_host_0_and_one_line_on_the_others(saved, tmp_path):
+    path, coordinator = saved("vit", "hidden"), f"127.0.0.1:{free_port()}"
+    astra = str(Path(sys.executable).parent / "astra")
+    options = (
+        f"--strategies single,astra,sp --groups 4 --rates 100mbit --repeats 2 --coordinator {coordinator} --hosts 2"
+    )
+    commands = [
+        [astra, "bench", str(path), *options.split(), "--host", str(host), "--json", str(tmp_path / f"{host}.json")]
+        for host in range(2)
+    ]
+    first, second = together(commands)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    measured = json.loads((tmp_path / "0.json").read_text())["measured"]
+    assert [row["strategy"] for row in measured] == ["astra G=4", "sp"]
+    assert all(row["measured ms"] > 0 for row in measured)
+    assert "times faster" in first.stdout
+    assert second.stdout == "host 1: done; the answer is on host 0\n"
+    assert not (tmp_path / "1.json").exists()

@@ -1,0 +1,62 @@
+"""Several hosts: options and addresses. That they compute together is in tests/multihost."""
+
+import pytest
+
+from astra_jax import cluster
+from astra_jax.cluster import Hosts, check, open_mesh, own_address, parse_address
+from astra_jax.errors import AstraError
+
+
+def test_addresses():
+    assert parse_address("10.0.0.1:7777", False) == ("10.0.0.1", 7777)
+    assert parse_address(" localhost:80 ", False) == ("127.0.0.1", 80)
+    assert parse_address("8.8.8.8:7777", True) == ("8.8.8.8", 7777)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("10.0.0.1", "write the address of host 0 and a port, such as 10.0.0.1:7777"),
+        ("10.0.0.1:0", "write the address"),
+        ("10.0.0.1:70000", "write the address"),
+        ("[::]:7777", "write the address"),
+        ("nowhere.invalid:7777", "the host 'nowhere.invalid' is not known here: give its IP address"),
+        ("8.8.8.8:7777", "8.8.8.8 is a public address, and nothing that hosts send is protected"),
+    ],
+)
+def test_addresses_that_do_not_do(text, message):
+    with pytest.raises(AstraError) as error:
+        parse_address(text, False)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_way_to_a_host_on_this_machine_is_the_loopback():
+    assert own_address("127.0.0.1", 7777) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        (Hosts("10.0.0.1:1"), "--hosts and --host is missing"),
+        (Hosts("10.0.0.1:1", 4), "--host is missing"),
+        (Hosts(hosts=4, host=1), "--coordinator is missing"),
+        (Hosts("10.0.0.1:1", 0, 0), "--hosts is 0; it must be at least 1"),
+        (Hosts("10.0.0.1:1", 4, 4), "--host is 4; with --hosts 4 it is from 0 to 3"),
+    ],
+)
+def test_options_that_do_not_fit(hosts, message):
+    with pytest.raises(AstraError, match=message):
+        check(hosts)
+
+
+def test_devices_are_shared_equally():
+    with pytest.raises(AstraError, match="--devices 6 cannot be shared equally by 4 hosts: use a multiple of them"):
+        open_mesh("6", Hosts("127.0.0.1:7777", 4, 0))
+
+
+def test_one_host_needs_no_options(monkeypatch):
+    for name in cluster._DETECTED:
+        monkeypatch.delenv(name, raising=False)
+    assert cluster.join(Hosts()) == 0
+    assert open_mesh(None, Hosts(), default="2").size == 2
+    assert open_mesh("2x3", Hosts()).devices.shape == (2, 3)
