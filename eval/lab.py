@@ -241,7 +241,7 @@ class Lab:
         _do([*self._inside(host), "sh", "-c", "kill -KILL -1 2> /dev/null || :"])  # it fails where there is none
 
     def cut(self, host: int) -> None:
-        """Cuts the link of a host: nothing arrives, and neither side is told."""
+        """Cuts the link of a host, as if its cable was pulled: nothing arrives, and no program is told."""
         self._within(self.hosts, "ip", "link", "set", f"host{host}", "down")
 
     def mend(self, host: int) -> None:
@@ -294,10 +294,15 @@ class Lab:
             assert machine.stdin is not None and machine.stdout is not None
             machine.stdin.close()
             machine.stdout.close()
-        for process in self._started:
-            process.kill()  # it may be stopped
-        for process in [*self._machines, *self._started]:
-            process.wait()
+        processes = [*self._machines, *self._started]
+        try:
+            for process in processes:
+                process.wait(1)
+        except subprocess.TimeoutExpired:  # a command was stopped, and what waits for it stopped, too
+            for process in self._started:
+                process.kill()
+            for process in processes:
+                process.wait()
 
 
 class Cgroups(NamedTuple):
