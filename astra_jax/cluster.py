@@ -7,6 +7,7 @@ other, and collectives run over gloo (CPU), NCCL (GPU) or ICI (TPU). Neither aut
 import atexit
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -28,7 +29,7 @@ from astra_jax import __version__
 from astra_jax.collectives import Peers
 from astra_jax.console import be_quiet
 from astra_jax.errors import AstraError
-from astra_jax.lifeline import Lifeline, die
+from astra_jax.lifeline import BEAT_SECONDS, Lifeline, die
 from astra_jax.sharding import SEQ, make_mesh, parse_devices
 
 # What JAX and XLA give up after: never, as it were. That a slow link is no dead host is for the lifeline to know.
@@ -106,6 +107,10 @@ def check(hosts: Hosts) -> None:
         raise AstraError(f"--hosts is {hosts.hosts}; it must be at least 1")
     if not 0 <= hosts.host < hosts.hosts:
         raise AstraError(f"--host is {hosts.host}; with --hosts {hosts.hosts} it is from 0 to {hosts.hosts - 1}")
+    if not 0 < hosts.start_seconds < math.inf:
+        raise AstraError(f"--start-seconds is {hosts.start_seconds:g}; it must be above 0: try 60")
+    if not 2 * BEAT_SECONDS <= hosts.patience < math.inf:
+        raise AstraError(f"--patience is {hosts.patience:g}; it must be at least {2 * BEAT_SECONDS:g} seconds: try 30")
 
 
 def _gloo_at(address: str) -> None:
@@ -171,7 +176,7 @@ def join(hosts: Hosts, devices_per_host: int = 1) -> int:
         count, host, watched = hosts.hosts, hosts.host, port
     facts = {"astra": __version__, "jax": jax.__version__, "hosts": str(count)}
     _lifeline = Lifeline(address, watched, count, host, facts, hosts.start_seconds, hosts.patience)
-    atexit.register(leave)
+    atexit.register(_at_exit)
     if not detected:
         _gloo_at(address if host == 0 else own_address(address, port))
         bound = f"{address}:{port + 1}"
@@ -188,6 +193,14 @@ def leave() -> None:
         _lifeline = None
 
 
+def _at_exit() -> None:
+    """Where nobody called `leave`: a program that ends with an error must not be waited for."""
+    error = getattr(sys, "last_value", None)
+    if error is not None:
+        lost(error)
+    leave()
+
+
 def abandon(message: str) -> None:
     """Where this is one of several hosts: tells the others why it ends, and ends it."""
     if _lifeline is not None:
@@ -200,7 +213,7 @@ def lost(error: BaseException) -> None:
     the lifeline time to say which one (it ends the process), or else tells the others and ends it."""
     if _lifeline is not None:
         time.sleep(VERDICT_SECONDS)
-        abandon(f"an exchange between hosts failed, though all are alive ({' '.join(str(error).split())[:200]})")
+        abandon(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def open_mesh(devices: str | None, hosts: Hosts, default: str = "1") -> Mesh:

@@ -174,8 +174,6 @@ def check_hosts(hosts: Hosts, checkpoint: Path | None = None, rate_seconds: floa
         raise AstraError("hosts are checked by --coordinator ADDRESS:PORT, --hosts N and --host I: give all three")
     if hosts.hosts < 2:
         raise AstraError("--hosts is 1; there is nothing between hosts to check: give at least 2")
-    if not 0 < hosts.start_seconds < math.inf:
-        raise AstraError(f"--start-seconds is {hosts.start_seconds:g}; it must be above 0: try 60")
     if not 0 < rate_seconds <= _MOST_RATE_SECONDS:
         raise AstraError(
             f"--rate-seconds is {rate_seconds:g}; it must be above 0 and at most {_MOST_RATE_SECONDS:g}: "

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,19 @@ def test_a_host_that_is_killed_while_it_starts(hosts):
     for host in (0, 2):
         _, code, line = last_words(hosts[host])
         assert code == 2 and ("host 1 is gone" in line or "host 1 did not come" in line)
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_with_an_error(hosts):
+    """Where no verb is there to catch it, what the interpreter does at its end does not wait for the others."""
+    for process in hosts:
+        assert process.stdout.readline() == "running\n", process.communicate()
+    Path(hosts[2].args[-1], "fail-2").touch()
+    for host in (0, 1):
+        _, code, line = last_words(hosts[host])
+        assert (code, line) == (2, "astra: error: host 2 ended with an error: RuntimeError: told to fail")
+    _, code, line = last_words(hosts[2])
+    assert (code, line) == (2, "astra: error: RuntimeError: told to fail")
 
 
 @pytest.mark.slow

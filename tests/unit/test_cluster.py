@@ -19,6 +19,7 @@ def test_addresses():
         ("10.0.0.1", "write the address of host 0 and a port, such as 10.0.0.1:7777"),
         ("10.0.0.1:0", "write the address"),
         ("10.0.0.1:70000", "write the address"),
+        ("10.0.0.1:65535", "write the address"),
         ("[::]:7777", "write the address"),
         ("nowhere.invalid:7777", "the host 'nowhere.invalid' is not known here: give its IP address"),
         ("8.8.8.8:7777", "8.8.8.8 is a public address, and nothing that hosts send is protected"),
@@ -42,6 +43,8 @@ def test_the_way_to_a_host_on_this_machine_is_the_loopback():
         (Hosts(hosts=4, host=1), "--coordinator is missing"),
         (Hosts("10.0.0.1:1", 0, 0), "--hosts is 0; it must be at least 1"),
         (Hosts("10.0.0.1:1", 4, 4), "--host is 4; with --hosts 4 it is from 0 to 3"),
+        (Hosts("10.0.0.1:1", 4, 3, start_seconds=0.0), "--start-seconds is 0; it must be above 0"),
+        (Hosts("10.0.0.1:1", 4, 3, patience=1.0), "--patience is 1; it must be at least 2 seconds"),
     ],
 )
 def test_options_that_do_not_fit(hosts, message):
