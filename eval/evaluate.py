@@ -253,7 +253,9 @@ class Trial:
     def run(self, model: Any, seed: int | None = None) -> Run:
         """Inputs -> outputs of the checkpoint's model, or of one around it: on a (data, N) mesh, or on one device with
         N virtual shards, under packet loss if there is a seed: it and the number of a batch decide what is lost."""
-        if not self.args.virtual:
+        # Of several hosts, each does by itself what takes one device.
+        alone = self.N == 1 and jax.distributed.is_initialized()
+        if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
             return parallelize(model, mesh, STRATEGIES[self.strategy].of)
         graphdef, state = nnx.split(model)
@@ -336,7 +338,7 @@ def image_accuracy(trial: Trial) -> Metrics:
             for images, labels in batches(data, trial.checkpoint.processor, batch, limit=args.limit):
                 # The last batch is filled up, so that one compiled program serves all.
                 filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
-                predicted = np.argmax(np.asarray(run(jnp.asarray(filled))), axis=-1)[: len(labels)]
+                predicted = np.argmax(np.asarray(run(filled)), axis=-1)[: len(labels)]
                 right += int((predicted == labels).sum())
                 advance(len(labels), accuracy=right / total)
         return {"accuracy %": 100 * right / total}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import checkpoints
 from astra_jax.config import AstraConfig
@@ -92,3 +93,28 @@ def test_the_verb_prints_on_host_0_and_one_line_on_the_others(saved, tmp_path):
     assert "times faster" in first.stdout
     assert second.stdout == "host 1: done; the answer is on host 0\n"
     assert not (tmp_path / "1.json").exists()
+
+
+@pytest.mark.slow
+def test_eval_gives_what_one_process_gives(tiny_vit, tmp_path):
+    """Of the original, which every host runs by itself, and of a checkpoint that they run together."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        folder = tmp_path / "data" / "test" / label
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / f"{number}.png")
+    size = {"height": 20, "width": 20}
+    for name, astra in (("original", None), ("coded", AstraConfig(groups=4, codewords=16))):
+        model = tiny_vit(astra, num_channels=3, num_labels=2)
+        meta = checkpoints.Checkpoint("vit", model.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), model)
+        checkpoints.save(tmp_path / name, meta)
+    command = [str(Path(sys.executable).parent / "astra"), "eval", str(tmp_path / "original"), str(tmp_path / "coded")]
+    command += ["--data", str(tmp_path / "data"), "--batch-size", "4", "--rates", "10mbit"]
+    hosts = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "2"]
+    commands = [[*command, *hosts, "--host", str(host), "--json", str(tmp_path / "hosts.json")] for host in range(2)]
+    for ended in together([*commands, [*command, "--devices", "2", "--json", str(tmp_path / "one.json")]]):
+        assert ended.returncode == 0, ended.stderr
+    several, one = (json.loads((tmp_path / name).read_text())["rows"] for name in ("hosts.json", "one.json"))
+    for a, b in zip(several, one, strict=True):
+        assert [a[key] for key in ("N", "accuracy %", "bytes")] == [b[key] for key in ("N", "accuracy %", "bytes")]
