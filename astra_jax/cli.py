@@ -16,6 +16,7 @@ VERBS = {
     "finetune": ("train.finetune", "train the model to live with quantized exchange (NAVQ)"),
     "eval": ("eval.evaluate", "accuracy or perplexity, bits and predicted latency, on one device and on several"),
     "run": ("eval.run", "classify images or texts, or go on with a text, on a mesh of devices"),
+    "worker": ("eval.worker", "stay up with a checkpoint on several hosts, for `astra run --workers`"),
     "bench": ("eval.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
     "plan": ("eval.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
     "net": ("eval.net", "check, before a run, that several hosts reach each other, and how fast"),

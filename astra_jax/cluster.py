@@ -5,15 +5,15 @@ other, and collectives run over gloo (CPU), NCCL (GPU) or ICI (TPU). Neither aut
 """
 
 import atexit
+import contextlib
 import dataclasses
-import ipaddress
-import math
+import json
 import os
-import re
-import socket
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +25,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxlib import _jax
 
-from astra_jax import __version__
 from astra_jax.collectives import Peers
-from astra_jax.console import be_quiet
+from astra_jax.console import be_quiet, print_table
 from astra_jax.errors import AstraError
-from astra_jax.lifeline import BEAT_SECONDS, Lifeline, die
+from astra_jax.hosts import Hosts, check, own_address, parse_address
+from astra_jax.lifeline import Lifeline, Policy, die
+from astra_jax.meeting import number
+from astra_jax.preflight import BRIEFLY, Findings, gather, pair_rows, take_part
 from astra_jax.sharding import SEQ, make_mesh, parse_devices
 
 # What JAX and XLA give up after: never, as it were. That a slow link is no dead host is for the lifeline to know.
@@ -41,76 +43,63 @@ _XLA_FLAGS = (
 )
 
 VERDICT_SECONDS = 1.5  # what the lifeline may take to say which host is gone, after an error that does not
-
-_lifeline: Lifeline | None = None  # of this process, while it is one of several hosts
+QUEUE_BITS = 8 << 16  # what may wait before a link, and a sign of life behind it
 
 # Variables by which JAX finds out by itself that it was started on several hosts: Open MPI, Slurm, Kubernetes (JobSet).
 _DETECTED = ("OMPI_MCA_orte_hnp_uri", "SLURM_STEP_NODELIST", "JOBSET_NAME")
 
 
 @dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Which hosts run a command together; nothing where there is one, or where JAX detects the cluster."""
+class Again:
+    """What a program learns that begins anew without a host that is gone.
 
-    coordinator: str | None = None
-    """Address of host 0 and a port, such as 10.0.0.1:7777; it and the next one must be free. The same on every host."""
-    hosts: int | None = None
-    """How many hosts there are."""
-    host: int | None = None
-    """Which of them this one is, from 0. Host 0 prints the answer."""
-    start_seconds: float = 60.0
-    """How long hosts wait for each other to start."""
-    patience: float = 30.0
-    """Seconds without a sign of life after which a host counts as gone."""
-    insecure_public: bool = False
-    """Allow an address of the public internet, where anybody could read and change what is sent."""
-
-
-def parse_address(text: str, allow_public: bool) -> tuple[str, int]:
-    """`"10.0.0.1:7777"` -> ("10.0.0.1", 7777); a name becomes its IPv4 address.
-
-    Raises:
-      AstraError: it is no address with a port, the name is not known, or it is public.
+    Attributes:
+      coordinator: address and port of host 0.
+      hosts, host: how many are left, and which of them this is.
+      were: how many there were at first.
+      why: which host is gone, and the cause.
     """
-    match = re.fullmatch(r"([\w.-]+):(\d{1,5})", text.strip())
-    if not match or not 0 < int(match[2]) < 65535:  # the next port is used, too
-        raise AstraError(f"--coordinator is {text!r}; write the address of host 0 and a port, such as 10.0.0.1:7777")
-    try:
-        address = socket.getaddrinfo(match[1], None, socket.AF_INET)[0][4][0]
-    except OSError:
-        raise AstraError(f"--coordinator: the host {match[1]!r} is not known here: give its IP address") from None
-    if ipaddress.ip_address(address).is_global and not allow_public:
-        raise AstraError(
-            f"--coordinator: {address} is a public address, and nothing that hosts send is protected: use a private "
-            "network (WireGuard, say), or add --insecure-public"
-        )
-    return str(address), int(match[2])
+
+    coordinator: str
+    hosts: int
+    host: int
+    were: int
+    why: str
 
 
-def own_address(coordinator: str, port: int) -> str:
-    """The address of this host on the way to the coordinator. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((coordinator, port))
-        return str(probe.getsockname()[0])
+@dataclasses.dataclass
+class _Member:
+    """This process as one of several hosts.
+
+    Attributes:
+      lifeline: its connections.
+      coordinator: address and port of host 0.
+      address: its own.
+      findings: of the preflight, on host 0.
+      slow: seconds that a full queue before the slowest link takes.
+    """
+
+    lifeline: Lifeline
+    coordinator: str
+    address: str
+    findings: Findings
+    slow: float
 
 
-def check(hosts: Hosts) -> None:
-    """Raises AstraError unless either all or none of coordinator, hosts and host are given, and fit each other."""
-    given = {"--coordinator": hosts.coordinator, "--hosts": hosts.hosts, "--host": hosts.host}
-    missing = [option for option, value in given.items() if value is None]
-    if len(missing) == len(given):
-        return
-    if missing:
-        raise AstraError(f"several hosts need --coordinator, --hosts and --host: {' and '.join(missing)} is missing")
-    assert hosts.hosts is not None and hosts.host is not None
-    if hosts.hosts < 1:
-        raise AstraError(f"--hosts is {hosts.hosts}; it must be at least 1")
-    if not 0 <= hosts.host < hosts.hosts:
-        raise AstraError(f"--host is {hosts.host}; with --hosts {hosts.hosts} it is from 0 to {hosts.hosts - 1}")
-    if not 0 < hosts.start_seconds < math.inf:
-        raise AstraError(f"--start-seconds is {hosts.start_seconds:g}; it must be above 0: try 60")
-    if not 2 * BEAT_SECONDS <= hosts.patience < math.inf:
-        raise AstraError(f"--patience is {hosts.patience:g}; it must be at least {2 * BEAT_SECONDS:g} seconds: try 30")
+_member: _Member | None = None
+_again = Again(**json.loads(os.environ["ASTRA_AGAIN"])) if "ASTRA_AGAIN" in os.environ else None
+
+
+def _begin_again(coordinator: str, were: int, why: str, hosts: int, host: int) -> None:
+    """Starts this program from its beginning, in the same process, as one of the hosts that are left."""
+    left = f"{hosts} hosts go on" if hosts > 1 else "host 0 goes on alone"
+    print(f"\nastra: {' '.join(why.split())}: {left}", file=sys.stderr, flush=True)
+    os.environ["ASTRA_AGAIN"] = json.dumps(dataclasses.asdict(Again(coordinator, hosts, host, were, why)))
+    for entry in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        if int(entry) > 2:  # connections of gloo and JAX would stay open
+            with contextlib.suppress(OSError):
+                os.set_inheritable(int(entry), False)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _gloo_at(address: str) -> None:
@@ -140,57 +129,135 @@ def _meet(mesh: Mesh) -> None:
         os.close(output)
 
 
-def join(hosts: Hosts, devices_per_host: int = 1) -> int:
+def join(hosts: Hosts, devices: int | None = None, checkpoints: Sequence[Path] = (), policy: Policy = "fail") -> int:
     """Makes this process one of several hosts, before JAX starts its backend. Waits until all of them are there.
 
-    From then on a host that is gone ends the others with one line (`astra_jax.lifeline`).
+    Before, it is checked that they reach each other and have the same versions and checkpoints (`preflight`). From then
+    on a host that is gone ends the others with one line, or they begin anew without it (`lifeline`).
 
     Args:
       hosts: which hosts, and which of them this is.
-      devices_per_host: how many devices a CPU host has.
+      devices: how many devices all CPU hosts have together; None for one each.
+      checkpoints: what will be loaded.
+      policy: what happens when a host is gone; host 0 decides for all.
 
     Returns:
       The number of this host; 0 where there is one host only.
 
     Raises:
-      AstraError: the options do not fit, the port is in use, not all hosts came in time, or their versions differ.
+      AstraError: the options do not fit, a port is in use, not all hosts came in time, or they differ.
     """
-    global _lifeline
+    global _member
     check(hosts)
+    were = hosts.hosts or 1
+    if _again:
+        hosts = dataclasses.replace(hosts, coordinator=_again.coordinator, hosts=_again.hosts, host=_again.host)
+        were = _again.were
+        if hosts.hosts == 1:
+            return 0
     detected = hosts.coordinator is None and any(name in os.environ for name in _DETECTED)
     if hosts.coordinator is None and not detected:
         return 0
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}"
-    jax.config.update("jax_num_cpu_devices", devices_per_host)
+    if _XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}"
     # By itself JAX aborts a process, with a page of its own logs, when another one is gone.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)
     start = partial(jax.distributed.initialize, heartbeat_timeout_seconds=GIVE_UP_SECONDS)
     if detected:
         start()
-        address, port = parse_address(str(distributed.global_state.coordinator_address), hosts.insecure_public)
-        count, host, watched = jax.process_count(), jax.process_index(), port + 1
-    else:
-        assert hosts.coordinator is not None and hosts.hosts is not None and hosts.host is not None
-        address, port = parse_address(hosts.coordinator, hosts.insecure_public)
-        count, host, watched = hosts.hosts, hosts.host, port
-    facts = {"astra": __version__, "jax": jax.__version__, "hosts": str(count)}
-    _lifeline = Lifeline(address, watched, count, host, facts, hosts.start_seconds, hosts.patience)
+        hosts = _detected(hosts)
+        were = hosts.hosts or 1
+    assert hosts.coordinator is not None and hosts.hosts is not None and hosts.host is not None
+    share, rest = divmod(devices or were, were)
+    if rest:
+        raise AstraError(f"--devices {devices} cannot be shared equally by {were} hosts: use a multiple of them")
+    jax.config.update("jax_num_cpu_devices", share)
+    address, port = parse_address(hosts.coordinator, hosts.insecure_public)
+    _member = _gather(hosts, checkpoints, policy, were)
     atexit.register(_at_exit)
+    _gloo_at(_member.address)
     if not detected:
-        _gloo_at(address if host == 0 else own_address(address, port))
         bound = f"{address}:{port + 1}"
         # Bound to this address alone: JAX by itself takes all addresses of the host.
-        start(bound, count, host, cluster_detection_method="deactivate", coordinator_bind_address=bound)
-    return host
+        start(bound, hosts.hosts, hosts.host, cluster_detection_method="deactivate", coordinator_bind_address=bound)
+    return hosts.host
+
+
+def _detected(hosts: Hosts) -> Hosts:
+    """What JAX found out by itself. It has taken one port; ours are the next."""
+    found = distributed.global_state
+    address, port = parse_address(str(found.coordinator_address), hosts.insecure_public)
+    return dataclasses.replace(
+        hosts, coordinator=f"{address}:{port + 1}", hosts=found.num_processes, host=found.process_id
+    )
+
+
+def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int) -> _Member:
+    """Meets the other hosts at host 0, to stay connected with them."""
+    assert hosts.coordinator is not None
+    again = partial(_begin_again, hosts.coordinator, were)
+    own = own_address(*parse_address(hosts.coordinator, hosts.insecure_public))
+    if hosts.host:
+        line, verdict = take_part(hosts, checkpoints)
+        if verdict["do"] == "again":
+            again(verdict["why"], int(verdict["hosts"]), int(verdict["host"]))
+        if verdict["do"] == "end":
+            raise AstraError(verdict["why"])
+        slow = QUEUE_BITS / number(verdict.get("rate"), 1, 1e15)
+        to_host_0 = Lifeline({0: line}, hosts.host, hosts.patience + slow, again=again)
+        return _Member(to_host_0, hosts.coordinator, own, Findings(), slow)
+    gathered = gather(hosts, checkpoints, BRIEFLY)
+    findings, others = gathered.findings, [member for member in gathered.members if member.about.host]
+    if why := "; ".join(findings.problems):
+        if gathered.missing and len(findings.problems) == 1 and policy != "fail":
+            left = others if policy == "shrink" else []
+            for n, member in enumerate(left, 1):
+                member.line.send(do="again", why=why, hosts=1 + len(left), host=n)
+            for member in others if policy == "single" else []:
+                member.line.send(do="end", why=f"{why}; host 0 goes on alone")
+            again(why, 1 + len(left), 0)
+        gathered.tell(do="end", why=why)
+        raise AstraError(why)
+    rate = findings.slowest.rate if findings.slowest and findings.slowest.rate else 1e9
+    gathered.tell(do="go", rate=rate)
+    print_table("pairs", pair_rows(findings.pairs))
+    lines, slow = {member.about.host: member.line for member in others}, QUEUE_BITS / rate
+    to_all = Lifeline(lines, 0, hosts.patience + slow, policy, again=again)
+    return _Member(to_all, hosts.coordinator, own, findings, slow)
+
+
+def lifeline() -> Lifeline | None:
+    """The connections to the other hosts; None where this is no one of several."""
+    return _member.lifeline if _member else None
+
+
+def findings() -> Findings:
+    """What host 0 found out about the others before."""
+    return _member.findings if _member else Findings()
+
+
+def again() -> Again | None:
+    """What happened where this program began anew without a host that is gone; None where it did not."""
+    return _again
+
+
+def coordinator() -> str | None:
+    """Address and port of host 0; None where this is no one of several."""
+    return _member.coordinator if _member else None
+
+
+def own() -> str | None:
+    """The address of this host; None where this is no one of several."""
+    return _member.address if _member else None
 
 
 def leave() -> None:
     """Ends what `join` began, once all hosts are done."""
-    global _lifeline
-    if _lifeline is not None:
-        _lifeline.close(jax.distributed.shutdown)
-        _lifeline = None
+    global _member
+    if _member is not None:
+        _member.lifeline.close(jax.distributed.shutdown)
+        _member = None
 
 
 def _at_exit() -> None:
@@ -201,37 +268,45 @@ def _at_exit() -> None:
     leave()
 
 
-def abandon(message: str) -> None:
-    """Where this is one of several hosts: tells the others why it ends, and ends it."""
-    if _lifeline is not None:
-        _lifeline.abandon(message)
+def abandon(message: str, a_fault: bool = False) -> None:
+    """Where this is one of several hosts: tells the others why it ends, and ends it.
+
+    Args:
+      a_fault: whether it is one of this host alone, and not of what it was told to do.
+    """
+    if _member is not None:
+        _member.lifeline.abandon(message, a_fault)
         die(message)
 
 
 def lost(error: BaseException) -> None:
     """Where this is one of several hosts, after an unexpected error, which mostly is that another host is gone: gives
     the lifeline time to say which one (it ends the process), or else tells the others and ends it."""
-    if _lifeline is not None:
-        time.sleep(VERDICT_SECONDS)
-        abandon(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    if _member is not None:
+        time.sleep(VERDICT_SECONDS + _member.slow)
+        abandon(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", a_fault=True)
 
 
-def open_mesh(devices: str | None, hosts: Hosts, default: str = "1") -> Mesh:
+def open_mesh(
+    devices: str | None, hosts: Hosts, default: str = "1", checkpoints: Sequence[Path] = (), policy: Policy = "fail"
+) -> Mesh:
     """The mesh that `--devices` picks, on this host or on several, of which only host 0 prints and writes from now on.
 
     Args:
       devices: N or DxN; None for all that several hosts have, or else for `default`.
+      checkpoints, policy: see `join`.
 
     Raises:
       AstraError: see `join` and `astra_jax.sharding.make_mesh`; or the hosts cannot share so many devices equally.
     """
     data, N = parse_devices(devices or default)
-    per_host, rest = divmod(data * N, hosts.hosts or 1) if devices else (1, 0)
-    if rest:
-        raise AstraError(f"--devices {devices} cannot be shared equally by {hosts.hosts} hosts: use a multiple of them")
-    host = join(hosts, per_host)
+    host = join(hosts, data * N if devices else None, checkpoints, policy)
     if host:
         be_quiet(f"host {host}: done; the answer is on host 0")
+    if _again and devices:  # every host has as many as before
+        N, rest = divmod(data * N // _again.were * _again.hosts, data)
+        if rest:
+            raise AstraError(f"--devices {devices}: what is left on {_again.hosts} hosts cannot be shared by {data}")
     if devices is None and jax.distributed.is_initialized():
         N = jax.device_count()
     mesh = make_mesh(N, data)

@@ -14,9 +14,15 @@ from rich.table import Table
 
 from astra_jax.errors import AstraError
 
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=180)  # a file or a pipe has no width of its own
+
+def _console(stderr: bool) -> Console:
+    found = Console(highlight=False, stderr=stderr)
+    # A file or a pipe has no width of its own.
+    return found if found.is_terminal else Console(highlight=False, stderr=stderr, width=180)
+
+
+console = _console(stderr=False)  # the answer
+_aside = _console(stderr=True)  # what goes on beside it
 
 
 _status = ""  # what is printed at the end where all else is not
@@ -25,7 +31,8 @@ _status = ""  # what is printed at the end where all else is not
 def be_quiet(status: str) -> None:
     """Prints and writes nothing from now on but errors and, at the end, this line: another host has the answer."""
     global _status
-    console.quiet, _status = True, status
+    console.quiet = _aside.quiet = True
+    _status = status
 
 
 class Report:
@@ -47,14 +54,13 @@ class Report:
         console.print(text, soft_wrap=True, markup=False)
         self.data.update(values)
 
+    def show(self, text: str) -> None:
+        """Prints a piece of text as it comes; it is part of nothing else."""
+        console.print(text, end="", markup=False, soft_wrap=True)
+
     def table(self, name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
         """Prints rows (dicts with the same keys) as a table and records them under `name`."""
-        table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
-        for column in rows[0] if rows else []:
-            table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        console.print(table)
+        console.print(_table(title, rows))
         self.data[name] = list(rows)
 
     def close(self) -> None:
@@ -63,6 +69,20 @@ class Report:
             print(_status)
         elif self.path is not None:
             write_atomically(self.path, json.dumps(self.data, indent=2) + "\n")
+
+
+def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows as a table beside the answer: on stderr."""
+    _aside.print(_table(title, rows))
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for column in rows[0] if rows else []:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
 
 
 def _cell(value: Any) -> str:
@@ -83,7 +103,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A progress bar. Yields `advance(n=1, **fields)`; `fields` (such as loss=0.3) are shown behind the bar."""
+    """A progress bar, on stderr. Yields `advance(n=1, **fields)`; `fields` (such as loss=0.3) are shown behind it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,7 +112,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=_aside) as bar:
         task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(n: int = 1, **fields: Any) -> None:

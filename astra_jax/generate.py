@@ -296,15 +296,8 @@ class Generator:
         """One token more: cache (which is used up) and the last tokens -> cache, logits and the next tokens."""
         return self._decode(self.end_state, cache, ids, key, sampling=sampling)
 
-    def tokens(self, text: Text, new_tokens: int, sampling: Sampling) -> Iterator[Int[np.ndarray, "B"]]:
-        """Generates: yields the next token of every sequence, `new_tokens` times or until the caller stops.
-
-        Any batch size goes; it is padded to a multiple of the mesh's data axis. `cache_memory` is known after the
-        first token. Where the ends of the prompts are on another host (not `here`), nothing is yielded.
-
-        Raises:
-          AstraError: prompts and new tokens together are longer than the model's limit.
-        """
+    def check(self, text: Text, new_tokens: int) -> None:
+        """Raises AstraError if prompts and new tokens together are longer than the model's limit."""
         limit, lengths = self.model.config.max_position_embeddings, np.asarray(text.lengths)
         if new_tokens < 1:
             raise AstraError(f"the number of new tokens is {new_tokens}; it must be at least 1")
@@ -313,6 +306,18 @@ class Generator:
                 f"a prompt of {lengths.max()} and {new_tokens} new tokens are more than the model takes, {limit}: "
                 "ask for fewer or shorten the prompt"
             )
+
+    def tokens(self, text: Text, new_tokens: int, sampling: Sampling) -> Iterator[Int[np.ndarray, "B"]]:
+        """Generates: yields the next token of every sequence, `new_tokens` times or until the caller stops.
+
+        Any batch size goes; it is padded to a multiple of the mesh's data axis. `cache_memory` is known after the
+        first token. Where the ends of the prompts are on another host (not `here`), nothing is yielded.
+
+        Raises:
+          AstraError: see `check`.
+        """
+        self.check(text, new_tokens)
+        lengths = np.asarray(text.lengths)
         B = len(lengths)
         more = -B % self.mesh.shape[DATA]
         text = Text(np.pad(text.ids, [(0, more), (0, 0)]), np.pad(lengths, (0, more), constant_values=1))

@@ -8,70 +8,54 @@ like a host of this check is ignored. Nothing is encrypted; every host listens a
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
-import importlib.metadata
 import ipaddress
 import itertools
-import json
 import math
 import os
-import platform
-import re
 import secrets
 import socket
 import statistics
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astra_jax import __version__
-from astra_jax.cluster import Hosts, check, own_address, parse_address
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts, check, own_address, parse_address
+from astra_jax.line import Line
+from astra_jax.meeting import (
+    CONNECT_SECONDS,
+    HELLO_SECONDS,
+    About,
+    Member,
+    about_this,
+    differences,
+    digest,
+    ip_address,
+    listen,
+    meet,
+    number,
+    reach,
+    reason,
+    text,
+    word,
+)
 
 RATE_SECONDS = 2.0  # of sending, in each direction of a pair
+BRIEFLY = 0.2  # the same, before a command
 PINGS = 20  # round trips, of which the median counts
 
-_LINE = 8192  # bytes of a message
-_HELLO_SECONDS = 2.0  # a stranger who says nothing holds up the others for so long
 _HASH_SECONDS = 600.0  # to read a checkpoint
-_CONNECT_SECONDS = 5.0
 _PING_SECONDS = 10.0
 _MOST_RATE_SECONDS = 60.0
 _MOST_RATE = 1e15  # bits per second
 _ENOUGH = 64_000  # bytes: where fewer arrive in time, losses distort the rate
 _STRETCH = 4  # times as long as it should take is the longest to wait for enough
+_VERDICTS = ("end", "go", "again")
 _WARM_UP = 1 / 3  # of the time: TCP starts slowly, and a shaped link lets the first bytes pass at once
-_PACKAGES = ("jax", "jaxlib", "flax")
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What a host tells about itself.
-
-    Attributes:
-      host, hosts: its number, and how many it expects.
-      address: its own, on the way to the coordinator.
-      name: its host name.
-      resolves: the address that it finds under its own name, where gloo would listen by itself; empty for none.
-      versions: what is installed, by name.
-      digest: `folder_digest` of its checkpoint; None where it was given none.
-    """
-
-    host: int
-    hosts: int
-    address: str
-    name: str
-    resolves: str
-    versions: Mapping[str, str]
-    digest: str | None = None
-
-    def __str__(self) -> str:
-        return f"host {self.host} ({self.name}, {self.address})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,29 +122,26 @@ class Findings:
         return max((pair.round_trip or 0.0 for pair in self.pairs), default=0.0)
 
 
-def versions() -> dict[str, str]:
-    """What has to be the same on all hosts: of Python, releases with the same first two numbers are."""
-    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"astra_jax": __version__, **installed, "Python": ".".join(platform.python_version_tuple()[:2])}
+def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """The table of pairs: what was measured, or why not."""
+    return [
+        {
+            "hosts": f"{pair.there.source} - {pair.there.target}",
+            "round trip ms": 1e3 * pair.round_trip if pair.round_trip else None,
+            "Mbps there": pair.there.rate / 1e6 if pair.there.rate else None,
+            "Mbps back": pair.back.rate / 1e6 if pair.back.rate else None,
+            "problem": pair.failure or "-",
+        }
+        for pair in pairs
+    ]
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 in hexadecimal of all files in a folder: of names, relative to it and sorted, lengths and contents."""
-    found = hashlib.sha256()
-    for path in sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.relative_to(folder).as_posix()):
-        found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
-
-
-def check_hosts(hosts: Hosts, checkpoint: Path | None = None, rate_seconds: float = RATE_SECONDS) -> Findings:
-    """Checks, on all hosts at once, that they reach each other and have the same versions and checkpoint.
+def check_hosts(hosts: Hosts, checkpoints: Sequence[Path] = (), rate_seconds: float = RATE_SECONDS) -> Findings:
+    """Checks, on all hosts at once, that they reach each other and have the same versions and checkpoints.
 
     Args:
       hosts: which hosts, and which of them this is.
-      checkpoint: a folder that should be the same everywhere.
+      checkpoints: folders that should be the same everywhere.
       rate_seconds: how long each direction of a pair is measured; host 0 says it for all.
 
     Returns:
@@ -179,76 +160,92 @@ def check_hosts(hosts: Hosts, checkpoint: Path | None = None, rate_seconds: floa
             f"--rate-seconds is {rate_seconds:g}; it must be above 0 and at most {_MOST_RATE_SECONDS:g}: "
             f"try {RATE_SECONDS:g}"
         )
-    address, port = parse_address(hosts.coordinator, hosts.insecure_public)
     if hosts.host:
-        return Findings(problems=_take_part(hosts, address, port, checkpoint))
-    _server(address, port + 1).close()  # where JAX will listen
-    with _server(address, port) as server:
+        line, verdict = take_part(hosts, checkpoints)
+        line.close()
+        return Findings(problems=(verdict["why"],) if verdict["why"] else ())
+    gathered = gather(hosts, checkpoints, rate_seconds)
+    gathered.tell(do="end", why="; ".join(gathered.findings.problems))
+    for member in gathered.members:
+        member.line.close()
+    return gathered.findings
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What host 0 found, and its connections to the hosts that came, which wait for a verdict.
+
+    Attributes:
+      missing: hosts that did not come.
+    """
+
+    findings: Findings
+    members: Sequence[Member]
+    missing: Sequence[int]
+
+    def tell(self, do: str, why: str = "", **more: Any) -> None:
+        """Tells the verdict to all hosts: `end` (with the reason in `why`; empty where all is well), or `go`."""
+        for member in self.members:
+            with contextlib.suppress(OSError):
+                member.line.send(do=do, why=why[:1000], **more)
+
+
+def gather(hosts: Hosts, checkpoints: Sequence[Path], rate_seconds: float) -> Gathered:
+    """Waits on host 0 for all hosts, compares them, and measures every pair.
+
+    Raises:
+      AstraError: a port is in use, or the address is none of this host.
+    """
+    assert hosts.coordinator is not None and hosts.hosts is not None
+    address, port = parse_address(hosts.coordinator, hosts.insecure_public)
+    listen(address, port + 1).close()  # where JAX will listen
+    with listen(address, port) as server:
         # Host 0 is measured as all others are.
-        threading.Thread(target=_as_host_0, args=(hosts, address, port, checkpoint), daemon=True).start()
-        return _coordinate(server, hosts.hosts, hosts.start_seconds, rate_seconds)
+        threading.Thread(target=_as_host_0, args=(hosts, checkpoints), daemon=True).start()
+        members, missing, problems, notes = meet(server, hosts.hosts, hosts.start_seconds)
+    problems += _hear_digests(members)
+    abouts = [member.about for member in members]
+    problems += differences(abouts)
+    pairs = []
+    with progress("pairs", math.comb(len(members), 2)) as advance:
+        for a, b in itertools.combinations(members, 2):
+            for member in members:
+                with contextlib.suppress(OSError):  # it is lost, which its pairs will show
+                    member.line.send(do="wait")
+            pairs.append(Pair(_measure(a, b, rate_seconds), _measure(b, a, rate_seconds)))
+            advance(hosts=f"{a.about.host} - {b.about.host}")
+    problems += _failures(pairs)
+    notes += [note for about in abouts if (note := _gloo_note(about))]
+    return Gathered(Findings(tuple(abouts), tuple(pairs), tuple(notes), tuple(problems)), members, missing)
 
 
-def _server(address: str, port: int) -> socket.socket:
+def take_part(hosts: Hosts, checkpoints: Sequence[Path]) -> tuple[Line, dict[str, Any]]:
+    """Goes to host 0 and does what it says, up to its verdict.
+
+    Returns:
+      The connection, and the verdict: what to `do`, and `why`.
+
+    Raises:
+      AstraError: host 0 does not answer, or is lost.
+    """
+    assert hosts.coordinator is not None
+    address, port = parse_address(hosts.coordinator, hosts.insecure_public)
     try:
-        return socket.create_server((address, port))
+        about = about_this(hosts, own_address(address, port))
+        line = Line(reach(address, port, hosts.start_seconds))
+        told = dataclasses.asdict(about)
+        del told["digest"]
+        line.send(**told)
+        _answer(line, lambda: {"digest": digest(checkpoints)})
+        patience = hosts.start_seconds + _HASH_SECONDS
+        while (command := line.receive(patience)).get("do") not in _VERDICTS:
+            _do(line, about.address, command, hosts.insecure_public)
+            patience = 2 * _way_seconds(_MOST_RATE_SECONDS)
     except OSError as error:
-        why = f"host 0 cannot listen there ({_reason(error)}): give a port from 1024 to 65534"
-        if error.errno == errno.EADDRINUSE:
-            with socket.create_server((address, 0)) as free:
-                other = free.getsockname()[1]
-            why = f"the port is in use: end what uses it, or try --coordinator {address}:{other} on every host"
-        elif error.errno == errno.EADDRNOTAVAIL:
-            why = "it is not an address of this host: give that of host 0, and --host 0 on this host alone"
-        raise AstraError(f"--coordinator: host 0 needs {address}:{port}, and {why}") from error
-
-
-# Messages
-
-
-class _Channel:
-    """Messages from and to one other host. What goes wrong is an OSError, after which there are no more messages."""
-
-    def __init__(self, connection: socket.socket):
-        self._connection, self._read, self._lost = connection, b"", False
-
-    def send(self, **message: Any) -> None:
-        """Sends a message."""
-        self._check()
-        self._connection.settimeout(_CONNECT_SECONDS)
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message. Raises also for one that says that something has `failed` there, and may be heard again."""
-        self._check()
-        deadline = time.monotonic() + seconds
-        try:
-            while b"\n" not in self._read:
-                if len(self._read) > _LINE:
-                    raise ConnectionError("it sent a line that is too long")
-                self._read += _some(self._connection, _LINE, deadline)
-            line, _, self._read = self._read.partition(b"\n")
-            try:
-                message = json.loads(line)
-            except (ValueError, RecursionError):
-                message = None
-            if not isinstance(message, dict):
-                raise ConnectionError("it sent what is no message")
-        except OSError:
-            self.close()
-            raise
-        if "failed" in message:
-            raise ConnectionError(_text(message["failed"]))
-        return message
-
-    def close(self) -> None:
-        """After an error: what comes later would answer an earlier question."""
-        self._lost = True
-        self._connection.close()
-
-    def _check(self) -> None:
-        if self._lost:
-            raise ConnectionError("it is lost")
+        raise AstraError(
+            f"host {hosts.host}: host 0 at {address}:{port} is lost ({reason(error)}): see what it says there"
+        ) from error
+    return line, command | {"why": text(command.get("why", ""))}
 
 
 def _some(connection: socket.socket, most: int, deadline: float) -> bytes:
@@ -267,113 +264,35 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
     return read
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _text(value: Any) -> str:
-    """What another host says, fit to be printed, also in a table, where brackets have a meaning."""
-    return "".join(c if c.isprintable() else " " for c in str(value)[:1000]).replace("[", "(")
-
-
-def _word(value: Any) -> str:
-    """A name or a version. Raises OSError for another type."""
-    if not isinstance(value, str):
-        raise ConnectionError(f"it sent {type(value).__name__} instead of text")
-    return re.sub(r"[^\w.+-]", "?", value[:64], flags=re.ASCII)
-
-
-def _number(value: Any, least: int | float, most: int | float) -> float:
-    """A number within limits. Raises OSError for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise ConnectionError("it sent what is no number, or is out of range")
-    return float(value)
-
-
-def _address(value: Any) -> str:
-    """An IPv4 address. Raises OSError for anything else."""
-    try:
-        return str(ipaddress.IPv4Address(_word(value)))
-    except ValueError:
-        raise ConnectionError("it sent what is no address") from None
-
-
 # The part of every host
 
 
-def _take_part(hosts: Hosts, address: str, port: int, checkpoint: Path | None) -> tuple[str, ...]:
-    """Does what host 0 says until it is done. Returns what it found to be wrong."""
-    try:
-        about = _about_this(hosts, own_address(address, port))
-        with _reach(address, port, hosts.start_seconds) as connection:
-            channel = _Channel(connection)
-            told = dataclasses.asdict(about)
-            del told["digest"]  # comes later: it can take long
-            channel.send(**told)
-            _answer(channel, lambda: {"digest": folder_digest(checkpoint) if checkpoint else None})
-            patience = hosts.start_seconds + _HASH_SECONDS
-            while (command := channel.receive(patience)).get("do") != "end":
-                _do(channel, about.address, command, hosts.insecure_public)
-                patience = 2 * _way_seconds(_MOST_RATE_SECONDS)
-    except OSError as error:
-        raise AstraError(
-            f"host {hosts.host}: host 0 at {address}:{port} is lost ({_reason(error)}): see what it says there"
-        ) from error
-    why = _text(command.get("why", ""))
-    return (why,) if why else ()
-
-
 def _as_host_0(*args: Any) -> None:
-    with contextlib.suppress(AstraError, OSError):  # the coordinator sees that it is lost
-        _take_part(*args)
+    with contextlib.suppress(AstraError):  # the others are told of what is wrong with it
+        take_part(*args)[0].close()
 
 
-def _about_this(hosts: Hosts, address: str) -> About:
-    assert hosts.host is not None and hosts.hosts is not None
-    name = socket.gethostname()
-    try:
-        resolves = socket.gethostbyname(name)
-    except OSError:
-        resolves = ""
-    return About(hosts.host, hosts.hosts, address, name, resolves, versions())
-
-
-def _reach(address: str, port: int, seconds: float) -> socket.socket:
-    """A connection to host 0, which may start later than this host."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise AstraError(
-                    f"nothing answers at --coordinator {address}:{port} within {seconds:g} s ({_reason(error)}): start "
-                    f"the same command there with --host 0, and let TCP to port {port} through its firewall"
-                ) from error
-            time.sleep(min(0.2, seconds))
-
-
-def _answer(channel: _Channel, work: Callable[[], dict[str, Any]]) -> None:
+def _answer(line: Line, work: Callable[[], dict[str, Any]]) -> None:
     """Tells host 0 what `work` gives, or why it failed."""
     try:
         message = work()
     except OSError as error:
-        message = {"failed": _reason(error)}
-    channel.send(**message)
+        message = {"failed": reason(error)}
+    line.send(**message)
 
 
-def _do(channel: _Channel, own: str, command: Mapping[str, Any], allow_public: bool) -> None:
+def _do(line: Line, own: str, command: Mapping[str, Any], allow_public: bool) -> None:
     """One command of host 0; "wait" is none, and says only that it is still there."""
     if command.get("do") == "wait":
         return
-    token, seconds = _word(command.get("token")).encode(), _number(command.get("seconds"), 0, _MOST_RATE_SECONDS)
+    token, seconds = word(command.get("token")).encode(), number(command.get("seconds"), 0, _MOST_RATE_SECONDS)
     if command.get("do") == "listen":
-        _answer(channel, lambda: {"rate": _measure_rate(channel, own, token, seconds)})
+        _answer(line, lambda: {"rate": _measure_rate(line, own, token, seconds)})
     elif command.get("do") == "call":
-        target, port = _address(command.get("address")), int(_number(command.get("port"), 1, 65535))
+        target, port = ip_address(command.get("address")), int(number(command.get("port"), 1, 65535))
         if ipaddress.ip_address(target).is_global and not allow_public:
             raise ConnectionError("it wants a connection to a public address")
-        _answer(channel, lambda: {"round_trip": _measure_round_trip(target, port, token, seconds)})
+        _answer(line, lambda: {"round_trip": _measure_round_trip(target, port, token, seconds)})
     else:
         raise ConnectionError("it wants what is not known here")
 
@@ -384,7 +303,7 @@ def _do(channel: _Channel, own: str, command: Mapping[str, Any], allow_public: b
 def _way_seconds(seconds: float) -> float:
     """The longest that a way can take: to connect, while what was sent before may still drain from a slow link's queue;
     round trips; to send; and to answer."""
-    return 2 * (_CONNECT_SECONDS + seconds) + _PING_SECONDS + _CONNECT_SECONDS + _STRETCH * seconds
+    return 2 * (CONNECT_SECONDS + seconds) + _PING_SECONDS + CONNECT_SECONDS + _STRETCH * seconds
 
 
 def _tuned(data: socket.socket) -> socket.socket:
@@ -398,10 +317,10 @@ def _tuned(data: socket.socket) -> socket.socket:
 def _measure_round_trip(target: str, port: int, token: bytes, seconds: float) -> float:
     """The source of a way: seconds of a round trip. Then it sends until the target has had enough."""
     try:
-        data = _tuned(socket.create_connection((target, port), timeout=_CONNECT_SECONDS + seconds))
+        data = _tuned(socket.create_connection((target, port), timeout=CONNECT_SECONDS + seconds))
     except OSError as error:
         raise ConnectionError(
-            f"no connection to {target} ({_reason(error)}): let TCP to all its ports through the firewalls"
+            f"no connection to {target} ({reason(error)}): let TCP to all its ports through the firewalls"
         ) from error
     with data:
         data.sendall(token)
@@ -411,7 +330,7 @@ def _measure_round_trip(target: str, port: int, token: bytes, seconds: float) ->
             data.sendall(b"?")
             _exactly(data, 1, deadline)
             found.append(time.perf_counter() - start)
-        block, deadline = os.urandom(1 << 16), time.monotonic() + _CONNECT_SECONDS + _STRETCH * seconds
+        block, deadline = os.urandom(1 << 16), time.monotonic() + CONNECT_SECONDS + _STRETCH * seconds
         try:
             while (left := deadline - time.monotonic()) > 0:
                 data.settimeout(left)
@@ -421,11 +340,11 @@ def _measure_round_trip(target: str, port: int, token: bytes, seconds: float) ->
     raise TimeoutError(f"{target} did not get enough of what was sent to it")
 
 
-def _measure_rate(channel: _Channel, own: str, token: bytes, seconds: float) -> float:
+def _measure_rate(line: Line, own: str, token: bytes, seconds: float) -> float:
     """The target of a way: bits per second that arrive."""
     with socket.create_server((own, 0)) as server:
-        channel.send(port=server.getsockname()[1])
-        with _accept(server, token, time.monotonic() + 1.2 * (_CONNECT_SECONDS + seconds)) as data:
+        line.send(port=server.getsockname()[1])
+        with _accept(server, token, time.monotonic() + 1.2 * (CONNECT_SECONDS + seconds)) as data:
             deadline = time.monotonic() + _PING_SECONDS
             for _ in range(PINGS):
                 data.sendall(_exactly(data, 1, deadline))
@@ -438,14 +357,14 @@ def _accept(server: socket.socket, token: bytes, deadline: float) -> socket.sock
         server.settimeout(max(deadline - time.monotonic(), 1e-3))
         data = _tuned(server.accept()[0])
         with contextlib.suppress(OSError):
-            if _exactly(data, len(token), min(deadline, time.monotonic() + _HELLO_SECONDS)) == token:
+            if _exactly(data, len(token), min(deadline, time.monotonic() + HELLO_SECONDS)) == token:
                 return data
         data.close()
 
 
 def _arriving(data: socket.socket, seconds: float) -> float:
     """Bits per second over this time, or longer on a slow link, but for the first part; from one arrival to another."""
-    _exactly(data, 1, time.monotonic() + _CONNECT_SECONDS)
+    _exactly(data, 1, time.monotonic() + CONNECT_SECONDS)
     start = time.monotonic()
     counted, since, last, room = 0, math.inf, start, bytearray(1 << 18)
     while last < start + seconds or counted < _ENOUGH:
@@ -469,114 +388,24 @@ def _arriving(data: socket.socket, seconds: float) -> float:
 # The part of host 0
 
 
-@dataclasses.dataclass
-class _Member:
-    """A host, and how to talk to it."""
-
-    about: About
-    channel: _Channel
-
-
-def _coordinate(server: socket.socket, N: int, start_seconds: float, rate_seconds: float) -> Findings:
-    with contextlib.ExitStack() as stack:
-        members, problems, notes = _meet(server, N, start_seconds, stack)
-        problems += _hear_digests(members)
-        abouts = [member.about for member in members]
-        problems += _differences(abouts)
-        pairs = []
-        with progress("pairs", math.comb(len(members), 2)) as advance:
-            for a, b in itertools.combinations(members, 2):
-                for member in members:
-                    with contextlib.suppress(OSError):  # it is lost, which its pairs will show
-                        member.channel.send(do="wait")
-                pairs.append(Pair(_measure(a, b, rate_seconds), _measure(b, a, rate_seconds)))
-                advance(hosts=f"{a.about.host} - {b.about.host}")
-        problems += _failures(pairs)
-        for member in members:
-            with contextlib.suppress(OSError):
-                member.channel.send(do="end", why="; ".join(problems)[:1000])
-    notes += [note for about in abouts if (note := _gloo_note(about))]
-    return Findings(tuple(abouts), tuple(pairs), tuple(notes), tuple(problems))
+def _hear(line: Line, seconds: float) -> dict[str, Any]:
+    """The next message. Raises OSError also for one that says that something has `failed` there."""
+    message = line.receive(seconds)
+    if "failed" in message:
+        raise ConnectionError(text(message["failed"]))
+    return message
 
 
-def _meet(
-    server: socket.socket, N: int, seconds: float, stack: contextlib.ExitStack
-) -> tuple[list[_Member], list[str], list[str]]:
-    """The hosts that come in time, by number, with problems and notes. Connections are closed by the stack."""
-    there, refused, strangers = dict[int, _Member](), list[tuple[int, str]](), dict[str, None]()
-    port, deadline = server.getsockname()[1], time.monotonic() + seconds
-    while len(there) + len(refused) < N and (left := deadline - time.monotonic()) > 0:
-        server.settimeout(left)
-        try:
-            connection, (address, _) = server.accept()
-        except TimeoutError:
-            break
-        channel = _Channel(stack.enter_context(connection))
-        try:
-            about = _about(channel.receive(_HELLO_SECONDS))
-        except OSError:
-            channel.close()
-            strangers[address] = None
-            continue
-        if why := _refusal(about, N, there):
-            refused.append((about.host, why))
-            with contextlib.suppress(OSError):
-                channel.send(do="end", why=why)
-        else:
-            there[about.host] = _Member(about, channel)
-    problems = [why for _, why in refused]
-    if missing := sorted(set(range(N)) - set(there) - {host for host, _ in refused}):
-        problems.append(
-            f"{_hosts(missing)} did not come (--start-seconds is {seconds:g}): start the same command there with "
-            f"{' and '.join(f'--host {host}' for host in missing[:3])}, and let TCP to port {port} of host 0 through"
-        )
-    notes = [f"something at {address} connected that is no `astra net check`: ignored" for address in strangers]
-    return [there[host] for host in sorted(there)], problems, notes[:3]
-
-
-def _about(message: Mapping[str, Any]) -> About:
-    """What a host says of itself. Raises OSError for anything else."""
-    hosts, found = int(_number(message.get("hosts"), 1, 1e6)), message.get("versions")
-    if not isinstance(found, dict):
-        raise ConnectionError("it sent no versions")
-    return About(
-        int(_number(message.get("host"), 0, hosts - 1)),
-        hosts,
-        _address(message.get("address")),
-        _word(message.get("name")),
-        _word(message.get("resolves")),
-        {name: _word(found.get(name)) for name in versions()},
-    )
-
-
-def _refusal(about: About, N: int, there: Mapping[int, _Member]) -> str:
-    """Why a host cannot take part; empty if it can."""
-    if about.hosts != N:
-        return f"{about} has --hosts {about.hosts}, and host 0 has {N}: give the same on every host"
-    if about.host in there:
-        return f"{there[about.host].about} and {about} have the same number: give each host another --host"
-    return ""
-
-
-def _hear_digests(members: Sequence[_Member]) -> list[str]:
+def _hear_digests(members: Sequence[Member]) -> list[str]:
     """Waits for the hosts to read their checkpoints. Returns what went wrong."""
     problems = []
     for member in members:
         try:
-            said = member.channel.receive(_HASH_SECONDS).get("digest")
-            member.about = dataclasses.replace(member.about, digest=None if said is None else _word(said))
+            said = _hear(member.line, _HASH_SECONDS).get("digest")
+            member.about = dataclasses.replace(member.about, digest=None if said is None else word(said))
         except OSError as error:
-            problems.append(f"{member.about} has not read its checkpoint: {_reason(error)}")
+            problems.append(f"{member.about} has not read its checkpoint: {reason(error)}")
     return problems
-
-
-def _differences(abouts: Sequence[About]) -> list[str]:
-    """What is not the same on all hosts, each in a sentence."""
-    found = []
-    for name in versions():
-        found += _difference(f"{name} is", {about.host: about.versions[name] for about in abouts}, "install the same")
-    digests = {about.host: (about.digest or "not given")[:12] for about in abouts}
-    return found + _difference("the checkpoint's hash is", digests, "copy the folder of host 0 to the others")
 
 
 def _failures(pairs: Sequence[Pair]) -> list[str]:
@@ -584,21 +413,6 @@ def _failures(pairs: Sequence[Pair]) -> list[str]:
     failed = [way for pair in pairs for way in (pair.there, pair.back) if way.failure]
     more = f" (and {len(failed) - 1} more: see the table)" if failed[1:] else ""
     return [f"from host {way.source} to host {way.target}: {way.failure}{more}" for way in failed[:1]]
-
-
-def _difference(what: str, values: Mapping[int, str], fix: str) -> list[str]:
-    groups: dict[str, list[int]] = {}
-    for host, value in values.items():
-        groups.setdefault(value, []).append(host)
-    if len(groups) < 2:
-        return []
-    return [f"{what} {' and '.join(f'{value} on {_hosts(group)}' for value, group in groups.items())}: {fix}"]
-
-
-def _hosts(numbers: Iterable[int]) -> str:
-    """[2, 3] -> "hosts 2, 3"."""
-    names = list(map(str, numbers))
-    return f"host{'s' if names[1:] else ''} {', '.join(names)}"
 
 
 def _gloo_note(about: About) -> str:
@@ -611,18 +425,18 @@ def _gloo_note(about: About) -> str:
     return f"{about}: its name {where}; gloo would listen there, but astra gives it {about.address}: nothing to do"
 
 
-def _measure(source: _Member, target: _Member, seconds: float) -> Way:
+def _measure(source: Member, target: Member, seconds: float) -> Way:
     """One direction between two hosts."""
     token, failures = secrets.token_hex(16), list[str]()
     way, limit = Way(source.about.host, target.about.host), _way_seconds(seconds)
 
-    def ask(member: _Member, field: str, most: int | float, **command: Any) -> float | None:
+    def ask(member: Member, field: str, most: int | float, **command: Any) -> float | None:
         try:
             if command:
-                member.channel.send(**command, token=token, seconds=seconds)
-            return _number(member.channel.receive(limit).get(field), 0, most)
+                member.line.send(**command, token=token, seconds=seconds)
+            return number(_hear(member.line, limit).get(field), 0, most)
         except OSError as error:
-            failures.append(f"host {member.about.host}: {_reason(error)}")
+            failures.append(f"host {member.about.host}: {reason(error)}")
             return None
 
     port = ask(target, "port", 65535, do="listen")

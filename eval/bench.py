@@ -24,10 +24,11 @@ import tyro
 from jax.experimental import multihost_utils
 
 from astra_jax.arguments import Integers, Numbers, Texts
-from astra_jax.cluster import Hosts, open_mesh
+from astra_jax.cluster import open_mesh
 from astra_jax.config import Site
 from astra_jax.console import Report, progress, write_atomically
 from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts
 from astra_jax.strategies import STRATEGIES
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from eval import plots
@@ -207,8 +208,9 @@ def main(args: Args) -> None:
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
     ways = settings(args.strategies, N, args.groups, args.exchanges)
-    open_mesh(str(N), args.several)  # before JAX starts, so that it makes enough CPU devices
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
+    # Before JAX starts, so that it makes enough CPU devices.
+    open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])
     check_split(work, ways, speeds)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()

@@ -26,9 +26,10 @@ from jaxtyping import Array, Bool, Float
 
 import checkpoints
 from astra_jax.arguments import Numbers, Texts
-from astra_jax.cluster import Hosts, open_mesh
+from astra_jax.cluster import open_mesh
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts
 from astra_jax.parallel import parallelize
 from astra_jax.sharding import make_mesh, parse_devices
 from astra_jax.strategies import STRATEGIES, Astra, Single, Virtual
@@ -470,7 +471,8 @@ def main(args: Args) -> None:
     args = check_simulation(args)
     if not args.virtual:
         D, N = devices_of(args)
-        open_mesh(f"{D}x{N}", args.several)  # before JAX starts, so that it makes enough CPU devices
+        # Before JAX starts, so that it makes enough CPU devices.
+        open_mesh(f"{D}x{N}", args.several, checkpoints=args.checkpoints)
     task, loss = check_task(args), loss_of(args)
     notes: list[str] = []
 

@@ -11,16 +11,16 @@ round trip besides.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from astra_jax.cluster import Hosts
 from astra_jax.console import Report, be_quiet
 from astra_jax.errors import AstraError
-from astra_jax.preflight import RATE_SECONDS, About, Findings, Pair, check_hosts
+from astra_jax.hosts import Hosts
+from astra_jax.meeting import About
+from astra_jax.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
 from eval.costs import cost
 from eval.network import Link
 from eval.plan import GROUPS, Option, candidates, measured_speeds, reason
@@ -65,20 +65,6 @@ def agreement(about: About, first: About | None) -> str:
     return f"no: {', '.join(names)}" if names else "yes"
 
 
-def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The table of pairs: what was measured, or why not."""
-    return [
-        {
-            "hosts": f"{pair.there.source} - {pair.there.target}",
-            "round trip ms": 1e3 * pair.round_trip if pair.round_trip else None,
-            "Mbps there": pair.there.rate / 1e6 if pair.there.rate else None,
-            "Mbps back": pair.back.rate / 1e6 if pair.back.rate else None,
-            "problem": pair.failure or "-",
-        }
-        for pair in pairs
-    ]
-
-
 def advice(work: Workload, N: int, link: Link) -> str:
     """What `astra plan` says for up to N equal devices like this one, in a sentence."""
     ways = candidates(work, (1.0,) * N, GROUPS)
@@ -96,7 +82,7 @@ def main(args: Args) -> None:
     work = open_workload(args.model, None, None, "float32") if args.model else None
     if args.several.host:
         be_quiet(f"host {args.several.host}: checked; the answer is on host 0")
-    findings = check_hosts(args.several, work.checkpoint if work else None, args.rate_seconds)
+    findings = check_hosts(args.several, [work.checkpoint] if work and work.checkpoint else [], args.rate_seconds)
     N = args.several.hosts or 0
     report.table("hosts", "hosts", host_rows(findings, N))
     report.table("pairs", f"pairs, {args.rate_seconds:g} s of sending each way", pair_rows(findings.pairs))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import checkpoints
 from astra_jax.cli import guarded
-from astra_jax.cluster import Hosts, open_mesh
+from astra_jax.cluster import open_mesh
+from astra_jax.hosts import Hosts
 from astra_jax.parallel import parallelize, shardings
 from tests.multihost.one_host import inputs_for
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from astra_jax.cluster import Hosts, open_mesh
+from astra_jax.cluster import open_mesh
 from astra_jax.generate import Generator, Sampling
+from astra_jax.hosts import Hosts
 from astra_jax.parallel import parallelize, shardings
 from astra_jax.text import Text
 

@@ -37,7 +37,7 @@ def last_words(process):
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_host_that_is_killed_while_all_run(hosts, victim):
     for process in hosts:
-        assert process.stdout.readline() == "running\n", process.communicate()
+        assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
     hosts[victim].kill()
     for host, process in enumerate(hosts):
         if host != victim:
@@ -59,7 +59,7 @@ def test_a_host_that_is_killed_while_it_starts(hosts):
 def test_a_program_that_ends_with_an_error(hosts):
     """Where no verb is there to catch it, what the interpreter does at its end does not wait for the others."""
     for process in hosts:
-        assert process.stdout.readline() == "running\n", process.communicate()
+        assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
     Path(hosts[2].args[-1], "fail-2").touch()
     for host in (0, 1):
         _, code, line = last_words(hosts[host])
@@ -72,7 +72,7 @@ def test_a_program_that_ends_with_an_error(hosts):
 def test_a_host_that_stops_answering(hosts):
     """As behind a cut link: its process is stopped, not ended."""
     for process in hosts:
-        assert process.stdout.readline() == "running\n", process.communicate()
+        assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
     hosts[1].send_signal(signal.SIGSTOP)
     start = time.monotonic()
     for host in (0, 2):

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from astra_jax import cli, preflight
-from astra_jax.cluster import Hosts
+from astra_jax import cli, meeting, preflight
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts
+from astra_jax.line import Line
 from astra_jax.preflight import Findings, check_hosts
 from eval import net
 from eval.network import Link
@@ -37,15 +38,16 @@ def port():
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(preflight, "_HELLO_SECONDS", 0.5)
-    monkeypatch.setattr(preflight, "_CONNECT_SECONDS", 0.5)
+    for module in (meeting, preflight):
+        monkeypatch.setattr(module, "HELLO_SECONDS", 0.5)
+        monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
 
 
 def outcome(hosts, folder=None):
     """Findings, or the error of a host; its thread has its name."""
     threading.current_thread().name = f"host {hosts.host}"
     try:
-        return check_hosts(hosts, folder, SECONDS)
+        return check_hosts(hosts, [folder] if folder else [], SECONDS)
     except AstraError as error:
         return str(error)
 
@@ -125,12 +127,12 @@ def test_another_number_of_hosts(port):
 
 
 def test_another_version(port, monkeypatch):
-    ours = preflight.versions()
+    ours = meeting.versions()
 
     def versions():
         return ours | ({"jaxlib": "0.1"} if threading.current_thread().name == "host 1" else {})
 
-    monkeypatch.setattr(preflight, "versions", versions)
+    monkeypatch.setattr(meeting, "versions", versions)
     first, second = together(port, 2, [0, 1])
     assert first.problems == (f"jaxlib is {ours['jaxlib']} on host 0 and 0.1 on host 1: install the same",)
     assert second.problems == first.problems
@@ -149,10 +151,10 @@ def test_a_checkpoint_that_differs_by_one_byte(port, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read(port, tmp_path, monkeypatch):
-    def digest(folder):
+    def unreadable(folders):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(preflight, "folder_digest", digest)
+    monkeypatch.setattr(preflight, "digest", unreadable)
     first, _ = together(port, 2, [0, 1], [None, tmp_path])
     assert first.problems[0].endswith("has not read its checkpoint: Permission denied")
 
@@ -180,7 +182,7 @@ def test_a_stranger_is_noted(port):
             assert connection.recv(1) == b""
 
     (first,) = together(port, 2, [0], start_seconds=1.0, others=[stranger])
-    assert first.notes == ("something at 127.0.0.1 connected that is no `astra net check`: ignored",)
+    assert first.notes == ("something at 127.0.0.1 connected that is no host of this command: ignored",)
 
 
 def test_a_host_that_is_lost_on_the_way(port):
@@ -246,8 +248,8 @@ def test_rates(mbps, seconds):
     token, start = b"0" * 32, time.monotonic()
     listening, (ours, theirs) = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
     with listening, ours, theirs, ThreadPoolExecutor() as pool:
-        arrived = pool.submit(preflight._measure_rate, preflight._Channel(ours), "127.0.0.1", token, seconds)
-        target = "127.0.0.1", preflight._Channel(theirs).receive(5.0)["port"]
+        arrived = pool.submit(preflight._measure_rate, Line(ours), "127.0.0.1", token, seconds)
+        target = "127.0.0.1", Line(theirs).receive(5.0)["port"]
         pool.submit(slow_proxy, target, 1e6 * mbps, listening)
         trip = preflight._measure_round_trip(*listening.getsockname(), token, seconds)
         assert arrived.result(5) == pytest.approx(1e6 * mbps, rel=0.2)

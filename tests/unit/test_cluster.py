@@ -3,8 +3,9 @@
 import pytest
 
 from astra_jax import cluster
-from astra_jax.cluster import Hosts, check, open_mesh, own_address, parse_address
+from astra_jax.cluster import open_mesh
 from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts, check, own_address, parse_address
 
 
 def test_addresses():

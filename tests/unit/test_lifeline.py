@@ -1,6 +1,5 @@
-"""Hosts that watch each other, as threads of one process over the loopback interface."""
+"""Hosts that watch each other, as threads of one process over connections within it."""
 
-import json
 import queue
 import socket
 import threading
@@ -8,53 +7,40 @@ import time
 
 import pytest
 
-from astra_jax.errors import AstraError
 from astra_jax.lifeline import Lifeline
-
-FACTS = {"astra": "1", "jax": "2"}
-
-
-@pytest.fixture
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from astra_jax.line import Line
 
 
 class Fellows:
-    """Lifelines of several hosts, what each was told when another failed, and what they raised."""
+    """Lifelines of several hosts, and what each was told when another failed: to end, or to begin anew as which.
 
-    def __init__(self, port, hosts, facts=None, only=None, late=0.0, **options):
-        self.told, self.raised, self.lines = queue.Queue(), {}, {}
+    A host that is `deaf` reads nothing and says nothing, as behind a cut link.
+    """
 
-        def start(host):
-            time.sleep(late * host)
-            try:
-                told = lambda message: self.told.put((host, message))  # noqa: E731
-                mine = (facts or {}).get(host, FACTS)
-                self.lines[host] = Lifeline("127.0.0.1", port, hosts, host, mine, on_failure=told, **options)
-            except AstraError as error:
-                self.raised[host] = str(error)
-
-        threads = [threading.Thread(target=start, args=(host,), daemon=True) for host in only or range(hosts)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
+    def __init__(self, hosts, patience=30.0, policy="fail", deaf=None):
+        self.told, self.lines = queue.Queue(), {}
+        pairs = {host: socket.socketpair() for host in range(1, hosts)}
+        ends = {0: {host: Line(pair[0]) for host, pair in pairs.items()}}
+        ends |= {host: {0: Line(pair[1])} for host, pair in pairs.items()}
+        self.kept = ends.pop(deaf, None)
+        for host, lines in ends.items():
+            end = lambda message, host=host: self.told.put((host, message))  # noqa: E731
+            again = lambda message, hosts, new, host=host: self.told.put((host, (message, hosts, new)))  # noqa: E731
+            self.lines[host] = Lifeline(lines, host, patience, policy, end, again)
 
     def cut_off(self, host):
         """Ends a host's connections, as a killed process does."""
         self.lines[host]._over.set()
         for line in self.lines[host]._lines.values():
-            line.socket.shutdown(socket.SHUT_RDWR)
+            line.close()
 
     def all_told(self, n):
         return dict(self.told.get(timeout=5) for _ in range(n))
 
 
-def test_hosts_that_are_done_part_in_peace(port):
-    fellows, order = Fellows(port, 3), []
-    assert fellows.raised == {}
+def test_hosts_that_are_done_part_in_peace():
+    fellows, order = Fellows(3), []
+    assert fellows.told.empty()
     threads = [
         threading.Thread(target=line.close, args=(lambda host=host: order.append(host),))
         for host, line in fellows.lines.items()
@@ -68,8 +54,8 @@ def test_hosts_that_are_done_part_in_peace(port):
 
 
 @pytest.mark.parametrize("gone", [0, 2])
-def test_a_host_that_is_gone_is_named_at_once(port, gone):
-    fellows = Fellows(port, 3)
+def test_a_host_that_is_gone_is_named_at_once(gone):
+    fellows = Fellows(3)
     start = time.monotonic()
     fellows.cut_off(gone)
     told = fellows.all_told(2)
@@ -78,66 +64,83 @@ def test_a_host_that_is_gone_is_named_at_once(port, gone):
     assert set(told.values()) == {f"host {gone} is gone: its process ended or was killed"}
 
 
-def test_a_host_that_is_silent_is_gone_after_a_while(port):
-    fellows = Fellows(port, 3, patience=2.5)
-    fellows.lines[1]._over.set()  # it lives, but gives no sign of it, as behind a cut link
+def test_a_host_that_is_silent_is_gone_after_a_while():
+    fellows = Fellows(3, patience=2.5, deaf=1)
     start = time.monotonic()
     told = fellows.all_told(2)
     assert 1 < time.monotonic() - start < 5
     assert told[0] == told[2] == "host 1 has given no sign of life for 2.5 s: is its link cut?"
 
 
-def test_signs_of_life_are_given_for_longer_than_the_patience(port):
-    fellows = Fellows(port, 2, patience=2.0)
+def test_signs_of_life_are_given_for_longer_than_the_patience():
+    fellows = Fellows(2, patience=2.0)
     time.sleep(4)
     assert fellows.told.empty()
 
 
-def test_an_error_is_passed_on(port):
-    fellows = Fellows(port, 3)
-    fellows.lines[2].abandon("disk full")
-    assert set(fellows.all_told(2).items()) == {(host, "host 2 ended with an error: disk full") for host in (0, 1)}
+GONE = "host 2 is gone: its process ended or was killed"
 
 
-def test_missing_hosts_are_named(port):
-    fellows = Fellows(port, 4, only=(0, 2), start_seconds=1.0)
-    message = "host 1 and 3 did not come within 1 s: start the same command there with --host 1, and look whether it"
-    assert set(fellows.raised) == {0, 2}
-    assert all(text.startswith(message) for text in fellows.raised.values())
+@pytest.mark.parametrize("policy", ["fail", "shrink"])
+def test_an_error_that_is_no_fault_of_a_host_ends_all(policy):
+    """What it was told to do cannot be done: without it the others would not fare better."""
+    fellows = Fellows(3, policy=policy)
+    fellows.lines[2].abandon("no such file", a_fault=False)
+    message = "host 2 ended with an error: no such file"
+    assert fellows.all_told(2) == {0: message, 1: message}
 
 
-def test_without_host_0_the_others_give_up(port):
-    fellows = Fellows(port, 3, only=(1, 2), start_seconds=1.0)
-    assert set(fellows.raised) == {1, 2}
-    assert all("host 0 did not answer at 127.0.0.1" in text for text in fellows.raised.values())
+def test_host_0_goes_on_alone():
+    fellows = Fellows(3, policy="single")
+    fellows.cut_off(2)
+    assert fellows.all_told(2) == {0: (GONE, 1, 0), 1: f"{GONE}; host 0 goes on alone"}
 
 
-def test_other_versions_are_named_on_every_host(port):
-    fellows = Fellows(port, 2, facts={1: {"astra": "1", "jax": "3"}})
-    message = "host 1 has jax 3 instead of 2 on host 0: use the same on all hosts"
-    assert fellows.raised == {0: message, 1: message}
+def test_those_that_are_left_go_on():
+    """With new numbers, in their order; two that go at about the same time are known together."""
+    fellows = Fellows(5, policy="shrink")
+    fellows.cut_off(2)
+    time.sleep(0.1)
+    fellows.lines[3].abandon("no memory", a_fault=True)
+    assert fellows.all_told(3) == {0: (GONE, 3, 0), 1: (GONE, 3, 1), 4: (GONE, 3, 2)}
 
 
-def test_a_port_in_use_is_said(port):
-    with socket.create_server(("127.0.0.1", port)):
-        fellows = Fellows(port, 2, only=(0,))
-    assert f"host 0 cannot listen at 127.0.0.1:{port} (Address already in use): give --coordinator" in fellows.raised[0]
+def test_without_host_0_nobody_goes_on():
+    fellows = Fellows(3, policy="shrink")
+    fellows.cut_off(0)
+    message = "host 0 is gone: its process ended or was killed"
+    assert fellows.all_told(2) == {1: message, 2: message}
 
 
-GREETINGS = [b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b"\x00" * 10_000, json.dumps({"host": 9}).encode() + b"\n"]
+def test_a_host_that_is_not_needed_may_go():
+    """Until it is needed again; and to part in peace, it is not waited for."""
+    fellows = Fellows(3, policy="shrink")
+    fellows.lines[0].need(False)
+    fellows.cut_off(2)
+    time.sleep(1.0)
+    assert fellows.told.empty()
+    fellows.lines[0].need(True)
+    assert fellows.all_told(2) == {0: (GONE, 2, 0), 1: (GONE, 2, 1)}
+    other = Fellows(3)
+    other.lines[0].need(False)
+    other.cut_off(2)
+    other.lines[1]._tell(done=True)
+    threading.Thread(target=other.lines[0].close, args=(lambda: other.told.put((0, "closed")),)).start()
+    assert other.told.get(timeout=5) == (0, "closed")
 
 
-@pytest.mark.parametrize("greeting", GREETINGS, ids=range(4))
-def test_strangers_are_left_alone(port, greeting):
-    def stranger():
-        for _ in range(100):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                    connection.sendall(greeting)
-                    return connection.recv(100)  # until it is turned away
-            except OSError:
-                time.sleep(0.02)
+def test_requests_reach_all_hosts():
+    fellows, body = Fellows(3), bytes(range(256)) * 4000
+    fellows.lines[0].ask(body)
+    fellows.lines[0].ask(b"b")
+    for host in (1, 2):
+        assert [fellows.lines[host].requests.get(timeout=5) for _ in range(2)] == [body, b"b"]
 
-    threading.Thread(target=stranger, daemon=True).start()
-    fellows = Fellows(port, 2, start_seconds=20.0, late=0.3)
-    assert fellows.raised == {} and set(fellows.lines) == {0, 1}
+
+def test_bytes_to_a_host_that_takes_none_are_no_end():
+    """As behind a cut link: the host is silent, and gone after a while, whoever waits to send to it."""
+    fellows = Fellows(3, patience=2.0, deaf=1)
+    start = time.monotonic()
+    fellows.lines[0].ask(bytes(1 << 24))
+    assert "host 1 has given no sign of life for 2 s" in fellows.all_told(2)[0]
+    assert time.monotonic() - start < 6

@@ -1,20 +1,21 @@
 """`astra net check` without a network: what it says, what it believes, and which advice it gives."""
 
 import dataclasses
-import json
 import math
 import socket
 
 import pytest
 
-from astra_jax import preflight
-from astra_jax.cluster import Hosts
+from astra_jax import meeting, preflight
 from astra_jax.errors import AstraError
-from astra_jax.preflight import About, Findings, Pair, Way, check_hosts, folder_digest
+from astra_jax.hosts import Hosts
+from astra_jax.line import Line
+from astra_jax.meeting import About, digest
+from astra_jax.preflight import Findings, Pair, Way, check_hosts, pair_rows
 from eval import net
 
 ABOUTS = [
-    About(host, 3, f"10.0.0.{host + 1}", f"pi{host}", f"10.0.0.{host + 1}", preflight.versions(), "ab" * 32)
+    About(host, 3, f"10.0.0.{host + 1}", f"pi{host}", f"10.0.0.{host + 1}", meeting.versions(), "ab" * 32)
     for host in range(3)
 ]
 
@@ -31,18 +32,18 @@ PAIRS = (
 
 
 def test_what_is_the_same_is_no_difference():
-    assert preflight._differences(ABOUTS) == []
+    assert meeting.differences(ABOUTS) == []
 
 
 def test_other_versions_are_named_with_the_hosts():
     other = dataclasses.replace(ABOUTS[2], versions=ABOUTS[2].versions | {"jax": "0.9.1"})
-    (found,) = preflight._differences([*ABOUTS[:2], other])
+    (found,) = meeting.differences([*ABOUTS[:2], other])
     assert found == f"jax is {ABOUTS[0].versions['jax']} on hosts 0, 1 and 0.9.1 on host 2: install the same"
 
 
 def test_another_checkpoint_is_named_with_the_hosts():
     other, none = dataclasses.replace(ABOUTS[1], digest="cd" * 32), dataclasses.replace(ABOUTS[2], digest=None)
-    (found,) = preflight._differences([ABOUTS[0], other, none])
+    (found,) = meeting.differences([ABOUTS[0], other, none])
     assert found == (
         "the checkpoint's hash is abababababab on host 0 and cdcdcdcdcdcd on host 1 and not given on host 2: copy the "
         "folder of host 0 to the others"
@@ -78,7 +79,7 @@ def test_tables():
     rows = net.host_rows(Findings((ABOUTS[0], other)), 3)
     assert [row["as host 0"] for row in rows] == ["yes", "no: flax, checkpoint", "did not take part"]
     assert rows[1] | {"as host 0": 0} == {"host": 1, "address": "10.0.0.2", "name": "pi1", "as host 0": 0}
-    assert net.pair_rows(PAIRS)[1:] == [
+    assert pair_rows(PAIRS)[1:] == [
         {"hosts": "0 - 2", "round trip ms": 3.0, "Mbps there": 9.0, "Mbps back": 4.0, "problem": "-"},
         {"hosts": "1 - 2", "round trip ms": 1.0, "Mbps there": None, "Mbps back": 5.0}
         | {"problem": "host 1: no connection"},
@@ -86,23 +87,26 @@ def test_tables():
 
 
 def test_a_digest_is_of_names_and_contents(tmp_path):
-    def digest(name, files):
+    def of(name, files):
         for file, content in files.items():
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        return folder_digest(tmp_path / name)
+        return digest([tmp_path / name])
 
-    first = digest("a", {"astra.json": b"{}", "weights/b": b"12", "weights/a": b"34"})
-    assert first == digest("b", {"weights/a": b"34", "weights/b": b"12", "astra.json": b"{}"})
+    first = of("a", {"astra.json": b"{}", "weights/b": b"12", "weights/a": b"34"})
+    assert first == of("b", {"weights/a": b"34", "weights/b": b"12", "astra.json": b"{}"})
     assert len(first) == 64
     others = {
-        digest("c", {"astra.json": b"{}", "weights/b": b"13", "weights/a": b"34"}),
-        digest("d", {"astra.json": b"{}", "weights/c": b"12", "weights/a": b"34"}),
-        digest("e", {"astra.json": b"{}", "weights/b": b"1", "weights/a": b"234"}),
-        digest("f", {"astra.json": b"{}", "weights/b": b"12"}),
+        of("c", {"astra.json": b"{}", "weights/b": b"13", "weights/a": b"34"}),
+        of("d", {"astra.json": b"{}", "weights/c": b"12", "weights/a": b"34"}),
+        of("e", {"astra.json": b"{}", "weights/b": b"1", "weights/a": b"234"}),
+        of("f", {"astra.json": b"{}", "weights/b": b"12"}),
     }
     assert len(others | {first}) == 5
+    assert digest([]) is None and digest([tmp_path / "a", tmp_path / "b"]) not in (first, None)
+    with pytest.raises(OSError, match="there is no folder"):
+        digest([tmp_path / "missing"])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_a_digest_is_of_names_and_contents(tmp_path):
 )
 def test_what_cannot_be_checked(hosts, seconds, message):
     with pytest.raises(AstraError) as error:
-        check_hosts(hosts, None, seconds)
+        check_hosts(hosts, (), seconds)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -140,53 +144,13 @@ def test_a_port_in_use(second):
     socket.create_server(("127.0.0.1", other)).close()
 
 
-@pytest.fixture
-def channel():
-    """A channel, and the other end of its connection."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield preflight._Channel(ours), theirs
-
-
-def test_messages_arrive_whole(channel):
-    here, there = channel
-    there.sendall(b'{"a": 1}\n{"b"')
-    assert here.receive(1.0) == {"a": 1}
-    there.sendall(b": [2]}\n")
-    assert here.receive(1.0) == {"b": [2]}
-    here.send(c="ä")
-    assert json.loads(there.recv(100)) == {"c": "ä"}
-
-
-@pytest.mark.parametrize(
-    ("sent", "why"),
-    [
-        (b"GET / HTTP/1.1\r\n\r\n", "no message"),
-        (b"[1]\n", "no message"),
-        (b"\xff\xfe\n", "no message"),
-        (b"[" * 5000 + b"\n", "no message"),
-        (b"x" * 20_000, "too long"),
-        (b'{"half": ', "timed out"),
-        (b"", "timed out"),
-    ],
-    ids=["http", "no object", "no text", "nested", "endless", "half", "nothing"],
-)
-def test_what_is_no_message(channel, sent, why):
-    """After that, nothing more is read."""
-    here, there = channel
-    there.sendall(sent)
-    with pytest.raises(OSError, match=why):
-        here.receive(0.05)
-    with pytest.raises(OSError, match="it is lost"):
-        here.receive(0.05)
-
-
-def test_a_failure_is_told_and_does_not_end_the_talk(channel):
-    here, there = channel
+def test_a_failure_is_told_and_does_not_end_the_talk():
+    ours, there = socket.socketpair()
+    here = Line(ours)
     there.sendall(b'{"failed": "[red]no\\u001b[2J\\nroom"}\n{"port": 1}\n')
     with pytest.raises(ConnectionError, match=r"\(red\]no \(2J room"):
-        here.receive(1.0)
-    assert here.receive(1.0) == {"port": 1}
+        preflight._hear(here, 1.0)
+    assert preflight._hear(here, 1.0) == {"port": 1}
 
 
 HELLO = {
@@ -195,7 +159,7 @@ HELLO = {
     "address": "10.0.0.2",
     "name": "pi1",
     "resolves": "127.0.1.1",
-    "versions": preflight.versions(),
+    "versions": meeting.versions(),
 }
 
 
@@ -218,13 +182,13 @@ HELLO = {
     ids=str,
 )
 def test_a_host_that_tells_nonsense_is_a_stranger(wrong):
-    assert preflight._about(HELLO).host == 1
+    assert meeting._about(HELLO).host == 1
     with pytest.raises(ConnectionError):
-        preflight._about(HELLO | wrong)
+        meeting._about(HELLO | wrong)
 
 
 def test_names_are_fit_to_be_printed():
-    assert preflight._about(HELLO | {"name": "[/b]\x1b[2Jä" + "x" * 99}).name == "??b???2J?" + "x" * 55
+    assert meeting._about(HELLO | {"name": "[/b]\x1b[2Jä" + "x" * 99}).name == "??b???2J?" + "x" * 55
 
 
 @pytest.mark.parametrize(
@@ -239,6 +203,7 @@ def test_names_are_fit_to_be_printed():
     ],
     ids=str,
 )
-def test_a_host_does_not_do_all_that_it_is_told(channel, command):
-    with pytest.raises(ConnectionError):
-        preflight._do(channel[0], "127.0.0.1", {"token": "0" * 32, "seconds": 0.1, **command}, False)
+def test_a_host_does_not_do_all_that_it_is_told(command):
+    here, there = socket.socketpair()
+    with here, there, pytest.raises(ConnectionError):
+        preflight._do(Line(here), "127.0.0.1", {"token": "0" * 32, "seconds": 0.1, **command}, False)

@@ -1,0 +1,263 @@
+"""Who comes when several hosts meet at host 0, and whether they have the same versions and checkpoint.
+
+Every host connects to host 0 and tells about itself, over plain TCP, before anything of JAX is started. Nothing that
+comes from elsewhere is trusted: numbers have limits, texts are cut and made printable, and whoever does not speak like
+a host is ignored.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import ipaddress
+import platform
+import re
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from astra_jax import __version__
+from astra_jax.errors import AstraError
+from astra_jax.hosts import Hosts
+from astra_jax.line import Line
+
+HELLO_SECONDS = 2.0  # a stranger who says nothing holds up the others for so long
+CONNECT_SECONDS = 5.0
+_PACKAGES = ("jax", "jaxlib", "flax")
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a host tells about itself.
+
+    Attributes:
+      host, hosts: its number, and how many it expects.
+      address: its own, on the way to the coordinator.
+      name: its host name.
+      resolves: the address that it finds under its own name, where gloo would listen by itself; empty for none.
+      versions: what is installed, by name.
+      digest: `digest` of its checkpoints; None where it was given none.
+    """
+
+    host: int
+    hosts: int
+    address: str
+    name: str
+    resolves: str
+    versions: Mapping[str, str]
+    digest: str | None = None
+
+    def __str__(self) -> str:
+        return f"host {self.host} ({self.name}, {self.address})"
+
+
+@dataclasses.dataclass
+class Member:
+    """A host, and how to talk to it."""
+
+    about: About
+    line: Line
+
+
+class Meeting(NamedTuple):
+    """Who came.
+
+    Attributes:
+      members: the hosts that came, by number.
+      missing: those that did not.
+      problems: why hosts cannot take part, each in a sentence.
+      notes: what is unusual, and no problem.
+    """
+
+    members: list[Member]
+    missing: list[int]
+    problems: list[str]
+    notes: list[str]
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on all hosts: of Python, releases with the same first two numbers are."""
+    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"astra_jax": __version__, **installed, "Python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def digest(folders: Sequence[Path]) -> str | None:
+    """SHA-256 in hexadecimal of all files in these folders: of their names, relative to it and sorted, lengths and
+    contents; None of no folder.
+
+    Raises:
+      OSError: one cannot be read, or is no folder.
+    """
+    found = hashlib.sha256()
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}")
+        for path in sorted(
+            (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.relative_to(folder).as_posix()
+        ):
+            found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+    return found.hexdigest() if folders else None
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A socket of host 0 at this address. Raises AstraError where it cannot be had."""
+    try:
+        return socket.create_server((address, port))
+    except OSError as error:
+        why = f"host 0 cannot listen there ({reason(error)}): give a port from 1024 to 65534"
+        if error.errno == errno.EADDRINUSE:
+            with socket.create_server((address, 0)) as free:
+                other = free.getsockname()[1]
+            why = f"the port is in use: end what uses it, or try --coordinator {address}:{other} on every host"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            why = "it is not an address of this host: give that of host 0, and --host 0 on this host alone"
+        raise AstraError(f"--coordinator: host 0 needs {address}:{port}, and {why}") from error
+
+
+def reach(address: str, port: int, seconds: float) -> socket.socket:
+    """A connection to host 0, which may start later than this host."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=CONNECT_SECONDS)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise AstraError(
+                    f"nothing answers at --coordinator {address}:{port} within {seconds:g} s ({reason(error)}): start "
+                    f"the same command there with --host 0, and let TCP to port {port} through its firewall"
+                ) from error
+            time.sleep(min(0.2, seconds))
+
+
+def about_this(hosts: Hosts, address: str) -> About:
+    """What this host tells about itself; its digest comes later, as it can take long."""
+    assert hosts.host is not None and hosts.hosts is not None
+    name = socket.gethostname()
+    try:
+        resolves = socket.gethostbyname(name)
+    except OSError:
+        resolves = ""
+    return About(hosts.host, hosts.hosts, address, name, resolves, versions())
+
+
+def meet(server: socket.socket, N: int, seconds: float) -> Meeting:
+    """Waits at host 0 for N hosts, itself included."""
+    there, refused, strangers = dict[int, Member](), list[tuple[int, str]](), dict[str, None]()
+    port, deadline = server.getsockname()[1], time.monotonic() + seconds
+    while len(there) + len(refused) < N and (left := deadline - time.monotonic()) > 0:
+        server.settimeout(left)
+        try:
+            connection, (address, _) = server.accept()
+        except TimeoutError:
+            break
+        line = Line(connection)
+        try:
+            about = _about(line.receive(HELLO_SECONDS))
+        except OSError:
+            line.close()
+            strangers[address] = None
+            continue
+        if why := _refusal(about, N, there):
+            refused.append((about.host, why))
+            with contextlib.suppress(OSError):
+                line.send(do="end", why=why)
+            line.close()
+        else:
+            there[about.host] = Member(about, line)
+    problems = [why for _, why in refused]
+    if missing := sorted(set(range(N)) - set(there) - {host for host, _ in refused}):
+        problems.append(
+            f"{names_of(missing)} did not come (--start-seconds is {seconds:g}): start the same command there with "
+            f"{' and '.join(f'--host {host}' for host in missing[:3])}, and let TCP to port {port} of host 0 through"
+        )
+    notes = [f"something at {address} connected that is no host of this command: ignored" for address in strangers]
+    return Meeting([there[host] for host in sorted(there)], missing, problems, notes[:3])
+
+
+def _about(message: Mapping[str, Any]) -> About:
+    """What a host says of itself. Raises OSError for anything else."""
+    hosts, found = int(number(message.get("hosts"), 1, 1e6)), message.get("versions")
+    if not isinstance(found, dict):
+        raise ConnectionError("it sent no versions")
+    return About(
+        int(number(message.get("host"), 0, hosts - 1)),
+        hosts,
+        ip_address(message.get("address")),
+        word(message.get("name")),
+        word(message.get("resolves")),
+        {name: word(found.get(name)) for name in versions()},
+    )
+
+
+def _refusal(about: About, N: int, there: Mapping[int, Member]) -> str:
+    """Why a host cannot take part; empty if it can."""
+    if about.hosts != N:
+        return f"{about} has --hosts {about.hosts}, and host 0 has {N}: give the same on every host"
+    if about.host in there:
+        return f"{there[about.host].about} and {about} have the same number: give each host another --host"
+    return ""
+
+
+def differences(abouts: Sequence[About]) -> list[str]:
+    """What is not the same on all hosts, each in a sentence."""
+    found = []
+    for name in versions():
+        found += _difference(f"{name} is", {about.host: about.versions[name] for about in abouts}, "install the same")
+    digests = {about.host: (about.digest or "not given")[:12] for about in abouts}
+    return found + _difference("the checkpoint's hash is", digests, "copy the folder of host 0 to the others")
+
+
+def _difference(what: str, values: Mapping[int, str], fix: str) -> list[str]:
+    groups: dict[str, list[int]] = {}
+    for host, value in values.items():
+        groups.setdefault(value, []).append(host)
+    if len(groups) < 2:
+        return []
+    return [f"{what} {' and '.join(f'{value} on {names_of(group)}' for value, group in groups.items())}: {fix}"]
+
+
+# What comes from elsewhere
+
+
+def reason(error: OSError) -> str:
+    """Why something failed, in a few words."""
+    return error.strerror or str(error)
+
+
+def text(value: Any) -> str:
+    """What another host says, fit to be printed, also in a table, where brackets have a meaning."""
+    return "".join(c if c.isprintable() else " " for c in str(value)[:1000]).replace("[", "(")
+
+
+def word(value: Any) -> str:
+    """A name or a version. Raises OSError for another type."""
+    if not isinstance(value, str):
+        raise ConnectionError(f"it sent {type(value).__name__} instead of text")
+    return re.sub(r"[^\w.+-]", "?", value[:64], flags=re.ASCII)
+
+
+def number(value: Any, least: int | float, most: int | float) -> float:
+    """A number within limits. Raises OSError for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ConnectionError("it sent what is no number, or is out of range")
+    return float(value)
+
+
+def ip_address(value: Any) -> str:
+    """An IPv4 address. Raises OSError for anything else."""
+    try:
+        return str(ipaddress.IPv4Address(word(value)))
+    except ValueError:
+        raise ConnectionError("it sent what is no address") from None
+
+
+def names_of(numbers: Iterable[int]) -> str:
+    """[2, 3] -> "hosts 2, 3"."""
+    names = list(map(str, numbers))
+    return f"host{'s' if names[1:] else ''} {', '.join(names)}"

@@ -1,0 +1,341 @@
+"""A checkpoint that is loaded once, on one mesh, and answers requests: classes, similarities, or how a text goes on.
+
+Used by `astra run` for one request and by `astra worker` for any number: programs stay compiled, weights in place.
+"""
+
+import dataclasses
+import io
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+
+import checkpoints
+from astra_jax import cluster
+from astra_jax.console import Report, progress
+from astra_jax.errors import AstraError
+from astra_jax.generate import Continuation, Generator, Sampling
+from astra_jax.hosts import Hosts
+from astra_jax.lifeline import Policy
+from astra_jax.parallel import Make, parallelize, shardings
+from astra_jax.preprocess import decode_image
+from astra_jax.sharding import SEQ
+from astra_jax.strategies import STRATEGIES, Astra
+from astra_jax.text import Text, longest, pad
+from astra_jax.weights import Weights, quantize_weights, weight_bytes
+from checkpoints import Checkpoint
+from eval.breakdown import from_all_hosts, observe, ring_bytes, rows
+from eval.flops import flops
+from eval.timing import share
+from eval.traffic import abstract
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is loaded, and where it runs: what stays the same for all requests."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A checkpoint; with codebooks for more than one device."""
+    devices: str | None = None
+    """The mesh: N devices over the tokens, or DxN for D batches at once; by default 1, or one on each host."""
+    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    on_failure: Policy = "fail"
+    """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
+    strategy: Literal["astra", "sp", "tp"] = "astra"
+    """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in, and kept in memory."""
+    weights: Weights | None = None
+    """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """How a request is to be answered."""
+
+    top: int = 5
+    """How many classes to print for each picture or text."""
+    max_new_tokens: int | None = None
+    """How many tokens to go on for, at most; by default 128, or what the model's limit leaves."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    stop: tuple[str, ...] = ()
+    """End where one of these strings comes up; it is not printed."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise AstraError(f"--top is {self.top}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Pictures or texts, and how they are to be answered.
+
+    Attributes:
+      names: of the pictures.
+      files: their contents, in any format that Pillow reads.
+      prompts: the texts.
+    """
+
+    names: tuple[str, ...] = ()
+    files: tuple[bytes, ...] = ()
+    prompts: tuple[str, ...] = ()
+    wishes: Wishes = Wishes()
+
+
+def sent_bytes(model: Any, N: int, inputs: Any, make: Make = Astra.of) -> int:
+    """Bytes that every device gives to the collectives of all blocks, for one image or text of this batch."""
+    return make(model, N, inputs).wire_bits(model) // 8 if N > 1 else 0
+
+
+def class_rows(checkpoint: Checkpoint, logits: Any, names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
+    """The likeliest classes of every input, with their probabilities."""
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    labels = checkpoint.labels or tuple(str(c) for c in range(probabilities.shape[1]))
+    return [
+        {"input": name, "class": labels[c], "probability": float(p[c])}
+        for name, p in zip(names, probabilities, strict=True)
+        for c in np.argsort(-p)[:top]
+    ]
+
+
+def similarity_rows(embeddings: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The cosine of the embeddings of every pair of sentences."""
+    unit = np.asarray(embeddings) / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    pairs = itertools.combinations(range(len(names)), 2)
+    return [{"sentence": names[a], "and": names[b], "cosine": float(unit[a] @ unit[b])} for a, b in pairs]
+
+
+class Answerer:
+    """A checkpoint on a mesh.
+
+    Args:
+      setup: which checkpoint, and where.
+      report: what is said about loading.
+
+    Raises:
+      AstraError: see `astra_jax.cluster.open_mesh` and `checkpoints.load`.
+    """
+
+    def __init__(self, setup: Setup, report: Report):
+        self.name, self.strategy = str(setup.checkpoint), setup.strategy
+        self.make = STRATEGIES[setup.strategy].of
+        self.mesh = cluster.open_mesh(
+            setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
+        )
+        if again := cluster.again():
+            report.data["began_anew"] = dataclasses.asdict(again)
+        dtype = jnp.dtype(setup.dtype)
+        # Straight to where they are needed: no device ever holds more than its own.
+        where = partial(shardings, mesh=self.mesh, make=self.make)
+        checkpoint = checkpoints.load(setup.checkpoint, dtype=dtype, param_dtype=dtype, shardings=where)
+        if setup.weights:
+            before, model = weight_bytes(checkpoint.model), quantize_weights(checkpoint.model, setup.weights)
+            checkpoint, after = dataclasses.replace(checkpoint, model=model), weight_bytes(model)
+            report.say(
+                f"the weights take {after:,} bytes instead of {before:,}", weight_bytes=after, full_weight_bytes=before
+            )
+        self.checkpoint, self.model = checkpoint, checkpoint.model
+        self.images = checkpoint.family == "vit"
+        self.task = None if self.images else checkpoint.config.task
+        if self.task == "causal-lm":
+            if self.strategy != "astra":
+                raise AstraError(f"--strategy {self.strategy}: texts go on from codes only: leave the option out")
+            self.generator = Generator(self.model, self.mesh)
+        else:
+            self.program = parallelize(self.model, self.mesh, self.make)
+        self._compiled = set[str]()  # shapes of inputs
+        self._counted = dict[tuple[str, int], int]()
+
+    @property
+    def N(self) -> int:
+        """Devices over the tokens."""
+        return int(self.mesh.shape[SEQ])
+
+    def shrink(self, request: Request) -> Request:
+        """The same request in fewer bytes, where pictures are larger than what the model reads of them.
+
+        Raises:
+          AstraError: a picture cannot be read.
+        """
+        return dataclasses.replace(request, files=tuple(map(self._shrink, request.files, request.names)))
+
+    def _shrink(self, file: bytes, name: str) -> bytes:
+        processor, image = self.checkpoint.processor, decode_image(file, name)
+        if processor is None or processor.crop_size:  # what is cut out would be resized again
+            return file
+        smaller = io.BytesIO()
+        Image.fromarray(processor.resize([image])[0].squeeze()).save(smaller, "PNG")
+        return min(file, smaller.getvalue(), key=len)
+
+    def inputs(self, request: Request) -> Any:
+        """What the model reads. Raises AstraError for what it does not take."""
+        given, other = (request.names, request.prompts) if self.images else (request.prompts, request.names)
+        if not given or other:
+            takes, gave, not_ = ("pictures", "image", "prompt") if self.images else ("text", "prompt", "image")
+            raise AstraError(f"{self.name}: takes {takes}: give --{gave}, not --{not_}")
+        if self.images:
+            pictures = [decode_image(file, name) for file, name in zip(request.files, request.names, strict=True)]
+            return np.asarray(self.checkpoint.processor(pictures))
+        if self.task == "embedding" and len(request.prompts) < 2:
+            raise AstraError(f"{self.name}: is a sentence encoder: give two or more texts with --prompt")
+        text = pad([self.checkpoint.tokenizer.encode(p) for p in request.prompts], longest(self.checkpoint.config))
+        if self.task == "causal-lm":
+            self.generator.check(text, self._new_tokens(text, request.wishes))
+        return text
+
+    def answer(self, request: Request, inputs: Any, report: Report) -> None:
+        """Answers a request whose `inputs` are these; on several hosts all of them have to."""
+        if not self.images and (shortest := int(np.min(inputs.lengths))) < self.N:
+            report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {self.N} devices")
+        if self.task == "causal-lm":
+            self._generate(request, inputs, report)
+        else:
+            self._classify(request, inputs, report)
+
+    def _classify(self, request: Request, inputs: Any, report: Report) -> None:
+        names = request.names or request.prompts
+        output, seconds, first = self._passed(inputs, lambda: self.program(inputs), report)
+        where = f"{self.name} on {self.mesh.size} device(s)"
+        if self.task == "embedding":
+            report.table("similarities", where, similarity_rows(output, names))
+        else:
+            report.table("classes", where, class_rows(self.checkpoint, output, names, request.wishes.top))
+        sent, codes = sent_bytes(self.model, self.N, inputs, self.make), self.strategy == "astra"
+        compiled = f", {first:.1f} s with compilation" if first else ""
+        report.say(
+            f"{1e3 * seconds:.1f} ms for {len(names)} input(s){compiled}; "
+            f"each device sent {sent:,} bytes{' of codes' * codes} per input",
+            seconds=seconds,
+            first_seconds=first,
+            **{"code_bytes_per_input" if codes else "bytes_per_input": sent},
+        )
+        self._say_where_time_went(report, inputs)
+
+    def _new_tokens(self, text: Text, wishes: Wishes) -> int:
+        room = self.checkpoint.config.max_position_embeddings + 1 - int(np.max(text.lengths))
+        return min(128, room) if wishes.max_new_tokens is None else wishes.max_new_tokens
+
+    def _generate(self, request: Request, text: Text, report: Report) -> None:
+        """Goes on with prompts: one is printed as it grows, several at the end."""
+        wishes, generator = request.wishes, self.generator
+        lengths, new_tokens = np.asarray(text.lengths), self._new_tokens(text, wishes)
+        tokens: Any = iter(())
+
+        def first_token() -> Any:
+            nonlocal tokens
+            tokens = generator.tokens(text, new_tokens, wishes.sampling)
+            return next(tokens, None)
+
+        def compile_all() -> Any:
+            return list(itertools.islice(generator.tokens(text, new_tokens, wishes.sampling), 2))
+
+        step, first_seconds, compiled = self._passed(text, first_token, report, compile_all)
+        if not generator.here:
+            return
+        prompts = [row[:length].tolist() for row, length in zip(text.ids, lengths, strict=True)]
+        texts = [
+            Continuation(self.checkpoint.tokenizer.stream(p), self.checkpoint.eos_ids, wishes.stop) for p in prompts
+        ]
+        one = len(texts) == 1
+        show = report.show if one else lambda text: None
+        show(request.prompts[0])
+        start, seconds = time.perf_counter(), [0.0]
+        with nullcontext(lambda: None) if one else progress("tokens", new_tokens) as advance:
+            while step is not None:
+                for continuation, token in zip(texts, step.tolist(), strict=True):
+                    show(continuation.add(token))
+                advance()
+                if all(continuation.done for continuation in texts):
+                    break
+                step = next(tokens, None)
+                seconds += [time.perf_counter() - start] * (step is not None)
+        for continuation in texts:
+            show(continuation.rest())
+        show("\n")
+        if not one:
+            for prompt, continuation in zip(request.prompts, texts, strict=True):
+                report.say(f"--- {prompt}{continuation.text}")
+        sent = sent_bytes(self.model, self.N, text)
+        rate = (len(seconds) - 1) / seconds[-1] if len(seconds) > 1 else 0.0
+        kept, full = generator.cache_memory
+        with_compilation = f" ({compiled:.1f} s with compilation)" if compiled else ""
+        report.say(
+            f"first token after {1e3 * first_seconds:.1f} ms{with_compilation}, then {rate:.1f} tokens/s; "
+            f"each device sent {sent:,} bytes of codes per prompt",
+            texts=[continuation.text for continuation in texts],
+            prompt_tokens=lengths.tolist(),
+            new_tokens=[continuation.count for continuation in texts],
+            first_token_seconds=first_seconds,
+            compile_seconds=compiled,
+            tokens_per_second=rate,
+            code_bytes_per_prompt=sent,
+        )
+        if self.N > 1:
+            report.say(
+                f"the cache keeps remote tokens as {kept:,} bytes of codes instead of {full:,} of keys and values",
+                cache_code_bytes=kept,
+                cache_full_bytes=full,
+            )
+        self._say_where_time_went(report, text)
+
+    def _passed(
+        self, inputs: Any, call: Callable[[], Any], report: Report, compile_all: Callable[[], Any] | None = None
+    ) -> tuple[Any, float, float]:
+        """One pass: what `call` gives, its seconds, and those of an earlier one that had to compile (0: none had to).
+
+        From here on host 0 needs no other host to answer.
+        """
+        shapes, compiled = str(jax.tree.map(np.shape, inputs)), 0.0
+        several = cluster.lifeline()
+        if shapes not in self._compiled:
+            start = time.perf_counter()
+            jax.block_until_ready((compile_all or call)())
+            if several:
+                from_all_hosts(observe(lambda: None)[1])
+            compiled = time.perf_counter() - start
+            self._compiled.add(shapes)
+        if not several:
+            start = time.perf_counter()
+            result = jax.block_until_ready(call())
+            return result, time.perf_counter() - start, compiled
+        result, passed = observe(call)
+        self._passes = from_all_hosts(passed)
+        several.need(False)
+        return result, passed.seconds, compiled
+
+    def _say_where_time_went(self, report: Report, inputs: Any) -> None:
+        """On several hosts: the table of what each did, and what one device alone would have taken."""
+        if not cluster.lifeline() or jax.process_index():
+            return
+        B = len(inputs.lengths) if isinstance(inputs, Text) else len(inputs)
+        messages = self.make(self.model, self.N, inputs).messages(self.model) * B
+        table = rows(self._passes, ring_bytes(messages, self.N))
+        report.table("hosts", "where the time went", table)
+        computed = [row["compute ms"] for row in table]
+        if None in computed:
+            return
+        operations = [self._operations(inputs, n) for n in (1, self.N)]
+        alone, here = max(computed) * operations[0] / operations[1], table[0]["total ms"]
+        advice = f"{alone / here:.2f} times as long" if alone > here else "which is less: stay on one device"
+        report.say(
+            f"one of these devices alone would take about {alone:,.4g} ms (by its operations), {advice}",
+            single_ms=alone,
+            speed_up=alone / here,
+        )
+
+    def _operations(self, inputs: Any, N: int) -> int:
+        """Of one of N devices, counted once for every shape of inputs."""
+        key = (str(jax.tree.map(np.shape, inputs)), N)
+        if key not in self._counted:
+            mine = share(abstract(self.model), N, inputs, self.make)
+            self._counted[key] = flops(mine.run, *mine.arguments)
+        return self._counted[key]

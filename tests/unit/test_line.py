@@ -1,0 +1,110 @@
+"""Messages between processes: whole, within limits, and with the bytes that belong to them."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from astra_jax.line import Line
+
+
+@pytest.fixture
+def line():
+    """A line, and the other end of its connection."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Line(ours), theirs
+
+
+def test_messages_arrive_whole(line):
+    here, there = line
+    there.sendall(b'{"a": 1}\n{"b"')
+    assert here.receive(1.0) == {"a": 1}
+    there.sendall(b": [2]}\n")
+    assert here.receive(1.0) == {"b": [2]}
+    here.send(c="ä")
+    assert json.loads(there.recv(100)) == {"c": "ä"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "no message"),
+        (b"[1]\n", "no message"),
+        (b"\xff\xfe\n", "no message"),
+        (b"[" * 5000 + b"\n", "no message"),
+        (b"x" * 20_000, "too long"),
+        (b'{"half": ', "timed out"),
+        (b"", "timed out"),
+    ],
+    ids=["http", "no object", "no text", "nested", "endless", "half", "nothing"],
+)
+def test_what_is_no_message(line, sent, why):
+    """After that, nothing more is read."""
+    here, there = line
+    there.sendall(sent)
+    with pytest.raises(OSError, match=why):
+        here.receive(0.05)
+    with pytest.raises(OSError, match="it is lost"):
+        here.receive(0.05)
+
+
+def test_bytes_come_with_their_message(line):
+    here, there = line
+    sent, body = Line(there), bytes(range(256)) * 1000
+    threading.Thread(target=lambda: sent.send(5.0, body, a=1)).start()
+    assert here.receive(5.0, 1 << 20) == {"a": 1, "body": body}
+    sent.beat()
+    sent.send(b=2)
+    assert here.receive(5.0) == {"alive": True} and here.receive(5.0) == {"b": 2}
+
+
+@pytest.mark.parametrize("size", [101, -1, 0, True, "7", 1e1], ids=str)
+def test_no_more_bytes_than_are_taken(line, size):
+    here, there = line
+    there.sendall(json.dumps({"bytes": size}).encode() + b"\n" + bytes(200))
+    with pytest.raises(ConnectionError, match="more than is taken"):
+        here.receive(1.0, 100)
+
+
+def test_bytes_may_take_long_as_long_as_some_come(line):
+    here, there = line
+
+    def slowly():
+        there.sendall(b'{"bytes": 8}\n')
+        for _ in range(8):
+            time.sleep(0.1)
+            there.sendall(b"x")
+
+    threading.Thread(target=slowly).start()
+    assert here.receive(0.3, 8) == {"body": b"x" * 8}
+    there.sendall(b'{"bytes": 8}\nhalf')
+    with pytest.raises(TimeoutError):
+        here.receive(0.2, 8)
+
+
+def test_a_sign_of_life_waits_for_nobody(line):
+    """While bytes are sent that the other end does not take."""
+    here, _ = line
+
+    def send():
+        with contextlib.suppress(TimeoutError):
+            here.send(1.0, bytes(1 << 24), a=1)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    time.sleep(0.2)
+    start = time.monotonic()
+    here.beat()
+    assert time.monotonic() - start < 0.2
+    sending.join()
+
+
+def test_who_waits_is_told_of_the_end(line):
+    here, _ = line
+    threading.Timer(0.2, here.close).start()
+    with pytest.raises(ConnectionError):
+        here.receive(5.0)
