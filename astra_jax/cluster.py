@@ -6,9 +6,11 @@ other, and collectives run over gloo (CPU), NCCL (GPU) or ICI (TPU). Neither aut
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -102,6 +104,14 @@ def _begin_again(coordinator: str, were: int, why: str, hosts: int, host: int) -
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def _abort_slowly() -> None:
+    """Lets the lifeline have its say where XLA aborts the process, which it does where it loses host 0: the handler of
+    this signal is libc's `sleep`, for as many seconds as the signal has as a number, 6."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
 def _gloo_at(address: str) -> None:
     """Lets gloo bind this address. By itself it binds what the host name resolves to, which on Debian is 127.0.1.1."""
 
@@ -176,6 +186,7 @@ def join(hosts: Hosts, devices: int | None = None, checkpoints: Sequence[Path] =
     address, port = parse_address(hosts.coordinator, hosts.insecure_public)
     _member = _gather(hosts, checkpoints, policy, were)
     atexit.register(_at_exit)
+    _abort_slowly()
     _gloo_at(_member.address)
     if not detected:
         bound = f"{address}:{port + 1}"

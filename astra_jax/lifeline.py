@@ -74,7 +74,10 @@ class Lifeline:
                 line.send(self.patience, request, request=True)
 
     def need(self, needed: bool) -> None:
-        """Whether the other hosts are needed. While they are not, one that is gone does no harm; it does afterwards."""
+        """On host 0: whether the others are needed. While they are not, one that is gone does no harm; it does
+        afterwards. The others need host 0 always."""
+        if self.host:
+            return
         with self._lock:
             self._needed, gone = needed, list(self._gone.values())
         if needed and gone:

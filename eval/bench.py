@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ from eval import plots
 from eval.costs import Cost, check_speeds, check_split, cost, fastest, share_flops
 from eval.devices import DeviceProfile, read_profile, write_profile
 from eval.network import Counting, Link, exchange_seconds, parse_rate, parse_seconds, pass_seconds
-from eval.timing import compute_seconds, wall_seconds
+from eval.timing import alone, compute_seconds, exchange_latency, wall_seconds
 from eval.traces import Trace, read_trace, replay
 from eval.traffic import messages, pass_on_mesh
 from eval.workload import ONE, Setting, Workload, open_workload, settings
@@ -149,15 +150,20 @@ def replayed(costs: Sequence[Cost], L: int, trace: Trace, latency: float, counti
     return rows
 
 
-def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> list[float]:
-    """Wall-clock seconds of passes on all hosts, which begin each one together: until the answer is here."""
-    run, state = pass_on_mesh(model, way.N, way.make)
-    inputs = jax.tree.map(np.asarray, work.inputs())
-    return wall_seconds(lambda: run(state, inputs), repeats, lambda: multihost_utils.sync_global_devices(str(way)))
+def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> list[list[float]]:
+    """Wall-clock seconds of one device's share, on every host by itself, and of passes on all hosts: until the answer
+    is here. They take turns, and the hosts begin each one together, so that both meet the same machine. What one
+    device does alone is its share and its pass: all hosts do it at once, and the second times show how sure the first are.
+    """
+    mine = whole = alone(model, way.N, work.inputs(), way.make)
+    if way.N > 1:
+        inputs = jax.tree.map(np.asarray, work.inputs())
+        whole = partial(*pass_on_mesh(model, way.N, way.make), inputs)
+    return wall_seconds([mine, whole], repeats, lambda: multihost_utils.sync_global_devices(str(way)))
 
 
 def on_link(found: Cost, walls: Sequence[float], link: Link) -> dict[str, Any]:
-    """A row of measured passes: median, least and most of them, and what the network model says."""
+    """A row of measured passes: median, least and most of them, and what the network model says for this link."""
     predicted, measured = pass_seconds(found.compute, found.messages, found.setting.N, link), float(np.median(walls))
     return {
         "strategy": str(found.setting),
@@ -210,7 +216,7 @@ def main(args: Args) -> None:
     ways = settings(args.strategies, N, args.groups, args.exchanges)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices.
-    open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])
+    mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])
     check_split(work, ways, speeds)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()
@@ -228,10 +234,12 @@ def main(args: Args) -> None:
             else:
                 model = work.model(weights, way.groups)
                 model = quantize_weights(model, args.weights) if args.weights else model
-                seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats)
+                if mesh.is_multi_process:
+                    mine, walls[way] = measured_seconds(work, model, way, args.repeats)
+                    seconds = float(np.median(mine))
+                else:
+                    seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats)
                 speed[way] = share_flops(work, way) / seconds
-                if jax.distributed.is_initialized() and way.N > 1:
-                    walls[way] = measured_seconds(work, model, way, args.repeats)
             costs[way] = cost(work, way, fastest(speeds, way.N), speed[way])
             advance(strategy=str(way))
     single, shown = costs[ONE], [costs[way] for way in ways]
@@ -245,9 +253,15 @@ def main(args: Args) -> None:
     report.table("link_percent", "share of the link in %", pivot(rows, "link %"))
     report.data["cells"] = rows
     if walls:
-        link = Link(parse_rate(rates[0]), latency, args.counting)
-        measured = [on_link(costs[way], seconds, link) for way, seconds in walls.items()]
-        report.table("measured", f"a pass on {N} hosts, on their link and as {rates[0]} predict", measured)
+        # What the link is besides its rate: hosts tell each other one by one, and TCP and processes that wake up cost time.
+        link = Link(parse_rate(rates[0]), exchange_latency(mesh), "each")
+        measured = [on_link(costs[way], walls[way], link) for way in ways]
+        report.table("measured", f"a pass on {N} hosts: measured, and predicted for {rates[0]}", measured)
+        report.say(
+            f"predicted: compute + {1e3 * link.latency:.3g} ms per exchange, as one of 4 bytes takes here, + bits / rate, "
+            "messages counted each",
+            exchange_ms=1e3 * link.latency,
+        )
     if trace:
         report.table("trace", f"link {args.trace}", replayed(shown, L, trace, latency, args.counting))
     report.say(

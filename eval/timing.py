@@ -2,40 +2,49 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from astra_jax.collectives import Alone
+from astra_jax.collectives import Alone, Peers
+from astra_jax.sharding import SEQ
 from astra_jax.strategies import Single, part
+
+_EXCHANGES = 12  # in a row, as in a model of so many blocks
 
 
 def wall_seconds(
-    call: Callable[[], Any], repeats: int = 11, together: Callable[[], None] = lambda: None
-) -> list[float]:
-    """The times of `call` in seconds, after two calls to warm up.
+    calls: Sequence[Callable[[], Any]], repeats: int = 11, together: Callable[[], None] = lambda: None
+) -> list[list[float]]:
+    """The times of each call in seconds, after two of each to warm up.
+
+    The calls take turns: what slows the machine down for a while slows all of them.
 
     Args:
       together: called before each, to let several hosts begin at the same time.
     """
-    for _ in range(2):
-        jax.block_until_ready(call())
-    seconds = []
+    for call in calls:
+        for _ in range(2):
+            jax.block_until_ready(call())
+    seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
-        together()
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
+        for call, times in zip(calls, seconds, strict=True):
+            together()
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - start)
     return seconds
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = 11) -> float:
     """The median time of `call` in seconds, after two calls to warm up."""
-    return float(np.median(wall_seconds(call, repeats)))
+    return float(np.median(wall_seconds([call], repeats)))
 
 
 def forward(model: Any, graphdef: Any) -> Callable[[Any, Array, Any], Array]:
@@ -93,11 +102,30 @@ def share(model: Any, N: int, inputs: Any, make: Any) -> Share:
     return Share(run, (mine, inputs, tokens))
 
 
+def alone(model: Any, N: int, inputs: Any, make: Any) -> Callable[[], Array]:
+    """A function that does one device's share of a forward pass, exchange excluded; see `share` for the arguments."""
+    mine = share(model, N, inputs, make)
+    run = jax.jit(mine.run)
+    return lambda: run(*mine.arguments)
+
+
 def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 11) -> float:
     """The median of the seconds in which one device of N does its share of a forward pass, exchange excluded.
 
     See `share` for the arguments. The device is the last one, which for a decoder has the most to do.
     """
-    mine = share(model, N, inputs, make)
-    run = jax.jit(mine.run)
-    return median_seconds(lambda: run(*mine.arguments), repeats)
+    return median_seconds(alone(model, N, inputs, make), repeats)
+
+
+def exchange_latency(mesh: Mesh, repeats: int = 11) -> float:
+    """Seconds that an exchange over a mesh takes besides its bits: of an all-gather of 4 bytes, among many in one program.
+
+    Args:
+      mesh: of several hosts, all of which call this.
+    """
+
+    def chain(x: Array) -> Array:
+        return jax.lax.scan(lambda x, _: (Peers(SEQ).gather(x).mean(0), None), x, length=_EXCHANGES)[0]
+
+    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=P(), out_specs=P()))
+    return median_seconds(lambda: run(np.zeros((), np.float32)), repeats) / _EXCHANGES

@@ -107,6 +107,7 @@ def test_those_that_are_left_go_on():
 
 def test_without_host_0_nobody_goes_on():
     fellows = Fellows(3, policy="shrink")
+    fellows.lines[1].need(False)  # a host that has nothing more to do
     fellows.cut_off(0)
     message = "host 0 is gone: its process ended or was killed"
     assert fellows.all_told(2) == {1: message, 2: message}
@@ -115,7 +116,8 @@ def test_without_host_0_nobody_goes_on():
 def test_a_host_that_is_not_needed_may_go():
     """Until it is needed again; and to part in peace, it is not waited for."""
     fellows = Fellows(3, policy="shrink")
-    fellows.lines[0].need(False)
+    for line in fellows.lines.values():
+        line.need(False)
     fellows.cut_off(2)
     time.sleep(1.0)
     assert fellows.told.empty()

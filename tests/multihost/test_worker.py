@@ -1,0 +1,122 @@
+"""Workers that stay up on several hosts, which are processes of this machine, and those who ask them."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoints
+from astra_jax.config import AstraConfig
+from tests.multihost.test_hosts import ROOT, free_port
+
+ASTRA = str(Path(sys.executable).parent / "astra")
+HOSTS = 3
+
+
+@pytest.fixture
+def place(tiny_vit, tiny_llama, word_tokenizer, tmp_path, monkeypatch):
+    """Checkpoints `vit` and `llama`, and two pictures: one larger than what the model reads, one smaller."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    astra = AstraConfig(groups=4, codewords=16)
+    vit = tiny_vit(astra, num_channels=3, num_labels=2)
+    size = {"height": 20, "width": 20}
+    meta = checkpoints.Checkpoint("vit", vit.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), vit)
+    checkpoints.save(tmp_path / "vit", meta)
+    llama = tiny_llama(astra)
+    files = word_tokenizer(llama.config.vocab_size - 4)
+    meta = checkpoints.Checkpoint(
+        "llama", llama.config, astra, None, None, {}, "float32", (), llama, tokenizer_files=files
+    )
+    checkpoints.save(tmp_path / "llama", meta)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8)).save(tmp_path / "large.png")
+    Image.fromarray(rng.integers(0, 255, (6, 5), np.uint8)).save(tmp_path / "small.png")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def workers(checkpoint, *options):
+    """Workers that are ready, and the address of their host 0."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(HOSTS), *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(HOSTS)]
+    try:
+        for host, process in enumerate(processes):
+            said = process.stdout.readline()
+            assert said == (
+                f"host {host}: ready\n"
+                if host
+                else f"ready: astra run {checkpoint} --workers {coordinator} (on this host)\n"
+            )
+        yield coordinator, processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=10)
+
+
+def run(place, *argv, code=0):
+    """What `astra run` says, as JSON, or its error."""
+    out = place / "out.json"
+    command = [ASTRA, "run", *map(str, argv), "--json", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
+    assert ended.returncode == code, ended.stderr
+    return json.loads(out.read_text()) if code == 0 else ended.stderr.splitlines()[-1]
+
+
+def same(found, expected):
+    """The same classes of the same pictures, as likely."""
+    assert [row["class"] for row in found["classes"]] == [row["class"] for row in expected["classes"]]
+    likely = [[row["probability"] for row in rows["classes"]] for rows in (found, expected)]
+    np.testing.assert_allclose(*likely, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_workers_answer_pictures_again_and_again_and_without_a_lost_host(place):
+    vit, pictures = place / "vit", ["--image", place / "large.png", place / "small.png"]
+    expected = run(place, vit, *pictures, "--devices", HOSTS)
+    with workers(vit, "--on-failure", "shrink") as (coordinator, processes):
+        first = run(place, vit, *pictures, "--workers", coordinator)
+        assert first["first_seconds"] > 0
+        again = run(place, vit, *pictures, "--workers", coordinator)
+        assert again["first_seconds"] == 0, "nothing is compiled anew"
+        for found in (first, again):
+            same(found, expected)
+            assert [row["host"] for row in found["hosts"]] == [0, 1, 2]
+            assert all(row["compute ms"] > 0 and row["communication ms"] > 0 for row in found["hosts"])
+
+        (place / "none.png").write_bytes(b"none")
+        for argv, message in [
+            ([vit, "--image", place / "none.png"], "not an image in a format that Pillow reads"),
+            ([vit, "--prompt", "w1"], "takes pictures: give --image, not --prompt"),
+            ([place / "llama", "--prompt", "w1"], f"the workers have loaded {vit.resolve()}: ask for it"),
+            ([vit, *pictures, "--dtype", "bfloat16"], "was said to the workers: leave it out"),
+        ]:
+            assert message in run(place, *argv, "--workers", coordinator, code=2)
+
+        processes[1].kill()
+        same(run(place, vit, *pictures, "--workers", coordinator), run(place, vit, *pictures, "--devices", HOSTS - 1))
+        processes[0].kill()
+        _, said = processes[2].communicate(timeout=20)
+        assert said.splitlines()[-1] == "astra: error: host 0 is gone: its process ended or was killed"
+
+
+@pytest.mark.slow
+def test_workers_go_on_with_texts(place):
+    llama, prompt = place / "llama", ["--prompt", "w1 w2 w3 w4 w5 w6 w7", "--max-new-tokens", "6"]
+    expected = run(place, llama, *prompt, "--devices", HOSTS)
+    with workers(llama) as (coordinator, processes):
+        for _ in range(2):
+            found = run(place, llama, *prompt, "--workers", coordinator)
+            assert found["texts"] == expected["texts"] and len(found["hosts"]) == HOSTS
+        message = run(place, llama, "--prompt", "w1", "--max-new-tokens", "999", "--workers", coordinator, code=2)
+        assert "999 new tokens are more than the model takes" in message
+        processes[2].kill()
+        _, said = processes[0].communicate(timeout=20)
+        assert said.splitlines()[-1] == "astra: error: host 2 is gone: its process ended or was killed"
