@@ -1,10 +1,10 @@
-# make demo | paper | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+# make demo | paper | lab | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo paper test test-all lint venv clean
+.PHONY: demo paper lab test test-all lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -12,6 +12,9 @@ demo: .venv/installed
 
 paper: .venv/installed
 	@$(BIN)/python -m eval.paper --markdown docs/paper.md
+
+lab: .venv/installed
+	@$(BIN)/python -m eval.lab_report --markdown docs/lab.md
 
 test: .venv/installed-test
 	@$(BIN)/python -m pytest

@@ -30,7 +30,7 @@ from jaxlib import _jax
 from astra_jax.collectives import Peers
 from astra_jax.console import be_quiet, print_table
 from astra_jax.errors import AstraError
-from astra_jax.hosts import Hosts, check, own_address, parse_address
+from astra_jax.hosts import Hosts, check, detect, own_address, parse_address
 from astra_jax.lifeline import Lifeline, Policy, die
 from astra_jax.meeting import number
 from astra_jax.preflight import BRIEFLY, Findings, gather, pair_rows, take_part
@@ -46,9 +46,6 @@ _XLA_FLAGS = (
 
 VERDICT_SECONDS = 1.5  # what the lifeline may take to say which host is gone, after an error that does not
 QUEUE_BITS = 8 << 16  # what may wait before a link, and a sign of life behind it
-
-# Variables by which JAX finds out by itself that it was started on several hosts: Open MPI, Slurm, Kubernetes (JobSet).
-_DETECTED = ("OMPI_MCA_orte_hnp_uri", "SLURM_STEP_NODELIST", "JOBSET_NAME")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Again:
 
 
 @dataclasses.dataclass
-class _Member:
+class Membership:
     """This process as one of several hosts.
 
     Attributes:
@@ -88,7 +85,7 @@ class _Member:
     slow: float
 
 
-_member: _Member | None = None
+_membership: Membership | None = None
 _again = Again(**json.loads(os.environ["ASTRA_AGAIN"])) if "ASTRA_AGAIN" in os.environ else None
 
 
@@ -157,54 +154,43 @@ def join(hosts: Hosts, devices: int | None = None, checkpoints: Sequence[Path] =
     Raises:
       AstraError: the options do not fit, a port is in use, not all hosts came in time, or they differ.
     """
-    global _member
-    check(hosts)
-    were = hosts.hosts or 1
+    global _membership
     if _again:
         hosts = dataclasses.replace(hosts, coordinator=_again.coordinator, hosts=_again.hosts, host=_again.host)
-        were = _again.were
         if hosts.hosts == 1:
             return 0
-    detected = hosts.coordinator is None and any(name in os.environ for name in _DETECTED)
-    if hosts.coordinator is None and not detected:
+    hosts = detect(hosts)
+    check(hosts)
+    if hosts.coordinator is None:
         return 0
+    assert hosts.hosts is not None and hosts.host is not None
     if _XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}"
     # By itself JAX aborts a process, with a page of its own logs, when another one is gone.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)
-    start = partial(jax.distributed.initialize, heartbeat_timeout_seconds=GIVE_UP_SECONDS)
-    if detected:
-        start()
-        hosts = _detected(hosts)
-        were = hosts.hosts or 1
-    assert hosts.coordinator is not None and hosts.hosts is not None and hosts.host is not None
+    were = _again.were if _again else hosts.hosts
     share, rest = divmod(devices or were, were)
     if rest:
         raise AstraError(f"--devices {devices} cannot be shared equally by {were} hosts: use a multiple of them")
     jax.config.update("jax_num_cpu_devices", share)
     address, port = parse_address(hosts.coordinator, hosts.insecure_public)
-    _member = _gather(hosts, checkpoints, policy, were)
+    _membership = _gather(hosts, checkpoints, policy, were)
     atexit.register(_at_exit)
     _abort_slowly()
-    _gloo_at(_member.address)
-    if not detected:
-        bound = f"{address}:{port + 1}"
-        # Bound to this address alone: JAX by itself takes all addresses of the host.
-        start(bound, hosts.hosts, hosts.host, cluster_detection_method="deactivate", coordinator_bind_address=bound)
+    _gloo_at(_membership.address)
+    jax.distributed.initialize(
+        coordinator_address=f"{address}:{port + 1}",
+        num_processes=hosts.hosts,
+        process_id=hosts.host,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=GIVE_UP_SECONDS,
+        coordinator_bind_address=f"{address}:{port + 1}",  # JAX by itself takes all addresses of the host
+    )
     return hosts.host
 
 
-def _detected(hosts: Hosts) -> Hosts:
-    """What JAX found out by itself. It has taken one port; ours are the next."""
-    found = distributed.global_state
-    address, port = parse_address(str(found.coordinator_address), hosts.insecure_public)
-    return dataclasses.replace(
-        hosts, coordinator=f"{address}:{port + 1}", hosts=found.num_processes, host=found.process_id
-    )
-
-
-def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int) -> _Member:
+def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int) -> Membership:
     """Meets the other hosts at host 0, to stay connected with them."""
     assert hosts.coordinator is not None
     again = partial(_begin_again, hosts.coordinator, were)
@@ -217,11 +203,11 @@ def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int
             raise AstraError(verdict["why"])
         slow = QUEUE_BITS / number(verdict.get("rate"), 1, 1e15)
         to_host_0 = Lifeline({0: line}, hosts.host, hosts.patience + slow, again=again)
-        return _Member(to_host_0, hosts.coordinator, own, Findings(), slow)
+        return Membership(to_host_0, hosts.coordinator, own, Findings(), slow)
     gathered = gather(hosts, checkpoints, BRIEFLY)
     findings, others = gathered.findings, [member for member in gathered.members if member.about.host]
     if why := "; ".join(findings.problems):
-        if gathered.missing and len(findings.problems) == 1 and policy != "fail":
+        if policy != "fail" and len(findings.problems) == len(gathered.absent):
             left = others if policy == "shrink" else []
             for n, member in enumerate(left, 1):
                 member.line.send(do="again", why=why, hosts=1 + len(left), host=n)
@@ -235,17 +221,12 @@ def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int
     print_table("pairs", pair_rows(findings.pairs))
     lines, slow = {member.about.host: member.line for member in others}, QUEUE_BITS / rate
     to_all = Lifeline(lines, 0, hosts.patience + slow, policy, again=again)
-    return _Member(to_all, hosts.coordinator, own, findings, slow)
+    return Membership(to_all, hosts.coordinator, own, findings, slow)
 
 
-def lifeline() -> Lifeline | None:
-    """The connections to the other hosts; None where this is no one of several."""
-    return _member.lifeline if _member else None
-
-
-def findings() -> Findings:
-    """What host 0 found out about the others before."""
-    return _member.findings if _member else Findings()
+def membership() -> Membership | None:
+    """This process as one of several hosts; None where it is not."""
+    return _membership
 
 
 def again() -> Again | None:
@@ -253,22 +234,12 @@ def again() -> Again | None:
     return _again
 
 
-def coordinator() -> str | None:
-    """Address and port of host 0; None where this is no one of several."""
-    return _member.coordinator if _member else None
-
-
-def own() -> str | None:
-    """The address of this host; None where this is no one of several."""
-    return _member.address if _member else None
-
-
 def leave() -> None:
     """Ends what `join` began, once all hosts are done."""
-    global _member
-    if _member is not None:
-        _member.lifeline.close(jax.distributed.shutdown)
-        _member = None
+    global _membership
+    if _membership is not None:
+        _membership.lifeline.close(jax.distributed.shutdown)
+        _membership = None
 
 
 def _at_exit() -> None:
@@ -285,16 +256,16 @@ def abandon(message: str, a_fault: bool = False) -> None:
     Args:
       a_fault: whether it is one of this host alone, and not of what it was told to do.
     """
-    if _member is not None:
-        _member.lifeline.abandon(message, a_fault)
+    if _membership is not None:
+        _membership.lifeline.abandon(message, a_fault)
         die(message)
 
 
 def lost(error: BaseException) -> None:
     """Where this is one of several hosts, after an unexpected error, which mostly is that another host is gone: gives
     the lifeline time to say which one (it ends the process), or else tells the others and ends it."""
-    if _member is not None:
-        time.sleep(VERDICT_SECONDS + _member.slow)
+    if _membership is not None:
+        time.sleep(VERDICT_SECONDS + _membership.slow)
         abandon(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", a_fault=True)
 
 

@@ -103,7 +103,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
-    """A progress bar, on stderr. Yields `advance(n=1, **fields)`; `fields` (such as loss=0.3) are shown behind it."""
+    """A progress bar, on stderr if that is a terminal. Yields `advance(n=1, **fields)`; `fields`, such as loss=0.3, are
+    shown behind it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +113,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_aside) as bar:
+    with Progress(*columns, console=_aside, disable=not _aside.is_terminal) as bar:
         task = bar.add_task(label, total=total, completed=done, note="")
 
         def advance(n: int = 1, **fields: Any) -> None:

@@ -3,16 +3,27 @@
 import dataclasses
 import ipaddress
 import math
+import os
 import re
 import socket
+
+from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster, SlurmCluster
 
 from astra_jax.errors import AstraError
 from astra_jax.lifeline import BEAT_SECONDS
 
+# Variables that say who started this process as one of several, and what knows more: all processes of mpirun and srun
+# have them, and the pods of an indexed Kubernetes job.
+_CLUSTERS: dict[str, type[ClusterEnv]] = {
+    "OMPI_COMM_WORLD_SIZE": OmpiCluster,
+    "SLURM_STEP_NODELIST": SlurmCluster,
+    "JOB_COMPLETION_INDEX": K8sCluster,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Which hosts run a command together; nothing where there is one, or where JAX detects the cluster."""
+    """Which hosts run a command together; nothing where there is one, or where mpirun, Slurm or Kubernetes says it."""
 
     coordinator: str | None = None
     """Address of host 0 and a port, such as 10.0.0.1:7777; it and the next one must be free. The same on every host."""
@@ -45,6 +56,43 @@ def check(hosts: Hosts) -> None:
         raise AstraError(f"--start-seconds is {hosts.start_seconds:g}; it must be above 0: try 60")
     if not 2 * BEAT_SECONDS <= hosts.patience < math.inf:
         raise AstraError(f"--patience is {hosts.patience:g}; it must be at least {2 * BEAT_SECONDS:g} seconds: try 30")
+
+
+def detect(hosts: Hosts) -> Hosts:
+    """Where only the coordinator is given, or nothing: the rest, as mpirun (Open MPI), Slurm or Kubernetes says it.
+    Nothing where they started one process.
+
+    Raises:
+      AstraError: they do not say enough.
+    """
+    name = next((name for name in _CLUSTERS if name in os.environ), None)
+    if name is None or hosts.hosts is not None or hosts.host is not None:
+        return hosts
+    cluster = _CLUSTERS[name]
+    try:
+        cluster.is_env_present()  # connects to Kubernetes
+        found = dataclasses.replace(hosts, hosts=cluster.get_process_count(), host=cluster.get_process_id())
+        if hosts.coordinator is None and found.hosts == 1:
+            return hosts
+        coordinator = hosts.coordinator or _coordinator(cluster)
+    except Exception as error:  # those of Kubernetes are of many types
+        raise AstraError(
+            f"{name} is set, so this is one of several hosts, but where host 0 is was not found out "
+            f"({type(error).__name__}: {error}): add --coordinator with its address and a free port, and if that is "
+            "not enough --hosts and --host"
+        ) from error
+    local = cluster.get_local_process_id()
+    if local is not None:  # as JAX does by itself: each process of a machine has one accelerator
+        os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", str(local))
+    return dataclasses.replace(found, coordinator=coordinator)
+
+
+def _coordinator(cluster: type[ClusterEnv]) -> str:
+    """Address of host 0 and a port, made even, as the last of all has no next one."""
+    address, _, port = cluster.get_coordinator_address(60, None).rpartition(":")
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1 and socket.gethostbyname(address).startswith("127."):
+        raise ValueError(f"{address} is {socket.gethostbyname(address)} to itself, where no other node reaches it")
+    return f"{address}:{int(port) // 2 * 2}"
 
 
 def parse_address(text: str, allow_public: bool) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
-from astra_jax.line import Line
+from astra_jax.line import GONE, Line
 
 BEAT_SECONDS = 1.0  # between two signs of life
 GRACE_SECONDS = 0.5  # for news of other hosts that went at the same time
@@ -63,7 +63,8 @@ class Lifeline:
         self._lines, self._gone, self._needed = lines, dict[int, str](), True
         self._over, self._lock = threading.Event(), threading.Lock()
         self._done = {other: threading.Event() for other in lines}
-        for other in lines:
+        for other, line in lines.items():
+            line.limit_silence(0.0)  # from here on, signs of life do
             threading.Thread(target=self._watch, args=(other,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -127,7 +128,7 @@ class Lifeline:
                 silent = f"has given no sign of life for {self.patience:.3g} s: is its link cut?"
                 message = {"lost": f"host {other} {silent}"}
             except OSError:
-                message = {"lost": f"host {other} is gone: its process ended or was killed"}
+                message = {"lost": f"host {other} {GONE}"}
             if "failed" in message:
                 why = f"host {other} ended with an error: {str(message['failed'])[:1000]}"
                 message = {"lost" if message.get("fault") else "gone": why}

@@ -5,6 +5,7 @@ What comes from elsewhere is not trusted: lines and bytes have limits, and whate
 
 import contextlib
 import json
+import os
 import select
 import socket
 import threading
@@ -12,6 +13,8 @@ import time
 from typing import Any
 
 LONGEST = 8192  # bytes of a line
+GONE = "is gone: its process ended or was killed"
+CUT = "gives no sign of life: is its link cut?"
 
 
 class Line:
@@ -21,7 +24,8 @@ class Line:
     """
 
     def __init__(self, connection: socket.socket):
-        self._connection, self._read, self._lost = connection, b"", False
+        self._connection, self._read = connection, b""
+        self._lost: OSError | None = None
         self._writing = threading.Lock()
         connection.setblocking(True)
         if connection.family == socket.AF_INET:
@@ -64,13 +68,34 @@ class Line:
             if "bytes" in message:
                 message["body"] = self._body(message.pop("bytes"), seconds, most)
             return message
-        except OSError:
+        except OSError as error:
+            self._lost = error
             self.close()
             raise
 
+    def limit_silence(self, seconds: float) -> None:
+        """Lets the system end the connection after so long without a sign of the other one's system; 0 for never."""
+        if self._connection.family == socket.AF_INET and hasattr(socket, "TCP_USER_TIMEOUT"):
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, seconds > 0)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+                self._connection.setsockopt(socket.IPPROTO_TCP, option, max(1, round(seconds / 10)))
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1e3 * seconds))
+
+    def fate(self) -> str:
+        """What became of the other side, in words; empty while it is there, as far as is known here."""
+        if self._lost is None:
+            poll = select.poll()
+            poll.register(self._connection, getattr(select, "POLLRDHUP", 0))  # seen even before what is not read yet
+            if not poll.poll(0):
+                return ""
+            error = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._lost = OSError(error, os.strerror(error)) if error else ConnectionError("it closed the connection")
+            self.close()
+        return GONE if isinstance(self._lost, ConnectionError) else CUT
+
     def close(self) -> None:
         """Ends the connection, also for a thread that waits at it."""
-        self._lost = True
+        self._lost = self._lost or ConnectionError("it is lost")
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

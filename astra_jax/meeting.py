@@ -26,6 +26,7 @@ from astra_jax.line import Line
 
 HELLO_SECONDS = 2.0  # a stranger who says nothing holds up the others for so long
 CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = 15.0  # of a host's system, until the lifeline watches; a slow link's full queue takes 5
 _PACKAGES = ("jax", "jaxlib", "flax")
 
 
@@ -67,13 +68,13 @@ class Meeting(NamedTuple):
 
     Attributes:
       members: the hosts that came, by number.
-      missing: those that did not.
+      absent: who did not, in a sentence; empty where all did.
       problems: why hosts cannot take part, each in a sentence.
       notes: what is unusual, and no problem.
     """
 
     members: list[Member]
-    missing: list[int]
+    absent: list[str]
     problems: list[str]
     notes: list[str]
 
@@ -157,8 +158,11 @@ def meet(server: socket.socket, N: int, seconds: float) -> Meeting:
         except TimeoutError:
             break
         line = Line(connection)
+        line.limit_silence(SILENCE_SECONDS)
+        there = {host: member for host, member in there.items() if not member.line.fate()}  # they may come again
         try:
             about = _about(line.receive(HELLO_SECONDS))
+            line.send(do="wait")
         except OSError:
             line.close()
             strangers[address] = None
@@ -170,14 +174,14 @@ def meet(server: socket.socket, N: int, seconds: float) -> Meeting:
             line.close()
         else:
             there[about.host] = Member(about, line)
-    problems = [why for _, why in refused]
+    absent = []
     if missing := sorted(set(range(N)) - set(there) - {host for host, _ in refused}):
-        problems.append(
+        absent.append(
             f"{names_of(missing)} did not come (--start-seconds is {seconds:g}): start the same command there with "
             f"{' and '.join(f'--host {host}' for host in missing[:3])}, and let TCP to port {port} of host 0 through"
         )
     notes = [f"something at {address} connected that is no host of this command: ignored" for address in strangers]
-    return Meeting([there[host] for host in sorted(there)], missing, problems, notes[:3])
+    return Meeting([there[host] for host in sorted(there)], absent, [why for _, why in refused], notes[:3])
 
 
 def _about(message: Mapping[str, Any]) -> About:

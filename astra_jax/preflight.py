@@ -29,6 +29,7 @@ from astra_jax.line import Line
 from astra_jax.meeting import (
     CONNECT_SECONDS,
     HELLO_SECONDS,
+    SILENCE_SECONDS,
     About,
     Member,
     about_this,
@@ -176,12 +177,12 @@ class Gathered:
     """What host 0 found, and its connections to the hosts that came, which wait for a verdict.
 
     Attributes:
-      missing: hosts that did not come.
+      absent: those of the problems that are no more than that hosts did not come, or are gone.
     """
 
     findings: Findings
     members: Sequence[Member]
-    missing: Sequence[int]
+    absent: Sequence[str]
 
     def tell(self, do: str, why: str = "", **more: Any) -> None:
         """Tells the verdict to all hosts: `end` (with the reason in `why`; empty where all is well), or `go`."""
@@ -202,21 +203,25 @@ def gather(hosts: Hosts, checkpoints: Sequence[Path], rate_seconds: float) -> Ga
     with listen(address, port) as server:
         # Host 0 is measured as all others are.
         threading.Thread(target=_as_host_0, args=(hosts, checkpoints), daemon=True).start()
-        members, missing, problems, notes = meet(server, hosts.hosts, hosts.start_seconds)
-    problems += _hear_digests(members)
-    abouts = [member.about for member in members]
-    problems += differences(abouts)
+        came, absent, problems, notes = meet(server, hosts.hosts, hosts.start_seconds)
+    problems += _hear_digests(came)
     pairs = []
-    with progress("pairs", math.comb(len(members), 2)) as advance:
-        for a, b in itertools.combinations(members, 2):
-            for member in members:
-                with contextlib.suppress(OSError):  # it is lost, which its pairs will show
+    with progress("pairs", math.comb(len(came), 2)) as advance:
+        for a, b in itertools.combinations(came, 2):
+            if any(member.line.fate() for member in came):
+                break
+            for member in came:
+                with contextlib.suppress(OSError):  # it is lost, which shows soon
                     member.line.send(do="wait")
             pairs.append(Pair(_measure(a, b, rate_seconds), _measure(b, a, rate_seconds)))
             advance(hosts=f"{a.about.host} - {b.about.host}")
-    problems += _failures(pairs)
+    gone = [f"host {member.about.host} {fate}" for member in came if (fate := member.line.fate())]
+    members = [member for member in came if not member.line.fate()]
+    abouts = [member.about for member in members]
+    absent += gone
+    problems += absent + differences(abouts) + ([] if gone else _failures(pairs))
     notes += [note for about in abouts if (note := _gloo_note(about))]
-    return Gathered(Findings(tuple(abouts), tuple(pairs), tuple(notes), tuple(problems)), members, missing)
+    return Gathered(Findings(tuple(abouts), tuple(pairs), tuple(notes), tuple(problems)), members, absent)
 
 
 def take_part(hosts: Hosts, checkpoints: Sequence[Path]) -> tuple[Line, dict[str, Any]]:
@@ -233,14 +238,15 @@ def take_part(hosts: Hosts, checkpoints: Sequence[Path]) -> tuple[Line, dict[str
     try:
         about = about_this(hosts, own_address(address, port))
         line = Line(reach(address, port, hosts.start_seconds))
+        line.limit_silence(SILENCE_SECONDS)
         told = dataclasses.asdict(about)
         del told["digest"]
         line.send(**told)
         _answer(line, lambda: {"digest": digest(checkpoints)})
-        patience = hosts.start_seconds + _HASH_SECONDS
+        patience = hosts.start_seconds  # or else something else listens there
         while (command := line.receive(patience)).get("do") not in _VERDICTS:
             _do(line, about.address, command, hosts.insecure_public)
-            patience = 2 * _way_seconds(_MOST_RATE_SECONDS)
+            patience = hosts.start_seconds + max(_HASH_SECONDS, 2 * _way_seconds(_MOST_RATE_SECONDS))
     except OSError as error:
         raise AstraError(
             f"host {hosts.host}: host 0 at {address}:{port} is lost ({reason(error)}): see what it says there"
@@ -404,7 +410,8 @@ def _hear_digests(members: Sequence[Member]) -> list[str]:
             said = _hear(member.line, _HASH_SECONDS).get("digest")
             member.about = dataclasses.replace(member.about, digest=None if said is None else word(said))
         except OSError as error:
-            problems.append(f"{member.about} has not read its checkpoint: {reason(error)}")
+            if not member.line.fate():
+                problems.append(f"{member.about} has not read its checkpoint: {reason(error)}")
     return problems
 
 

@@ -27,14 +27,16 @@ from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.hosts import Hosts
 from astra_jax.lifeline import Policy
 from astra_jax.parallel import Make, parallelize, shardings
+from astra_jax.preflight import pair_rows
 from astra_jax.preprocess import decode_image
 from astra_jax.sharding import SEQ
 from astra_jax.strategies import STRATEGIES, Astra
 from astra_jax.text import Text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from checkpoints import Checkpoint
-from eval.breakdown import from_all_hosts, observe, ring_bytes, rows
+from eval.breakdown import from_all_hosts, observe, rows
 from eval.flops import flops
+from eval.network import volume
 from eval.timing import share
 from eval.traffic import abstract
 
@@ -131,6 +133,9 @@ class Answerer:
         self.mesh = cluster.open_mesh(
             setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
         )
+        self.here = cluster.membership()
+        if self.here:
+            report.data["pairs"] = pair_rows(self.here.findings.pairs)
         if again := cluster.again():
             report.data["began_anew"] = dataclasses.asdict(again)
         dtype = jnp.dtype(setup.dtype)
@@ -295,30 +300,29 @@ class Answerer:
         From here on host 0 needs no other host to answer.
         """
         shapes, compiled = str(jax.tree.map(np.shape, inputs)), 0.0
-        several = cluster.lifeline()
         if shapes not in self._compiled:
             start = time.perf_counter()
             jax.block_until_ready((compile_all or call)())
-            if several:
+            if self.here:
                 from_all_hosts(observe(lambda: None)[1])
             compiled = time.perf_counter() - start
             self._compiled.add(shapes)
-        if not several:
+        if not self.here:
             start = time.perf_counter()
             result = jax.block_until_ready(call())
             return result, time.perf_counter() - start, compiled
         result, passed = observe(call)
         self._passes = from_all_hosts(passed)
-        several.need(False)
+        self.here.lifeline.need(False)
         return result, passed.seconds, compiled
 
     def _say_where_time_went(self, report: Report, inputs: Any) -> None:
         """On several hosts: the table of what each did, and what one device alone would have taken."""
-        if not cluster.lifeline() or jax.process_index():
+        if not self.here or jax.process_index():
             return
         B = len(inputs.lengths) if isinstance(inputs, Text) else len(inputs)
         messages = self.make(self.model, self.N, inputs).messages(self.model) * B
-        table = rows(self._passes, ring_bytes(messages, self.N))
+        table = rows(self._passes, volume(messages, self.N, "each")[0] / 8)
         report.table("hosts", "where the time went", table)
         computed = [row["compute ms"] for row in table]
         if None in computed:

@@ -9,6 +9,9 @@ What one device computes is measured here, or predicted by the speed in --device
 the strategy and read from the compiled program, and the two must agree. The link is the network model of
 eval/network.py: one device's bits over the rate, and nothing overlaps. Strategies bp-ag and bp-sp need a model that was
 trained for them.
+
+On several hosts whole passes are measured, too, and set beside the prediction for the first of the rates: with messages
+counted each, as TCP sends them, and with what an exchange of hardly any bits takes between these hosts as its latency.
 """
 
 import csv
@@ -151,14 +154,15 @@ def replayed(costs: Sequence[Cost], L: int, trace: Trace, latency: float, counti
 
 
 def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> list[list[float]]:
-    """Wall-clock seconds of one device's share, on every host by itself, and of passes on all hosts: until the answer
-    is here. They take turns, and the hosts begin each one together, so that both meet the same machine. What one
-    device does alone is its share and its pass: all hosts do it at once, and the second times show how sure the first are.
+    """Wall-clock seconds of one device's share, on every host by itself, and of whole passes, until the answer is here.
+
+    The two take turns, and the hosts begin each one together, so that both meet the same machine. A pass of one device
+    is its share once more, on every host at once: how well the two agree is how sure a measurement is.
     """
     mine = whole = alone(model, way.N, work.inputs(), way.make)
     if way.N > 1:
-        inputs = jax.tree.map(np.asarray, work.inputs())
-        whole = partial(*pass_on_mesh(model, way.N, way.make), inputs)
+        run, state = pass_on_mesh(model, way.N, way.make)
+        whole = partial(run, state, jax.tree.map(np.asarray, work.inputs()))
     return wall_seconds([mine, whole], repeats, lambda: multihost_utils.sync_global_devices(str(way)))
 
 
@@ -253,12 +257,12 @@ def main(args: Args) -> None:
     report.table("link_percent", "share of the link in %", pivot(rows, "link %"))
     report.data["cells"] = rows
     if walls:
-        # What the link is besides its rate: hosts tell each other one by one, and TCP and processes that wake up cost time.
+        # Hosts tell each other one by one (gloo's rings), and to wake up and begin to talk costs them time.
         link = Link(parse_rate(rates[0]), exchange_latency(mesh), "each")
         measured = [on_link(costs[way], walls[way], link) for way in ways]
         report.table("measured", f"a pass on {N} hosts: measured, and predicted for {rates[0]}", measured)
         report.say(
-            f"predicted: compute + {1e3 * link.latency:.3g} ms per exchange, as one of 4 bytes takes here, + bits / rate, "
+            f"predicted: compute + {1e3 * link.latency:.3g} ms per exchange, as one of 4 bytes takes, + bits / rate, "
             "messages counted each",
             exchange_ms=1e3 * link.latency,
         )

@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 from jax.profiler import ProfileData, ProfileOptions
 
 from astra_jax import cluster
-from astra_jax.strategies import Message
 
 # Names that XLA gives to what `astra_jax.collectives` calls.
 _COLLECTIVE = re.compile(r"(all[-_]gather|psum|all[-_]reduce|all[-_]to[-_]all)")
@@ -88,8 +87,8 @@ def collective_seconds(folder: str) -> tuple[float, ...]:
 
 def observe(call: Callable[[], Any]) -> tuple[Any, Pass]:
     """What `call` gives, which is one pass on all hosts, and how it went here."""
-    address = cluster.own()
-    interface = interface_of(address) if address else None
+    here = cluster.membership()
+    interface = interface_of(here.address) if here else None
     options = ProfileOptions()
     options.python_tracer_level = 0  # XLA's events alone
     with tempfile.TemporaryDirectory(prefix="astra") as folder:
@@ -111,16 +110,6 @@ def from_all_hosts(passed: Pass) -> list[Pass]:
         Pass(float(row[0]), tuple(map(float, row[3:])), float(row[1]), float(row[2]))
         for row in np.asarray(multihost_utils.process_allgather(numbers)).reshape(-1, len(numbers))
     ]
-
-
-def ring_bytes(messages: Sequence[Message], N: int) -> float:
-    """Bytes that a host sends where collectives go round a ring, as gloo's do: a message passes every link but one.
-
-    An all-gather sends its message N - 1 times, an all-reduce each N-th of it 2 (N - 1) times, an all-to-all to each
-    other host its N-th.
-    """
-    rounds = {"all-gather": N - 1, "all-reduce": 2 * (N - 1) / N, "all-to-all": (N - 1) / N}
-    return sum(rounds[m.kind] * m.bits * m.times for m in messages) / 8
 
 
 def rows(passes: Sequence[Pass], predicted_bytes: float) -> list[dict[str, Any]]:

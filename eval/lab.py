@@ -104,9 +104,10 @@ class Lab:
     """A context in which there are N hosts, numbered from 0, that do nothing by themselves.
 
     The link of a host is a full-duplex cable to a switch. Both of its ends are shaped by a token bucket (tc tbf): it
-    lets through two full frames at once, or what the rate gives in 1 ms if that is more, so that a busy machine keeps
-    up. Its queue holds 100 ms, and 64 KiB at least; what does not fit is dropped, as by a switch. Headers are part of
-    the rate, as on any link: TCP is left with 95%.
+    lets through two full frames at once, or what the rate gives in 1.2 ms if that is more: at 500 Mbps that is more
+    than the 64 KiB of TCP's largest pieces, which would else be cut up, at a price. Its queue holds 100 ms, and 64 KiB
+    at least; what does not fit is dropped, as by a switch. Headers are part of the rate, as on any link: TCP is left
+    with 95%.
 
     A host hands TCP's data to its link in large pieces, as to a network card that cuts them into frames. Where packets
     are lost it cuts them itself, so that frames are lost one by one; that costs it time from about 100 Mbps on.
@@ -368,7 +369,7 @@ class Cgroups(NamedTuple):
 
 def token_bucket(rate: float) -> list[str]:
     """Arguments of tc's tbf for a rate in bits per second; see `Lab`."""
-    burst = max(2 * FRAME, rate / 8 / 1000)
+    burst = max(2 * FRAME, rate / 8 * 1.2e-3)
     queue = max(1 << 16, rate / 8 / 10)
     return ["rate", f"{round(rate)}bit", "burst", f"{round(burst)}b", "limit", f"{round(queue)}b"]
 

@@ -18,12 +18,12 @@ import tyro
 
 from astra_jax.console import Report, be_quiet
 from astra_jax.errors import AstraError
-from astra_jax.hosts import Hosts
+from astra_jax.hosts import Hosts, detect
 from astra_jax.meeting import About
 from astra_jax.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
 from eval.costs import cost
 from eval.network import Link
-from eval.plan import GROUPS, Option, candidates, measured_speeds, reason
+from eval.plan import Option, candidates, measured_speeds, reason, usual_groups
 from eval.workload import ONE, Setting, Workload, open_workload
 
 
@@ -67,7 +67,7 @@ def agreement(about: About, first: About | None) -> str:
 
 def advice(work: Workload, N: int, link: Link) -> str:
     """What `astra plan` says for up to N equal devices like this one, in a sentence."""
-    ways = candidates(work, (1.0,) * N, GROUPS)
+    ways = candidates(work, (1.0,) * N, usual_groups(work))
     reached = measured_speeds(work, [ONE, *ways])
 
     def option(way: Setting) -> Option:
@@ -78,12 +78,12 @@ def advice(work: Workload, N: int, link: Link) -> str:
 
 def main(args: Args) -> None:
     """Runs `astra net check`."""
-    report = Report("net", args.json)
+    report, hosts = Report("net", args.json), detect(args.several)
     work = open_workload(args.model, None, None, "float32") if args.model else None
-    if args.several.host:
-        be_quiet(f"host {args.several.host}: checked; the answer is on host 0")
-    findings = check_hosts(args.several, [work.checkpoint] if work and work.checkpoint else [], args.rate_seconds)
-    N = args.several.hosts or 0
+    if hosts.host:
+        be_quiet(f"host {hosts.host}: checked; the answer is on host 0")
+    findings = check_hosts(hosts, [work.checkpoint] if work and work.checkpoint else [], args.rate_seconds)
+    N = hosts.hosts or 0
     report.table("hosts", "hosts", host_rows(findings, N))
     report.table("pairs", f"pairs, {args.rate_seconds:g} s of sending each way", pair_rows(findings.pairs))
     for note in findings.notes:

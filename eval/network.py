@@ -8,9 +8,10 @@ what the others sent. What it waits for is a multiple of the bits of one device,
     each       N - 1        2 (N - 1) / N   (N - 1) / N
 
 `once` is the paper's convention: a device waits for the volume of one shard, as on a medium where all hear all. `each`
-is unicast: what is for all goes to every other device by itself, and an all-reduce is a ring. An all-reduce that is
-counted once is every device telling all others its partial sum; an all-to-all has another part for each of them, and
-nothing to save. The latency of a link is paid once per exchange, however many steps that takes.
+is unicast, as between hosts (docs/lab.md): what is for all goes to every other device by itself or once round a ring,
+which is as much, and an all-reduce is a ring. An all-reduce that is counted once is every device telling all others
+its partial sum; an all-to-all has another part for each of them, and nothing to save. The latency of a
+link is paid once per exchange, however many steps that takes.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from eval.traffic import messages
 from eval.workload import Setting, Workload, open_workload
 
 N, T = 4, 1024  # the paper's setting
-MARK = "<!-- {} of `make paper` -->"
+MARK = "<!-- {} of `{}` -->"
 
 ONE, SP, TP = Setting("single", 1), Setting("sp", N), Setting("tp", N)
 BP = Setting("bp-ag", N, exchanges=1)
@@ -163,9 +163,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def insert(path: Path, name: str, text: str) -> None:
-    """Puts a text between the two marks of that name in a file. Raises AstraError where they are not there."""
-    start, end = MARK.format(name), MARK.format(f"end of {name}")
+def insert(path: Path, name: str, text: str, command: str = "make paper") -> None:
+    """Puts a text between a command's two marks of that name in a file. Raises AstraError where they are not there."""
+    start, end = MARK.format(name, command), MARK.format(f"end of {name}", command)
     before, found, rest = path.read_text(encoding="utf8").partition(f"{start}\n")
     _, ended, after = rest.partition(end)
     if not (found and ended):

@@ -153,14 +153,19 @@ def candidates(work: Workload, speeds: Sequence[float], groups: Sequence[int]) -
     for N in range(2, len(speeds) + 1):
         split = [Setting("astra", N, groups=G) for G in groups] + [Setting("sp", N)]
         check_split(work, split, speeds)
-        ways += split + ([Setting("tp", N)] if divides(work, N) else [])
+        ways += split + [way for way in [Setting("tp", N)] if possible(work, way)]
     return ways
 
 
-def divides(work: Workload, N: int) -> bool:
-    """Whether tensor parallelism can use N devices."""
+def usual_groups(work: Workload) -> list[int]:
+    """Those of `GROUPS` that divide what is quantized."""
+    return [G for G in GROUPS if possible(work, Setting("astra", 1, groups=G))]
+
+
+def possible(work: Workload, way: Setting) -> bool:
+    """Whether a model can be run in this way."""
     try:
-        check_split(work, [Setting("tp", N)], (1.0,) * N)
+        check_split(work, [way], (1.0,) * way.N)
     except AstraError:
         return False
     return True
@@ -349,8 +354,8 @@ def main(args: Args) -> None:
     profile = read_profile(args.device_profile) if args.device_profile else None
     quality = read_quality(args.accuracy) if args.accuracy else None
     known = tuple(sorted({G for _, G in quality.reached})) if quality else ()
-    groups = args.groups or known or GROUPS
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
+    groups = args.groups or known or usual_groups(work)
     ways = candidates(work, speeds, groups)
     if quality and args.accuracy_budget is not None:
         good = quality.within(args.accuracy_budget)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -83,6 +84,32 @@ def speed_up(cells: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) 
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xlabel("link (Mbps)")
     axes.set_ylabel("times faster than one device")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+def measured_and_predicted(rows: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) -> None:
+    """Latency at every rate of the link, one colour per strategy, from the rows of `make lab`: points with their spread
+    are measured, dashed lines predicted."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    megabits = [parse_rate(rate) / 1e6 for rate in rates]
+    for number, name in enumerate(dict.fromkeys(row["strategy"] for row in rows)):
+        found = {row["rate"]: row for row in rows if row["strategy"] == name}
+        measured, least, most, predicted = (
+            np.array([found[rate][f"{column} s"] for rate in rates])
+            for column in ("measured", "least", "most", "predicted")
+        )
+        spread = (measured - least, most - measured)
+        axes.errorbar(megabits, measured, spread, fmt="o", capsize=3, color=f"C{number}", label=name)
+        axes.plot(megabits, predicted, linestyle="--", color=f"C{number}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(megabits, [f"{m:g}" for m in megabits])
+    axes.minorticks_off()
+    axes.set_xlabel("link (Mbps)")
+    axes.set_ylabel("latency (s): measured, and predicted (dashed)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)

@@ -118,7 +118,7 @@ def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 1
 
 
 def exchange_latency(mesh: Mesh, repeats: int = 11) -> float:
-    """Seconds that an exchange over a mesh takes besides its bits: of an all-gather of 4 bytes, among many in one program.
+    """Seconds that an exchange over a mesh takes besides its bits: an all-gather of 4 bytes, one of many in a program.
 
     Args:
       mesh: of several hosts, all of which call this.

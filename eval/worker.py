@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from astra_jax import cluster
 from astra_jax.console import Report
 from astra_jax.errors import AstraError
 from astra_jax.generate import Sampling
@@ -67,15 +66,18 @@ def packed(request: Request) -> bytes:
 
 
 def unpacked(body: bytes) -> Request:
-    """The inverse of `packed`."""
+    """The inverse of `packed`. Raises AstraError for anything else."""
     head, _, rest = body.partition(b"\n")
-    fields, files = json.loads(head), []
-    for size in fields["files"]:
-        files.append(rest[:size])
-        rest = rest[size:]
-    wishes = fields["wishes"]
-    wishes = Wishes(**wishes | {"sampling": Sampling(**wishes["sampling"]), "stop": tuple(wishes["stop"])})
-    return Request(tuple(fields["names"]), tuple(files), tuple(fields["prompts"]), wishes)
+    try:
+        fields, files = json.loads(head), []
+        for size in fields["files"]:
+            files.append(rest[:size])
+            rest = rest[size:]
+        wishes = fields["wishes"]
+        wishes = Wishes(**wishes | {"sampling": Sampling(**wishes["sampling"]), "stop": tuple(wishes["stop"])})
+        return Request(tuple(fields["names"]), tuple(files), tuple(fields["prompts"]), wishes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AstraError("what was asked is not understood: use the same version of astra for both") from error
 
 
 # Who asks
@@ -169,57 +171,65 @@ class _Reply(Report):
         self._send({"title": title, "rows": list(rows)}, table=name)
 
 
-def serve(answerer: Answerer, checkpoint: Path, path: Path) -> None:
-    """Host 0: answers who asks at this socket, without end."""
+def serve(answerer: Answerer, checkpoint: Path, coordinator: str, report: Report) -> None:
+    """Host 0: answers who asks at its socket, without end."""
+    path = socket_path(coordinator)
+    asking: list[_Reply] = []  # the last one
+
+    def farewell(why: str, goes_on: bool) -> None:
+        for reply in asking:
+            reply.farewell(why, goes_on)
+        if not goes_on:
+            path.unlink(missing_ok=True)
+
+    if answerer.here:
+        answerer.here.lifeline.farewell = farewell
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
-        while True:
-            line = Line(server.accept()[0])
-            try:
-                _answer(answerer, checkpoint, line)
-            except OSError:  # who asked is gone, or no `astra run`
-                pass
-            finally:
+        report.say(f"ready: astra run {checkpoint} --workers {coordinator} (on this host)")
+        try:
+            while True:
+                line = Line(server.accept()[0])
+                asking[:] = [_Reply(line)]
+                with contextlib.suppress(OSError):  # who asked is gone, or no `astra run`
+                    _answer(answerer, checkpoint, line.receive(5.0, MOST_BYTES), asking[0])
                 line.close()
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _answer(answerer: Answerer, checkpoint: Path, line: Line) -> None:
-    asked, several = line.receive(5.0, MOST_BYTES), cluster.lifeline()
-    reply = _Reply(line)
-    if several:
-        several.farewell = reply.farewell
+def _answer(answerer: Answerer, checkpoint: Path, asked: dict[str, Any], reply: _Reply) -> None:
+    here = answerer.here
     try:
         if asked.get("checkpoint") != str(checkpoint.resolve()):
             raise AstraError(f"the workers have loaded {checkpoint.resolve()}: ask for it, or start others")
-        request = answerer.shrink(unpacked(asked["body"]))
+        request = answerer.shrink(unpacked(asked.get("body", b"")))
         inputs = answerer.inputs(request)
-        if several:
-            several.ask(packed(request))
+        if here:
+            here.lifeline.ask(packed(request))
         answerer.answer(request, inputs, reply)
     except AstraError as error:
         reply._send(error=str(error))
     else:
         reply._send(done=True)
     finally:
-        if several:
-            several.need(True)
+        if here:
+            here.lifeline.need(True)
 
 
 def main(args: Args) -> None:
     """Runs `astra worker`."""
     setup, report = args.setup, Report("worker")
     answerer = Answerer(setup, report)
-    several = cluster.lifeline()
-    coordinator = setup.several.coordinator or (several and cluster.coordinator())
+    here = answerer.here
+    if here and here.lifeline.host:
+        print(f"host {here.lifeline.host}: ready", flush=True)
+        while True:
+            request = unpacked(here.lifeline.requests.get())
+            answerer.answer(request, answerer.inputs(request), report)
+    coordinator = here.coordinator if here else setup.several.coordinator
     if not coordinator:
         raise AstraError("a worker is one of several hosts: give --coordinator, --hosts and --host")
-    if several and several.host:
-        print(f"host {several.host}: ready", flush=True)
-        while True:
-            request = unpacked(several.requests.get())
-            answerer.answer(request, answerer.inputs(request), report)
-    path = socket_path(coordinator)
-    report.say(f"ready: astra run {setup.checkpoint} --workers {coordinator} (on this host)")
-    serve(answerer, setup.checkpoint, path)
+    serve(answerer, setup.checkpoint, coordinator, report)

@@ -87,9 +87,14 @@ def test_the_verb_prints_on_host_0_and_one_line_on_the_others(saved, tmp_path):
     ]
     first, second = together(commands)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    measured = json.loads((tmp_path / "0.json").read_text())["measured"]
-    assert [row["strategy"] for row in measured] == ["astra G=4", "sp"]
-    assert all(row["measured ms"] > 0 for row in measured)
+    found = json.loads((tmp_path / "0.json").read_text())
+    single, *others = found["measured"]
+    assert [row["strategy"] for row in found["measured"]] == ["single", "astra G=4", "sp"]
+    assert single["predicted ms"] == pytest.approx(single["compute ms"]), "nothing is sent"
+    for row, cell in zip(others, found["cells"][1:], strict=True):  # 3 exchanges, among two as much each as once
+        link = 3 * found["exchange_ms"] + cell["kbit in total"] / 100
+        assert row["predicted ms"] == pytest.approx(row["compute ms"] + link)
+        assert 0 < row["least ms"] <= row["measured ms"] <= row["most ms"]
     assert "times faster" in first.stdout
     assert second.stdout == "host 1: done; the answer is on host 0\n"
     assert not (tmp_path / "1.json").exists()

@@ -21,7 +21,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.line import Line
 from astra_jax.preflight import Findings, check_hosts
-from eval import net
+from eval import net, plan
 from eval.network import Link
 from eval.workload import open_workload
 from tests.unit.test_net import HELLO
@@ -185,15 +185,33 @@ def test_a_stranger_is_noted(port):
     assert first.notes == ("something at 127.0.0.1 connected that is no host of this command: ignored",)
 
 
-def test_a_host_that_is_lost_on_the_way(port):
-    def stranger():
-        with caller(port) as connection:
-            connection.sendall(json.dumps(HELLO | {"address": "127.0.0.1"}).encode() + b'\n{"digest": null}\n')
+def host_1(port, until):
+    """Says what a host says, and goes once it has heard something."""
+    with caller(port) as connection:
+        connection.sendall(json.dumps(HELLO | {"address": "127.0.0.1"}).encode() + b'\n{"digest": null}\n')
+        for line in connection.makefile():
+            if until in line:
+                break
 
-    first, third = together(port, 3, [0, 2], others=[stranger])
-    assert first.problems[0].startswith("from host 0 to host 1: host 1: ")
-    assert [bool(pair.failure) for pair in first.pairs] == [True, False, True]
-    assert third.problems == first.problems
+
+def test_a_host_that_is_lost_on_the_way(port):
+    first, third = together(port, 3, [0, 2], others=[lambda: host_1(port, "listen")])
+    assert first.problems == third.problems == ("host 1 is gone: its process ended or was killed",)
+    assert [about.host for about in first.hosts] == [0, 2]
+
+
+def test_a_host_that_went_may_come_again(port):
+    """While host 0 waits for another one."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(together, port, 3, [0])
+        host_1(port, "wait")
+        assert [run.problems for run in [*together(port, 3, [1, 2]), *found.result(10)]] == [(), (), ()]
+
+
+def test_something_else_that_listens_says_nothing(port):
+    with socket.create_server(("127.0.0.1", port)):
+        (why,) = together(port, 2, [1], start_seconds=0.5)
+    assert why == f"host 1: host 0 at 127.0.0.1:{port} is lost (timed out): see what it says there"
 
 
 def test_a_host_that_another_one_cannot_reach(port, monkeypatch):
@@ -285,7 +303,7 @@ def checkpoint(tiny_vit, tmp_path):
 @pytest.fixture
 def same_speed(monkeypatch):
     """All strategies compute at the same speed, which nobody measures."""
-    monkeypatch.setattr(net, "GROUPS", (1,))
+    monkeypatch.setattr(plan, "GROUPS", (1, 32))  # of which 32 does not divide the width
     monkeypatch.setattr(net, "measured_speeds", lambda work, ways: {(way.strategy, way.groups): 1e6 for way in ways})
 
 
@@ -316,7 +334,7 @@ def test_the_verb_ends_with_what_is_wrong(port, tmp_path, capsys):
     assert cli.main([*argv, "--start-seconds", "0.1", "--json", str(tmp_path / "net.json")]) == 2
     out, err = capsys.readouterr()
     assert "did not take part" in out
-    assert err.startswith("astra: error: host 1 did not come") and err.count("\n") == 1
+    assert err.splitlines()[-1].startswith("astra: error: host 1 did not come")
     assert json.loads((tmp_path / "net.json").read_text())["problems"][0] in err
 
 

