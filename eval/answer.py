@@ -331,7 +331,7 @@ class Answerer:
         alone, here = max(computed) * operations[0] / operations[1], table[0]["total ms"]
         advice = f"{alone / here:.2f} times as long" if alone > here else "which is less: stay on one device"
         report.say(
-            f"one of these devices alone would take about {alone:,.4g} ms (by its operations), {advice}",
+            f"one of these devices alone would take up to {alone:,.4g} ms (by its operations), {advice}",
             single_ms=alone,
             speed_up=alone / here,
         )

@@ -117,9 +117,7 @@ class Program:
 
     def __init__(self, lab, host, argv, folder, **environment):
         self._paths = {name: folder / f"{host}-{time.monotonic_ns()}.{name}" for name in ("out", "err")}
-        # Without a cache a program takes so long to compile that it can be disturbed.
-        added = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_RUNTIME_DIR": str(folder)}
-        environment = {**os.environ, **added, **environment}
+        environment = {**os.environ, "JAX_LOG_COMPILES": "1", "XDG_RUNTIME_DIR": str(folder), **environment}
         with self._paths["out"].open("w") as out, self._paths["err"].open("w") as err:
             command = [sys.executable, "-m", "astra_jax.cli", *argv]
             self.process = lab.start(host, command, cwd=ROOT, env=environment, stdout=out, stderr=err)
@@ -148,14 +146,14 @@ class Hosts:
     """The same verb on every host of a lab."""
 
     def __init__(self, lab, argv, folder, hosts=range(HOSTS), replaced=None, environment=None, **options):
-        """`replaced`: of a host, the word that stands in place of the checkpoint; `environment`: of a host."""
+        """`replaced` is another checkpoint of a host; `environment` is that of one host, or of None for all."""
         self.lab, self.json, self.programs = lab, folder / "out.json", {}
         several = {"coordinator": "{coordinator}", "hosts": "{hosts}", "host": "{host}"}
         words = [w for name, value in (several | options).items() for w in (f"--{name.replace('_', '-')}", str(value))]
         for host in hosts:
             verb, checkpoint, *rest = argv
             checkpoint = (replaced or {}).get(host, checkpoint)
-            added = (environment or {}).get(host, {})
+            added = (environment or {}).get(host) or (environment or {}).get(None, {})
             self.programs[host] = Program(lab, host, [verb, checkpoint, *rest, *words], folder, **added)
 
     def __getitem__(self, host):
@@ -212,6 +210,7 @@ def set_rates(lab, rate):
 
 
 LEFT = {"single": 1, "shrink": 2}  # hosts
+COMPILING = {None: {"JAX_ENABLE_COMPILATION_CACHE": "false"}}  # which takes long enough to be disturbed
 
 
 # A host that does not come
@@ -220,9 +219,9 @@ LEFT = {"single": 1, "shrink": 2}  # hosts
 @pytest.mark.parametrize("policy", ["fail", "single", "shrink"])
 def test_a_host_that_never_starts(run, undisturbed, policy):
     start = time.monotonic()
-    hosts = run(FEW, hosts=[0, 1], start_seconds=5, on_failure=policy)
+    hosts = run(FEW, hosts=[0, 1], start_seconds=4, on_failure=policy)
     why = (
-        "host 2 did not come (--start-seconds is 5): start the same command there with --host 2, and let TCP to port "
+        "host 2 did not come (--start-seconds is 4): start the same command there with --host 2, and let TCP to port "
         "7777 of host 0 through"
     )
     if policy == "fail":
@@ -242,12 +241,10 @@ def test_a_host_that_never_starts(run, undisturbed, policy):
 # A host that is killed
 
 
-@pytest.mark.parametrize(
-    ("phase", "victim"), [("preflight", 1), ("before", 1), ("during", 2), ("after", 1), ("after", 0)]
-)
+@pytest.mark.parametrize(("phase", "victim"), [("preflight", 1), ("before", 1), ("during", 2), ("after", 1)])
 def test_a_host_that_is_killed_ends_the_others(lab, run, phase, victim):
     set_rates(lab, 1.5e6)
-    hosts = run(MANY)
+    hosts = run(MANY, environment=COMPILING if phase == "during" else None)
     hosts.wait_for(phase)
     killed = hosts.kill(victim)
     hosts.all_end(f"host {victim} {KILLED}", killed + 2)
@@ -255,11 +252,11 @@ def test_a_host_that_is_killed_ends_the_others(lab, run, phase, victim):
 
 @pytest.mark.parametrize(
     ("phase", "victim", "policy"),
-    [("preflight", 1, "single"), ("before", 2, "single"), ("during", 1, "shrink"), ("after", 1, "shrink")],
+    [("preflight", 1, "single"), ("during", 2, "single"), ("after", 1, "shrink")],
 )
 def test_those_that_are_left_answer(lab, run, undisturbed, phase, victim, policy):
     set_rates(lab, 1.5e6)
-    hosts = run(MANY, on_failure=policy)
+    hosts = run(MANY, on_failure=policy, environment=COMPILING if phase == "during" else None)
     hosts.wait_for(phase)
     killed, other = hosts.kill(victim), 3 - victim
     if policy == "single":
@@ -321,7 +318,7 @@ def test_a_worker_that_is_killed_while_it_answers(lab, place, question, undistur
 @pytest.mark.parametrize("policy", ["fail", "shrink"])
 def test_a_link_that_is_cut_for_good(run, undisturbed, policy):
     hosts = run(FEW, patience=3, on_failure=policy)
-    hosts.wait_for("during")
+    hosts.wait_for("before")
     hosts.lab.cut(1)
     cut, silent = time.monotonic(), "has given no sign of life for 3.01 s: is its link cut?"
     lonely = hosts.programs.pop(1)
@@ -356,9 +353,9 @@ def test_a_link_that_is_cut_for_a_while(lab, run, undisturbed):
 def test_a_slow_link_is_no_dead_host(lab, run, undisturbed):
     """Not even for who has little patience."""
     set_rates(lab, 1e5)
-    found = run(30, patience=5).answer(100)
-    same(found, undisturbed(30, HOSTS))
-    assert "began_anew" not in found and found["hosts"][0]["total ms"] > 6_000
+    found = run(25, patience=5).answer(100)
+    same(found, undisturbed(25, HOSTS))
+    assert "began_anew" not in found and found["hosts"][0]["total ms"] > 5_000
 
 
 # What is not the same on all hosts, or in use
@@ -378,26 +375,19 @@ def test_another_version_and_another_checkpoint(run, place, tmp_path):
     )
 
 
-@pytest.mark.parametrize("port", [7777, 7778])
-def test_a_port_that_is_in_use(lab, run, port):
-    """By something that says nothing; the second port is that of JAX."""
-    listen = f"import socket; server = socket.create_server(('', {port})); print('ready', flush=True); input()"
+def test_a_port_that_is_in_use(lab, run):
+    """By something that says nothing."""
+    listen = "import socket; server = socket.create_server(('', 7777)); print('ready', flush=True); input()"
     listener = lab.start(0, [sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert listener.stdout.readline() == "ready\n"
     start, hosts = time.monotonic(), run(FEW, start_seconds=3)
     code, line = hosts.programs.pop(0).ends(start + 20)
     assert code == 2
     assert line.startswith(
-        f"astra: error: --coordinator: host 0 needs 10.77.0.1:{port}, and the port is in use: end what uses it, or try "
+        "astra: error: --coordinator: host 0 needs 10.77.0.1:7777, and the port is in use: end what uses it, or try "
         "--coordinator 10.77.0.1:"
     )
     for host, program in hosts.programs.items():
-        code, line = program.ends(start + 20)
-        assert code == 2 and program.said() == ""
-        assert line == (
-            f"astra: error: host {host}: host 0 at 10.77.0.1:7777 is lost (timed out): see what it says there"
-            if port == 7777
-            else "astra: error: nothing answers at --coordinator 10.77.0.1:7777 within 3 s (Connection refused): start "
-            "the same command there with --host 0, and let TCP to port 7777 through its firewall"
-        )
+        line = f"astra: error: host {host}: host 0 at 10.77.0.1:7777 is lost (timed out): see what it says there"
+        assert program.ends(start + 20) == (2, line) and program.said() == ""
     listener.communicate("\n", timeout=10)

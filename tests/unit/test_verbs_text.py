@@ -179,7 +179,7 @@ def test_a_sentence_encoder(place, capsys):
 
 BAD = {
     "no prompt": ("run {place}/original", "give --prompt, not --image"),
-    "a picture for a language model": ("run {place}/original --image x.png", "give --prompt"),
+    "a picture for a language model": ("run {place}/original --image {place}/original/astra.json", "give --prompt"),
     "an empty prompt": ("run {place}/original --prompt=", "the text is empty"),
     "a prompt that is too long": ("run {place}/original --prompt {long}", "40 tokens; the model takes at most 32"),
     "more new tokens than the model has room for": (
