@@ -90,7 +90,7 @@ def ask(coordinator: str, checkpoint: Path, request: Request, report: Report) ->
       AstraError: there are none, they have another checkpoint, cannot answer this, or ended.
     """
     path, body = socket_path(coordinator), packed(request)
-    deadline = time.monotonic() + (START_SECONDS if path.exists() else 0)
+    deadline = time.monotonic()
     while True:
         line = _call(path, coordinator, deadline)
         try:
@@ -177,10 +177,9 @@ def serve(answerer: Answerer, checkpoint: Path, coordinator: str, report: Report
     asking: list[_Reply] = []  # the last one
 
     def farewell(why: str, goes_on: bool) -> None:
+        path.unlink(missing_ok=True)  # first: who is told to ask again must not come here
         for reply in asking:
             reply.farewell(why, goes_on)
-        if not goes_on:
-            path.unlink(missing_ok=True)
 
     if answerer.here:
         answerer.here.lifeline.farewell = farewell
