@@ -31,7 +31,7 @@ def usage() -> str:
     lines = [f"astra {__version__}: one Transformer on several devices joined by a slow link", ""]
     lines += ["usage: astra VERB [options]        astra VERB --help explains a verb", ""]
     lines += [f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()]
-    lines += ["", "options of every verb: --json FILE (what was printed, for machines; not of worker), --debug (tracebacks)"]
+    lines += ["", "options of every verb: --json FILE (what was printed, for machines), --debug (tracebacks)"]
     return "\n".join(lines)
 
 
