@@ -55,29 +55,30 @@ def guarded(work: Callable[[], object], debug: bool = False) -> int:
     """Runs `work` and turns what a user can fix into one line and an exit code: 0, 2 or, after Ctrl-C, 130."""
     try:
         work()
-        _of_cluster("leave")
+        _of("cluster", "leave")
+        _of("console", "say_status")  # only now, when host 0 has its answer
         return 0
     except (AstraError, OSError) as error:  # OSError: permissions, a full disk
         if debug:
             traceback.print_exc()
-        _of_cluster("abandon", str(error))
+        _of("cluster", "abandon", str(error))
         print(f"astra: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        _of_cluster("abandon", "stopped by Ctrl-C")
+        _of("cluster", "abandon", "stopped by Ctrl-C")
         print("astra: stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _of_cluster("lost", error)
+        _of("cluster", "lost", error)
         raise
 
 
-def _of_cluster(name: str, *args: object) -> None:
-    """Calls a function of `astra_jax.cluster` if this may be one of several hosts; importing it takes long."""
-    if cluster := sys.modules.get("astra_jax.cluster"):
-        getattr(cluster, name)(*args)
+def _of(module: str, name: str, *args: object) -> None:
+    """Calls a function of a module of `astra_jax`, if that is in use; importing it takes long."""
+    if loaded := sys.modules.get(f"astra_jax.{module}"):
+        getattr(loaded, name)(*args)
 
 
 def _run(verb: str, rest: Sequence[str]) -> None:

@@ -35,6 +35,12 @@ def be_quiet(status: str) -> None:
     _status = status
 
 
+def say_status() -> None:
+    """Prints the line of `be_quiet`, if there is one."""
+    if _status:
+        print(_status)
+
+
 class Report:
     """Collects everything that a verb prints and writes it to `--json FILE` at the end.
 
@@ -65,9 +71,7 @@ class Report:
 
     def close(self) -> None:
         """Writes the JSON file, whole or not at all."""
-        if console.quiet:
-            print(_status)
-        elif self.path is not None:
+        if self.path is not None and not console.quiet:
             write_atomically(self.path, json.dumps(self.data, indent=2) + "\n")
 
 

@@ -184,7 +184,7 @@ class Hosts:
         """All that are left say this at the end, as an error, and none has an answer."""
         for host, program in self.programs.items():
             assert program.ends(deadline) == (2, f"astra: error: {line}"), f"host {host}"
-            assert program.said() == "" or host, f"host {host}"
+            assert program.said() == "", f"host {host}"
         assert not self.json.exists()
 
     def answer(self, seconds):
