@@ -56,6 +56,11 @@ def socket_path(coordinator: str) -> Path:
     return folder / f"{address}-{port}"
 
 
+def _beginning(path: Path) -> Path:
+    """The file that is there while workers begin anew, for which it is worth to wait."""
+    return path.with_name(f"{path.name}-beginning")
+
+
 # A request as a message
 
 
@@ -90,7 +95,7 @@ def ask(coordinator: str, checkpoint: Path, request: Request, report: Report) ->
       AstraError: there are none, they have another checkpoint, cannot answer this, or ended.
     """
     path, body = socket_path(coordinator), packed(request)
-    deadline = time.monotonic()
+    deadline = time.monotonic() + (START_SECONDS if _beginning(path).exists() else 0)
     while True:
         line = _call(path, coordinator, deadline)
         try:
@@ -177,6 +182,8 @@ def serve(answerer: Answerer, checkpoint: Path, coordinator: str, report: Report
     asking: list[_Reply] = []  # the last one
 
     def farewell(why: str, goes_on: bool) -> None:
+        if goes_on:
+            _beginning(path).touch()
         path.unlink(missing_ok=True)  # first: who is told to ask again must not come here
         for reply in asking:
             reply.farewell(why, goes_on)
@@ -187,6 +194,7 @@ def serve(answerer: Answerer, checkpoint: Path, coordinator: str, report: Report
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
+        _beginning(path).unlink(missing_ok=True)
         report.say(f"ready: astra run {checkpoint} --workers {coordinator} (on this host)")
         try:
             while True:
