@@ -9,7 +9,6 @@ those that are left begin anew without it, as host 0 says.
 import contextlib
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ Policy = Literal["fail", "single", "shrink"]
 
 def die(message: str) -> NoReturn:
     """Ends this process at once with one line and exit code 2. By itself JAX would wait for hosts that are gone."""
-    sys.stdout.flush()
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads, also XLA's, say from now on is no last line
     os.write(stderr, f"astra: error: {' '.join(message.split())}\n".encode())
