@@ -136,8 +136,6 @@ class Answerer:
         self.here = cluster.membership()
         if self.here:
             report.data["pairs"] = pair_rows(self.here.findings.pairs)
-        if again := cluster.again():
-            report.data["began_anew"] = dataclasses.asdict(again)
         dtype = jnp.dtype(setup.dtype)
         # Straight to where they are needed: no device ever holds more than its own.
         where = partial(shardings, mesh=self.mesh, make=self.make)
@@ -199,6 +197,10 @@ class Answerer:
 
     def answer(self, request: Request, inputs: Any, report: Report) -> None:
         """Answers a request whose `inputs` are these; on several hosts all of them have to."""
+        if again := cluster.again():
+            report.say(
+                f"answered by {again.hosts} of {again.were} hosts: {again.why}", began_anew=dataclasses.asdict(again)
+            )
         if not self.images and (shortest := int(np.min(inputs.lengths))) < self.N:
             report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {self.N} devices")
         if self.task == "causal-lm":

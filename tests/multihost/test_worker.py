@@ -101,7 +101,9 @@ def test_workers_answer_pictures_again_and_again_and_without_a_lost_host(place):
             assert message in run(place, *argv, "--workers", coordinator, code=2)
 
         processes[1].kill()
-        same(run(place, vit, *pictures, "--workers", coordinator), run(place, vit, *pictures, "--devices", HOSTS - 1))
+        found = run(place, vit, *pictures, "--workers", coordinator)
+        same(found, run(place, vit, *pictures, "--devices", HOSTS - 1))
+        assert found["began_anew"]["hosts"] == HOSTS - 1 and "host 1 is gone" in found["began_anew"]["why"]
         processes[0].kill()
         _, said = processes[2].communicate(timeout=20)
         assert said.splitlines()[-1] == "astra: error: host 0 is gone: its process ended or was killed"
