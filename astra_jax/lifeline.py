@@ -97,8 +97,7 @@ class Lifeline:
             shutdown()
             self._tell(done=True)
         for done in self._done.values():
-            while not done.wait(1.0) and not self._over.is_set():
-                pass
+            done.wait()  # where this host fails, it ends here
         if self.host == 0:
             shutdown()
             self._tell(done=True)
@@ -151,9 +150,9 @@ class Lifeline:
         with self._lock:
             first, needed = not self._gone, self._needed
             self._gone[other] = message
-        self._done[other].set()
         if needed and first:
             self._fail(message, a_fault=True)
+        self._done[other].set()  # only now: whoever waits in `close` would take it for an end in order
 
     def _fail(self, message: str, a_fault: bool) -> None:
         """Ends all hosts, or begins anew with those that are left."""
