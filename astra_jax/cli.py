@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], object], debug: bool = False) -> int:
     """Runs `work` and turns what a user can fix into one line and an exit code: 0, 2 or, after Ctrl-C, 130."""
+    _keep_programs()
     try:
         work()
         _of("cluster", "leave")
@@ -81,6 +82,14 @@ def _of(module: str, name: str, *args: object) -> None:
         getattr(loaded, name)(*args)
 
 
+def _keep_programs() -> None:
+    """Lets JAX keep what it compiles, once JAX is there; importing it takes long."""
+    if "jax" in sys.modules:
+        from astra_jax import programs
+
+        programs.keep()
+
+
 def _run(verb: str, rest: Sequence[str]) -> None:
     if verb not in VERBS:
         import difflib
@@ -92,6 +101,7 @@ def _run(verb: str, rest: Sequence[str]) -> None:
 
     module = importlib.import_module(VERBS[verb][0])
     args = tyro.cli(module.Args, prog=f"astra {verb}", description=module.__doc__, args=rest)
+    _keep_programs()
     module.main(args)
 
 

@@ -3,6 +3,7 @@
 Weights are read, written and converted part by part, so that no more than one part of a model is in memory twice.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -68,18 +69,39 @@ def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, shardin
         return (param_dtype or a.dtype) if path in parameters else shapes[path].dtype
 
     flat: dict[str, Array] = {}
-    stack: dict[str, Array] = {}
+    stack: dict[str, Any] = {}
+    whole = all(map(_is_main_memory, where.values()))
     for name, arrays in parts:
-        if not name.startswith(BLOCK):
+        block = int(name.removeprefix(BLOCK)) if name.startswith(BLOCK) else None
+        if block is None:
             flat |= {p: put(a.astype(dtype(p, a), copy=False), where[p]) for p, a in arrays.items()}
+        elif whole:
+            if not stack:
+                stack = {p: _aligned(shapes[p].shape, dtype(p, a)) for p, a in arrays.items()}
+            for path, a in arrays.items():
+                stack[path][block] = a
         else:
             if not stack:
                 stack = {p: jnp.zeros(shapes[p].shape, dtype(p, a), device=where[p]) for p, a in arrays.items()}
                 put_block = jax.jit(_put, donate_argnums=0, out_shardings={p: where[p] for p in stack})  # in place
             # Waited for, or blocks are read faster than they are put in place and pile up.
-            stack = jax.block_until_ready(put_block(stack, arrays, int(name.removeprefix(BLOCK))))
+            stack = jax.block_until_ready(put_block(stack, arrays, block))
         del arrays  # or this part is still there while the next one is read
-    return with_state(model, flat | stack)
+    return with_state(model, flat | {p: put(a, where[p]) for p, a in stack.items()})
+
+
+def _is_main_memory(sharding: Any) -> bool:
+    """Whether the devices of a sharding are CPUs that all have the whole array."""
+    return sharding.is_fully_replicated and all(device.platform == "cpu" for device in sharding.device_set)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that the CPU devices of a process use as it is, all of them the same one: no copy is made of what begins
+    at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @jax.jit

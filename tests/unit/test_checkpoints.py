@@ -886,6 +886,22 @@ def test_weights_go_straight_to_where_they_shall_be(calibrated: checkpoints.Chec
     assert same(checkpoints.load(tmp_path).model, calibrated.model)
 
 
+def test_cpu_devices_share_the_blocks_and_do_not_spoil_them_for_each_other(
+    calibrated: checkpoints.Checkpoint, tmp_path: Path
+) -> None:
+    checkpoints.save(tmp_path, calibrated)
+    mesh = make_mesh(4, 2)
+    flat = flat_state(checkpoints.load(tmp_path, shardings=lambda model: shardings(model, mesh)).model)
+    blocks = {path: a for path, a in flat.items() if path.startswith("blocks.")}
+    for path, a in blocks.items():
+        assert len({shard.data.unsafe_buffer_pointer() for shard in a.addressable_shards}) == 1, path
+    expected = {path: np.asarray(a) + 1 for path, a in blocks.items()}
+    given_away = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)(blocks)
+    for path, a in given_away.items():
+        for shard in a.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[path])
+
+
 def test_a_device_gets_its_part_of_the_weights_alone(tiny_vit: Any, tmp_path: Path) -> None:
     """Heads and MLP columns, as tensor parallelism splits them."""
     model = tiny_vit()
