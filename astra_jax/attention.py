@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from astra_jax.config import AstraConfig
 from astra_jax.models.layers import RowLinear
@@ -21,12 +21,23 @@ from astra_jax.rotary import Rotary
 SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
 
 
-class Source(NamedTuple):
-    """Keys and values of R tokens, and who may see them. The mask broadcasts to [B, S, R]."""
+class Folded(nnx.Variable):
+    """What a codeword adds to key and value of a token, `C_g [Wk_g Wv_g]`, biases in the first group: [G,K,2JE].
 
-    key: Float[Array, "B R J E"]
-    value: Float[Array, "B R J E"]
-    mask: Bool[Array, "*#B #S R"]
+    Made by `astra_jax.fast_path.fold`.
+    """
+
+
+class Source(NamedTuple):
+    """Keys and values of R tokens, and who may see them. The mask broadcasts to [B, S, R]; None where all see all.
+
+    `times` says how many equal tokens each of them stands for; None for one.
+    """
+
+    key: Float[Array, "#B R J E"]
+    value: Float[Array, "#B R J E"]
+    mask: Bool[Array, "*#B #S R"] | None
+    times: Int[Array, "*#B #S R"] | None = None
 
 
 class Kept(NamedTuple):
@@ -63,7 +74,7 @@ def _attend_by_head(query: Float[Array, "B S H E"], source: Source) -> Partial:
 
     def one_head(head: tuple[Array, Array, Array]) -> Partial:
         q, k, v = head
-        return _attend_all_heads(q, Source(k[:, :, None], v[:, :, None], source.mask))
+        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None]))
 
     q = query.reshape(B, S, J, H // J, E).transpose(2, 0, 1, 3, 4)
     by_head = jax.lax.map(one_head, (q, *(jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))))
@@ -75,17 +86,24 @@ def _attend_all_heads(query: Float[Array, "B S H E"], source: Source) -> Partial
     R, J = source.key.shape[1:3]
     # Heads first and plain batched matmuls: about 1.7 times as fast on a CPU as einsums over [B,S,H,E], gradients too.
     q = (query / math.sqrt(E)).reshape(B, S, J, H // J, E).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * S, E)
-    k, v = source.key.transpose(0, 2, 3, 1), source.value.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(B, H, S, R)
-    mask = source.mask if source.mask.ndim == 2 else source.mask[:, None]
-    scores = jnp.where(mask, scores, -jnp.inf)
+    k, v = source.key.transpose(0, 2, 1, 3), source.value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bjme,bjre->bjmr", q, k, preferred_element_type=jnp.float32).reshape(B, H, S, R)
+    if source.mask is not None:
+        scores = jnp.where(_for_heads(source.mask), scores, -jnp.inf)
     # A finite floor: where nothing is visible, exp(-inf - floor) is 0 instead of nan.
     floor = jnp.finfo(scores.dtype).min
     max_score = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=floor))
     weights = jnp.exp(scores - max_score)
+    if source.times is not None:  # the same as log(count) added to the scores
+        weights = weights * _for_heads(source.times)
     rows = weights.astype(v.dtype).reshape(B, J, (H // J) * S, R)
     numerator = jnp.matmul(rows, v, preferred_element_type=jnp.float32).reshape(B, H, S, E)
     return Partial(numerator, weights.sum(axis=-1, keepdims=True), max_score)
+
+
+def _for_heads(table: Shaped[Array, "*#B #S R"]) -> Shaped[Array, "*#BH #S R"]:
+    """A table of queries and keys, the same for every head."""
+    return table if table.ndim == 2 else table[:, None]
 
 
 def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
@@ -98,6 +116,23 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
     denominator = sum(p.denominator * scale for p, scale in zip(partials, scales, strict=True))
     merged = numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)
     return merged.transpose(0, 2, 1, 3)
+
+
+def _sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -> Float[Array, "B R width"]:
+    """`sum_g tables[g, z_g]`, group by group, so that nothing of size [B,R,G,width] is held."""
+    z = jnp.moveaxis(z.astype(jnp.int32), -1, 0)
+
+    def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+        table, codes = group
+        return total + table[codes], None
+
+    return jax.lax.scan(add, tables[0][z[0]].astype(jnp.float32), (tables[1:], z[1:]))[0]
+
+
+def _counts(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
+    """How often each of K codewords occurs among the tokens that can be seen."""
+    seen = jnp.broadcast_to(True if mask is None else mask[..., 0, :], z.shape).astype(jnp.int32)
+    return jax.vmap(lambda codes, ones: jnp.zeros(K, jnp.int32).at[codes].add(ones))(z, seen)[:, None]
 
 
 class MixedPrecisionAttention(nnx.Module):
@@ -134,6 +169,7 @@ class MixedPrecisionAttention(nnx.Module):
         self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
         self.codec = VectorQuantizer(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
+        self.folded: Folded | None = nnx.data(None)
 
     def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
         """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
@@ -144,10 +180,30 @@ class MixedPrecisionAttention(nnx.Module):
 
         `message` is codes, or the vectors themselves where a strategy already has them.
         """
+        if self.folded is not None:
+            k, v = jnp.split(_sum_of_rows(self.folded[...], message), 2, axis=-1)
+            return self.heads(k), self.heads(v)
         if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
             message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
         k, v = jnp.split(message, 2, axis=-1) if site == "kv" else (self.k(message), self.v(message))
         return self.heads(k), self.heads(v)
+
+    def remote_source(self, remote: Any, site: str | None, dtype: Any) -> Source:
+        """Remote tokens as attention sees them: one by one, or where that is less, as codewords with their counts.
+
+        Without a rotary embedding, tokens with the same code (G=1) have the same key and value, wherever they are.
+        So attention to all of them is attention to K codewords that count as often as they were sent (the log-count
+        bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
+        """
+        R, folded = remote.message.shape[1], self.folded
+        if folded is not None and self.rotary is None and (remote.mask is None or remote.mask.shape[-2] == 1):
+            G, K, _ = folded.shape
+            if G == 1 and K < R:
+                count = _counts(remote.message[..., 0], remote.mask, K)
+                k, v = (self.heads(a).astype(dtype) for a in jnp.split(folded[...], 2, axis=-1))
+                return Source(k, v, count > 0, count)
+        k, v = self.remote_key_value(remote.message, site)
+        return Source(self.rotate(k, remote.position).astype(dtype), v.astype(dtype), remote.mask)
 
     def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
         """Queries or keys at their places in the sequence; as they are without a rotary embedding."""
@@ -174,9 +230,7 @@ class MixedPrecisionAttention(nnx.Module):
         q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
         sources = [Source(k, v, strategy.local_mask()), *strategy.cached(block)]
         if remote is not None:
-            k_hat, v_hat = self.remote_key_value(remote.message, site)
-            k_hat = self.rotate(k_hat, remote.position)
-            sources.append(Source(k_hat.astype(k.dtype), v_hat.astype(v.dtype), remote.mask))
+            sources.append(self.remote_source(remote, site, k.dtype))
         if strategy.keep:
             report = Kept(k, v, remote.message if remote is not None else None)
         attended = merge([attend(q, source) for source in sources]).astype(y.dtype)

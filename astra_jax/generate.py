@@ -236,16 +236,17 @@ class Generator:
     Args:
       model: a causal language model of `astra_jax.models`.
       mesh: from `make_mesh`. Prefill uses all of it; decoding the devices of the last shard, one per data row.
+      fast_path: see `astra_jax.parallel.parallelize`.
 
     Raises:
       AstraError: the model is no causal language model, or there are several shards and it has no codebooks.
     """
 
-    def __init__(self, model: Any, mesh: Mesh):
+    def __init__(self, model: Any, mesh: Mesh, fast_path: bool = True):
         if not model.per_token:
             raise AstraError("this checkpoint is no language model: it cannot generate text")
         self.model, self.mesh = model, mesh
-        self.graphdef, self.state = place(model, mesh)
+        self.graphdef, self.state = place(model, mesh, fast_path=fast_path)
         self.ends = Mesh(mesh.devices[:, -1], (DATA,))
         # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
         self.here = all(device.process_index == jax.process_index() for device in self.ends.devices)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from astra_jax.fast_path import fold
 from astra_jax.sharding import DATA, SEQ, put
 from astra_jax.strategies import Astra, Sharded, Single, part_size
 
@@ -65,8 +66,14 @@ def shardings(model: Any, mesh: Mesh, make: Make = Astra.of) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(strategy, state))
 
 
-def place(model: Any, mesh: Mesh, make: Make = Astra.of) -> tuple[Any, Any]:
-    """A model's graph, and its weights placed on a mesh by `shardings`. Of an abstract model, shapes stay shapes."""
+def place(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True) -> tuple[Any, Any]:
+    """A model's graph, and its weights placed on a mesh by `shardings`. Of an abstract model, shapes stay shapes.
+
+    Args:
+      fast_path: whether what `astra_jax.fast_path` computes in advance is among the weights, where that pays.
+    """
+    if fast_path and isinstance(make_for(mesh, make)(model, mesh.shape[SEQ]), Astra):
+        model = fold(model, mesh.devices.flat[0].platform)
     where = shardings(model, mesh, make)
     graphdef, state = nnx.split(model)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
@@ -100,13 +107,14 @@ def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:
     return run
 
 
-def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
+def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True) -> Program:
     """Jit-compiles `model` for a (data, seq) mesh of N = `mesh.shape["seq"]` devices over the tokens.
 
     Args:
       model: a model of `astra_jax.models`; its weights are placed on the devices.
       mesh: from `make_mesh`.
       make: what makes the strategy, such as `TensorParallel.of`; by default ASTRA. With N = 1 it is `Single`.
+      fast_path: whether exact short cuts are taken where they pay (`astra_jax/fast_path.py`); False for the plain form.
 
     Returns:
       A function from the model's input (for ViT: images [B, height, width, channels]; for text: `Text`) to its output:
@@ -118,7 +126,7 @@ def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
         ASTRA lacks codebooks.
     """
     make = make_for(mesh, make)
-    graphdef, state = place(model, mesh, make)
+    graphdef, state = place(model, mesh, make, fast_path)
     N, batches = mesh.shape[SEQ], mesh.shape[DATA]
 
     def work(state: Any, tokens: Array, strategy: Any) -> Array:

@@ -187,6 +187,12 @@ class Shards:
         return self.class_slots + self.S - self.home_slots
 
     @property
+    def all_see_all(self) -> bool:
+        """Whether no mask is needed: every slot is a token that all others see, and that is known without the input."""
+        even = isinstance(self.lengths, tuple) and set(self.lengths) == {self.S}
+        return even and not self.causal and (self.class_token != "single" or self.N == 1)
+
+    @property
     def _np(self) -> Any:
         """numpy where the split is known, so that masks are constants of a program."""
         return np if isinstance(self.lengths, tuple) else jnp

@@ -27,12 +27,12 @@ class Remote(NamedTuple):
     Attributes:
       message: codes [B,R,G], or vectors [B,R,D]: an estimate of what the codes stand for, or the exact ones.
       position: their places in the sequence, for rotary embeddings.
-      mask: which query sees which remote token, broadcastable to [B,S,R].
+      mask: which query sees which remote token, broadcastable to [B,S,R]; None where all see all.
     """
 
     message: Shaped[Array, "B R _"]
     position: Int[Table, "*B R"]
-    mask: Bool[Array, "*#B #S R"]
+    mask: Bool[Array, "*#B #S R"] | None
 
 
 class Message(NamedTuple):
@@ -83,7 +83,7 @@ class Strategy:
     prepend_class(cls, x)        puts the class token at the head of every shard that is here
     exchange(codec, y, carry, block) -> (Remote | None, carry, report)
     cached(block)                further sources of a block: keys and values of earlier calls
-    local_mask()                 which local tokens a local query sees
+    local_mask()                 which local tokens a local query sees; None where all see all
     reduce(x)                    a layer's output from what the rows of its kernel that are here make of it
     run_blocks(block, carry, xs) the stack of blocks
     pool(x, pooling)             the state that a head reads
@@ -162,7 +162,9 @@ class Sharded(Strategy):
     def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
         return None, carry, None
 
-    def local_mask(self) -> Bool[Array, "*B queries keys"]:
+    def local_mask(self) -> Bool[Array, "*B queries keys"] | None:
+        if self.shards.all_see_all:
+            return None
         tokens = self.tokens()
         mask = tokens.valid[..., None, :]
         if self.shards.causal:
@@ -226,8 +228,9 @@ class Virtual(Sharded):
         return Remote(estimate, tokens.position, mask), carry, seen
 
     def local_mask(self) -> Bool[Array, "*B queries keys"]:
-        shard = self.tokens().shard
-        return super().local_mask() & jnp.asarray(shard[:, None] == shard[None, :])
+        shard, mask = self.tokens().shard, super().local_mask()
+        here = jnp.asarray(shard[:, None] == shard[None, :])
+        return here if mask is None else mask & here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +261,11 @@ class SplitTokens(Sharded):
     def _remote(self, arrived: Shaped[Array, "others B sent _"]) -> Remote:
         """What arrived from every other device, as attention gets it."""
         message = arrived.swapaxes(0, 1).reshape(arrived.shape[1], -1, arrived.shape[-1])
-        keys = self.remote_tokens()
-        return Remote(message, keys.position, visible(keys, self.tokens(), self.shards.causal))
+        keys, mine = self.remote_tokens(), self.tokens()
+        if self.shards.all_see_all:
+            return Remote(message, keys.position, None)
+        # All that are here see the same, so one query says it for all of them.
+        return Remote(message, keys.position, visible(keys, Tokens(*(a[..., :1] for a in mine)), self.shards.causal))
 
     def _pooled(self, model: Any) -> list[Message]:
         """The state that a head reads: its sum over the devices, once."""

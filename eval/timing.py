@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from astra_jax.collectives import Alone, Peers
+from astra_jax.fast_path import fold
 from astra_jax.sharding import SEQ
-from astra_jax.strategies import Single, part
+from astra_jax.strategies import Astra, Single, part
 
 _EXCHANGES = 12  # in a row, as in a model of so many blocks
 
@@ -67,24 +68,28 @@ class Share(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def share(model: Any, N: int, inputs: Any, make: Any) -> Share:
+def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> Share:
     """What the last of N devices computes in a forward pass, the exchange excluded; all of it for N = 1.
 
     Args:
       model: a model of `astra_jax.models`; may be abstract.
       inputs: what the model takes: images, or a `Text`.
       make: what makes the strategy (`astra_jax.parallel.Make`).
+      fast_path: see `astra_jax.parallel.parallelize`.
 
     Raises:
       AstraError: the strategy cannot split the model over N devices.
     """
-    graphdef, state = nnx.split(model)
-    work = forward(model, graphdef)
 
     def strategy_for(inputs: Any) -> Any:
         if N == 1:
             return Single.of(model, 1, inputs)
         return dataclasses.replace(make(model, N, inputs), peers=Alone(N))
+
+    if fast_path and isinstance(strategy_for(inputs), Astra):
+        model = fold(model)
+    graphdef, state = nnx.split(model)
+    work = forward(model, graphdef)
 
     def cut(state: Any, inputs: Any) -> tuple[Any, Array]:
         strategy = strategy_for(inputs)
@@ -102,19 +107,19 @@ def share(model: Any, N: int, inputs: Any, make: Any) -> Share:
     return Share(run, (mine, inputs, tokens))
 
 
-def alone(model: Any, N: int, inputs: Any, make: Any) -> Callable[[], Array]:
+def alone(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> Callable[[], Array]:
     """A function that does one device's share of a forward pass, exchange excluded; see `share` for the arguments."""
-    mine = share(model, N, inputs, make)
+    mine = share(model, N, inputs, make, fast_path)
     run = jax.jit(mine.run)
     return lambda: run(*mine.arguments)
 
 
-def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 11) -> float:
+def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 11, fast_path: bool = True) -> float:
     """The median of the seconds in which one device of N does its share of a forward pass, exchange excluded.
 
     See `share` for the arguments. The device is the last one, which for a decoder has the most to do.
     """
-    return median_seconds(alone(model, N, inputs, make), repeats)
+    return median_seconds(alone(model, N, inputs, make, fast_path), repeats)
 
 
 def exchange_latency(mesh: Mesh, repeats: int = 11) -> float:
