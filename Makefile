@@ -1,10 +1,10 @@
-# make demo | paper | lab | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+# make demo | paper | lab | bench | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo paper lab test test-all lint venv clean
+.PHONY: demo paper lab bench test test-all lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -15,6 +15,10 @@ paper: .venv/installed
 
 lab: .venv/installed
 	@$(BIN)/python -m eval.lab_report --markdown docs/lab.md
+
+# As root, half an hour on a machine that does nothing else. torch, which is timed beside us, comes with what tests need.
+bench: .venv/installed-test
+	@$(BIN)/python -m eval.performance --markdown docs/performance.md
 
 test: .venv/installed-test
 	@$(BIN)/python -m pytest

@@ -58,6 +58,8 @@ class Setup:
     """What is computed in, and kept in memory."""
     weights: Weights | None = None
     """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
+    fast_path: Literal["on", "off"] = "on"
+    """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Answerer:
     """
 
     def __init__(self, setup: Setup, report: Report):
-        self.name, self.strategy = str(setup.checkpoint), setup.strategy
+        self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
         self.make = STRATEGIES[setup.strategy].of
         self.mesh = cluster.open_mesh(
             setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
@@ -152,9 +154,9 @@ class Answerer:
         if self.task == "causal-lm":
             if self.strategy != "astra":
                 raise AstraError(f"--strategy {self.strategy}: texts go on from codes only: leave the option out")
-            self.generator = Generator(self.model, self.mesh)
+            self.generator = Generator(self.model, self.mesh, self.fast_path)
         else:
-            self.program = parallelize(self.model, self.mesh, self.make)
+            self.program = parallelize(self.model, self.mesh, self.make, self.fast_path)
         self._compiled = set[str]()  # shapes of inputs
         self._counted = dict[tuple[str, int], int]()
 
@@ -342,6 +344,6 @@ class Answerer:
         """Of one of N devices, counted once for every shape of inputs."""
         key = (str(jax.tree.map(np.shape, inputs)), N)
         if key not in self._counted:
-            mine = share(abstract(self.model), N, inputs, self.make)
+            mine = share(abstract(self.model), N, inputs, self.make, self.fast_path)
             self._counted[key] = flops(mine.run, *mine.arguments)
         return self._counted[key]

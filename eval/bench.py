@@ -3,7 +3,7 @@
     astra bench vit-base --devices 4 --tokens 1024 --strategies single,astra,sp,tp,bp-ag,bp-sp --groups 1,16,32
 
 MODEL is a checkpoint or a known architecture with random weights (vit-base, vit-large, bert-base, gpt2-s, gpt2-m,
-llama-3-8b): latency does not depend on their values. Of a language model it is the time to the first token.
+llama-s, llama-3-8b): latency does not depend on their values. Of a language model it is the time to the first token.
 
 What one device computes is measured here, or predicted by the speed in --device-profile. What it sends is predicted by
 the strategy and read from the compiled program, and the two must agree. The link is the network model of
@@ -50,7 +50,7 @@ class Args:
     """Arguments of `astra bench`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-3-8b."""
+    """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-s, llama-3-8b."""
     devices: int | None = None
     """N; by default 4, or one on each host."""
     several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
@@ -60,6 +60,8 @@ class Args:
     """Which to compare."""
     groups: Integers = (1, 16, 32)
     """G of astra, one after the other."""
+    fast_path: Texts = ("on",)
+    """Exact short cuts of astra where they pay (docs/performance.md): on, off, or both: on,off."""
     exchanges: Integers = (1,)
     """Nb of bp-ag and bp-sp: exchanges over the whole network."""
     rates: Texts = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
@@ -159,9 +161,9 @@ def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> 
     The two take turns, and the hosts begin each one together, so that both meet the same machine. A pass of one device
     is its share once more, on every host at once: how well the two agree is how sure a measurement is.
     """
-    mine = whole = alone(model, way.N, work.inputs(), way.make)
+    mine = whole = alone(model, way.N, work.inputs(), way.make, way.fast_path)
     if way.N > 1:
-        run, state = pass_on_mesh(model, way.N, way.make)
+        run, state = pass_on_mesh(model, way.N, way.make, way.fast_path)
         whole = partial(run, state, jax.tree.map(np.asarray, work.inputs()))
     return wall_seconds([mine, whole], repeats, lambda: multihost_utils.sync_global_devices(str(way)))
 
@@ -217,7 +219,7 @@ def main(args: Args) -> None:
     latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = settings(args.strategies, N, args.groups, args.exchanges)
+    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices.
     mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])
@@ -232,7 +234,7 @@ def main(args: Args) -> None:
     speed = dict[Setting, float]()  # FLOPs per second
     with progress("strategies", len({ONE, *ways})) as advance:
         for way in dict.fromkeys([ONE, *ways]):
-            messages(work.abstract(way.groups), way.N, work.inputs(), way.make)  # are as predicted
+            messages(work.abstract(way.groups), way.N, work.inputs(), way.make, way.fast_path)  # are as predicted
             if profile:
                 speed[way] = profile.flops_per_second
             else:
@@ -242,7 +244,7 @@ def main(args: Args) -> None:
                     mine, walls[way] = measured_seconds(work, model, way, args.repeats)
                     seconds = float(np.median(mine))
                 else:
-                    seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats)
+                    seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats, way.fast_path)
                 speed[way] = share_flops(work, way) / seconds
             costs[way] = cost(work, way, fastest(speeds, way.N), speed[way])
             advance(strategy=str(way))

@@ -48,7 +48,7 @@ def cost(work: Workload, setting: Setting, speeds: Sequence[float], flops_per_se
 
 def share_flops(work: Workload, setting: Setting, N: int | None = None) -> int:
     """Operations of one device of N (by default the setting's N) in a forward pass."""
-    mine = share(work.abstract(setting.groups), N or setting.N, work.inputs(), setting.make)
+    mine = share(work.abstract(setting.groups), N or setting.N, work.inputs(), setting.make, setting.fast_path)
     return flops(mine.run, *mine.arguments)
 
 
@@ -56,21 +56,27 @@ def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> t
     """Operations of every device; where tokens are split, in proportion to speeds.
 
     What a device computes is linear in its own tokens: projections, MLP and encoding of these, attention of these to
-    all, projections of all others. So two even splits tell it for any share.
+    all, projections of all others. So two even splits tell it for any share. Where the fast path has codewords counted,
+    attention to others does not become less with more tokens of one's own. Then it is quadratic, and takes three.
 
     Raises:
-      AstraError: there are fewer than 2 N tokens, too few for the second split.
+      AstraError: there are too few tokens for the finest of these splits, of 2 N or 4 N shards.
     """
-    even, N = share_flops(work, setting), setting.N
+    from scipy.interpolate import barycentric_interpolate
+
+    N = setting.N
     if len(set(speeds)) == 1 or not STRATEGIES[setting.strategy].splits_tokens:
-        return (float(even),) * N
-    if work.T < 2 * N:
-        raise AstraError(f"{work.T} tokens are too few for {N} unequal devices: use at least {2 * N}, or equal devices")
-    half = share_flops(work, setting, 2 * N)
+        return (float(share_flops(work, setting)),) * N
+    counted = setting.fast_path and setting.groups == 1 and work.astra.codewords < work.T
+    splits = (N, 2 * N, 4 * N) if counted else (N, 2 * N)
+    least = splits[-1]
+    if least > work.T:
+        raise AstraError(f"{work.T} tokens are too few for {N} unequal devices: use at least {least}, or equal devices")
     shards = work.abstract(setting.groups).shards(N, work.inputs(), tuple(speeds))
-    lengths = np.asarray(shards.lengths).reshape(-1).tolist()
-    per_share = (even - half) / (1 / N - 1 / (2 * N))
-    return tuple(even + per_share * (n / sum(lengths) - 1 / N) for n in lengths)
+    lengths = np.asarray(shards.lengths).reshape(-1)
+    even = [share_flops(work, setting, n) for n in splits]
+    found = barycentric_interpolate([1 / n for n in splits], even, lengths / lengths.sum())
+    return tuple(map(float, found))
 
 
 def predicted_messages(work: Workload, setting: Setting, speeds: Sequence[float]) -> tuple[Message, ...]:

@@ -77,6 +77,9 @@ class Args(DataArgs):
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
+    fast_path: Literal["on", "off"] = "on"
+    """Exact short cuts where they pay (docs/performance.md); off for the plain form. Virtual shards always have that,
+    and there it only says how compute is timed."""
     loss: float | None = None
     """Share of the packets that are lost on every link, such as 0.05; what was in them is not attended to."""
     loss_model: Literal["bernoulli", "burst"] | None = None
@@ -258,7 +261,7 @@ class Trial:
         alone = self.N == 1 and jax.distributed.is_initialized()
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
-            return parallelize(model, mesh, STRATEGIES[self.strategy].of)
+            return parallelize(model, mesh, STRATEGIES[self.strategy].of, self.args.fast_path == "on")
         graphdef, state = nnx.split(model)
         if seed is None:
             return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, None)
@@ -426,7 +429,7 @@ def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
-    make = STRATEGIES[strategy].of
+    make, fast_path = STRATEGIES[strategy].of, args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
     trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss)
@@ -435,9 +438,9 @@ def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any
     if N > 1 and args.virtual:
         sent = Astra(model.shards(N, inputs, args.speeds)).messages(model)
     else:
-        sent = messages(model, N, inputs, make)
+        sent = messages(model, N, inputs, make, fast_path)
     # How long a device of another speed would take is not known here.
-    compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make)
+    compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
     bits = astra.groups * astra.bits if astra else None
     return {
         "checkpoint": path.name,

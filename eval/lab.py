@@ -15,6 +15,7 @@ What remains after a kill -9 are the empty cgroups `astralab`, which the next la
 """
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -43,7 +44,8 @@ LEAST_QUOTA = 1000  # microseconds, the kernel's least: shares from 0.2
 FRAME = 1514  # bytes of a full Ethernet frame
 MOST_HOSTS = 100  # our choice: a switch has at most 1,023 ports, a machine far fewer cores
 TOOLS = {
-    "ip": "iproute2", "tc": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux",
+    "ip": "iproute2", "tc": "iproute2", "nft": "nftables",
+    "unshare": "util-linux", "nsenter": "util-linux", "taskset": "util-linux",
 }  # fmt: skip
 
 # What a host runs first, with the file of names and its own name as arguments; then it waits for the end of the lab.
@@ -112,6 +114,11 @@ class Lab:
     A host hands TCP's data to its link in large pieces, as to a network card that cuts them into frames. Where packets
     are lost it cuts them itself, so that frames are lost one by one; that costs it time from about 100 Mbps on.
 
+    A host with a share of a core has that one core to run on, and sees no other: programs start a thread for every core
+    that they see, and threads that use up one share together are stopped together, in the middle of what others wait
+    for. The hosts are spread over the cores; where some core's hosts would need more than there is of it, all hosts
+    have all cores.
+
     Args:
       hosts: N.
       rate: bits per second of every link, in each direction.
@@ -133,6 +140,7 @@ class Lab:
         if not 0 <= loss < 1:
             raise AstraError(f"a loss of {loss:.0%} of the packets leaves no link: choose 0% to less than 100%")
         self.hosts, self.rate, self.cpu, self.loss = hosts, rate, cpu, loss
+        self._pin: list[list[str]] = [[]] * hosts  # of every host, what comes before a command to give it its core
         self._machines: list[subprocess.Popen[str]] = []  # of every host its first process, then that of the switch
         self._started: list[subprocess.Popen[Any]] = []
         self._enter_cgroup: list[str] = []  # of every host, a line of shell
@@ -140,12 +148,15 @@ class Lab:
 
     def __enter__(self) -> "Lab":
         _check_machine()
-        cores = len(os.sched_getaffinity(0))
+        there = sorted(os.sched_getaffinity(0))
+        cores = len(there)
         if self.cpu is not None and not self.hosts * self.cpu <= cores:
             raise AstraError(
                 f"{self.hosts} hosts with {self.cpu:g} of a core each need {self.hosts * self.cpu:g} cores, and there "
                 f"are {cores}: choose at most {cores / self.hosts:.3g}, or fewer hosts"
             )
+        if (own := cores_of(self.hosts, self.cpu, there)) is not None:
+            self._pin = [["taskset", "-c", str(core)] for core in own]
         with ExitStack() as stack:
             stack.enter_context(_only_one())
             cgroups = Cgroups.find()
@@ -198,6 +209,7 @@ class Lab:
         process = subprocess.Popen(
             [
                 *("sh", "-c", f'{self._enter_cgroup[host]} && exec "$@"', "sh"),
+                *self._pin[host],
                 *self._inside(host),
                 *("sh", "-c", 'cd "$0" && exec "$@"', cwd, *command),
             ],
@@ -365,6 +377,13 @@ class Cgroups(NamedTuple):
                     if time.monotonic() > deadline:
                         raise AstraError(f"{group} cannot be removed: end the processes in its cgroup.procs") from None
                     time.sleep(0.01)
+
+
+def cores_of(hosts: int, cpu: float | None, cores: Sequence[int]) -> list[int] | None:
+    """The core of every host, given the share of one that each has; None where each may use all. See `Lab`."""
+    if cpu is None or hosts > len(cores) * math.floor(1 / cpu):
+        return None
+    return [cores[host % len(cores)] for host in range(hosts)]
 
 
 def token_bucket(rate: float) -> list[str]:

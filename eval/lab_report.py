@@ -49,21 +49,23 @@ class Args:
     """Also put the tables into this file, between its marks, and a plot beside it."""
 
 
-def measurement(args: Args, rate: str) -> dict[str, Any]:
-    """What `astra bench` wrote on host 0 at this rate: now, or before.
+def measurement(path: Path, hosts: int, cpu: float, rate: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What `astra bench` wrote on host 0 of a lab: now, or before.
+
+    Args:
+      path: where that is kept.
+      hosts, cpu, rate: of the lab, see `eval.lab.Lab`; `rate` as text, such as 10mbit.
+      model: what is benchmarked.
+      options: of `astra bench`, by their names without dashes before them.
 
     Raises:
       AstraError: there can be no lab here, or a host failed.
     """
-    path = args.folder / f"{Path(args.model).name}-{args.tokens}-{rate}-{args.repeats}.json"
     if not path.exists():
-        args.folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         options = {
-            "tokens": args.tokens,
-            "strategies": STRATEGIES,
-            "groups": GROUPS,
+            **options,
             "rates": rate,
-            "repeats": args.repeats,
             "coordinator": "{coordinator}",
             "hosts": "{hosts}",
             "host": "{host}",
@@ -72,8 +74,8 @@ def measurement(args: Args, rate: str) -> dict[str, Any]:
             "json": path,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        with Lab(HOSTS, parse_rate(rate), CPU) as lab:
-            ended = lab.run([sys.executable, "-m", "astra_jax.cli", "bench", args.model, *words])
+        with Lab(hosts, parse_rate(rate), cpu) as lab:
+            ended = lab.run([sys.executable, "-m", "astra_jax.cli", "bench", model, *words])
         if ended[0].code:
             raise AstraError(f"`astra bench` at {rate} ended with exit code {ended[0].code}: what it printed says why")
     return dict(json.loads(path.read_text()))
@@ -108,7 +110,11 @@ def agreement(rows: list[dict[str, Any]]) -> str:
 def main(args: Args) -> None:
     """Measures, and prints and writes the tables."""
     report = Report("lab_report")
-    found = {rate: measurement(args, rate) for rate in args.rates}
+    options = {"tokens": args.tokens, "strategies": STRATEGIES, "groups": GROUPS, "repeats": args.repeats}
+    kept = f"{Path(args.model).name}-{args.tokens}-{{}}-{args.repeats}.json"
+    found = {
+        rate: measurement(args.folder / kept.format(rate), HOSTS, CPU, rate, args.model, options) for rate in args.rates
+    }
     rows = [row for rate, data in found.items() for row in rows_of(rate, data["measured"])]
     exchanges = [{"rate": rate, "an exchange of 4 bytes, ms": data["exchange_ms"]} for rate, data in found.items()]
     report.table("passes", f"{args.model}, {args.tokens:,} tokens, {HOSTS} hosts with {CPU} of a core each", rows)

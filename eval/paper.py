@@ -74,7 +74,7 @@ class View:
 
 PAPER = View("codes and attention alone", encoding=False, class_state=False)
 FULL = View("all that we send and compute", encoding=True, class_state=True)
-FOLDED = View("the same, remote K and V from tables (to come)", encoding=True, class_state=True, folded=True)
+FOLDED = View("the same, remote K and V from tables", encoding=True, class_state=True, folded=True)
 
 
 def remote_projection_flops(work: Workload) -> int:
@@ -85,7 +85,7 @@ def remote_projection_flops(work: Workload) -> int:
 
 
 class Model:
-    """Operations and bits of every setting of a workload, each counted once."""
+    """Operations and bits of every setting of a workload, each counted once, and in the plain form: the paper's."""
 
     def __init__(self, work: Workload):
         self.work = work
@@ -94,7 +94,7 @@ class Model:
 
     def flops(self, setting: Setting, view: View) -> int:
         """Operations of one device."""
-        counted = SP if setting.groups and not view.encoding else setting
+        counted = dataclasses.replace(SP if setting.groups and not view.encoding else setting, fast_path=False)
         if counted not in self._flops:
             self._flops[counted] = share_flops(self.work, counted)
         folded = remote_projection_flops(self.work) if view.folded and setting.groups else 0
@@ -104,7 +104,7 @@ class Model:
         """Seconds on the link, by the paper's convention."""
         if setting not in self._messages:
             model = self.work.abstract(setting.groups)
-            self._messages[setting] = messages(model, setting.N, self.work.inputs(), setting.make)
+            self._messages[setting] = messages(model, setting.N, self.work.inputs(), setting.make, False)
         counted = [m for m in self._messages[setting] if m.in_blocks or view.class_state]
         return exchange_seconds(counted, setting.N, Link(parse_rate(rate)))
 

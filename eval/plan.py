@@ -50,7 +50,7 @@ class Args:
     """Arguments of `astra plan`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-3-8b."""
+    """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-s, llama-3-8b."""
     rate: str
     """The link's rate, such as 20mbit."""
     devices: int = 4
@@ -179,7 +179,7 @@ def measured_speeds(work: Workload, ways: Sequence[Setting]) -> dict[tuple[str, 
     with progress("measured", len(most)) as advance:
         for kind, way in most.items():
             model = work.model(weights, way.groups)
-            seconds = compute_seconds(model, way.N, work.inputs(), way.make, REPEATS)
+            seconds = compute_seconds(model, way.N, work.inputs(), way.make, REPEATS, way.fast_path)
             found[kind] = share_flops(work, way) / seconds
             advance(strategy=str(way))
     return found

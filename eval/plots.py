@@ -115,5 +115,41 @@ def measured_and_predicted(rows: Sequence[dict[str, Any]], rates: Sequence[str],
     figure.savefig(path, dpi=110)
 
 
+def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:
+    """A bar for every measured strategy: how many times faster than one device. From the tables of `make bench` that
+    have this column, each with a label; one device itself is the line at 1."""
+    found = [(f"{label}: {row['strategy']}", row) for label, rows in groups for row in rows]
+    bars = [(name, row["times faster than one device"]) for name, row in found if "single" not in row["strategy"]]
+    figure = Figure(figsize=(7, 0.8 + 0.35 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    names, values = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), values, color=["C0" if value >= 1 else "C3" for value in values])
+    axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3)
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linestyle="--")
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.set_xlabel("times faster than one device")
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
+def remote_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time of attention to remote tokens over how many there are, from the rows of `make bench`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    remote = [row["remote tokens"] for row in rows]
+    axes.plot(remote, [row["plain ms"] for row in rows], marker="o", color="C3", label="plain")
+    axes.plot(remote, [row["fast path ms"] for row in rows], marker="o", color="C0", label="fast path")
+    axes.set_xticks(remote, [f"{R:,}" for R in remote])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("remote tokens")
+    axes.set_ylabel(f"attention of {rows[0]['local tokens']:,} tokens to them, in one block (ms)")
+    axes.legend()
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
 def _how(row: dict[str, Any]) -> str:
     return "one device" if row["N"] == 1 else f"{row['strategy']}, {row['N']} devices"

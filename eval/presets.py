@@ -17,7 +17,20 @@ LLAMA_3_8B = LlamaConfig(
     rope_parameters=Rotary(rope_theta=500_000.0),
 )
 
-# Name -> family and configuration. Those of the paper, and the usual sizes of their families.
+# Its proportions are those of Llama's smaller models, the vocabulary is GPT-2's.
+LLAMA_S = LlamaConfig(
+    vocab_size=50_257,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=12,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+
+# Name -> family and configuration. Those of the paper, the usual sizes of their families, and `llama-s`,
+# which is our choice: a Llama that a few small devices can hold and compute.
 PRESETS: dict[str, tuple[str, Any]] = {
     "vit-base": ("vit", ViTConfig()),
     "vit-large": (
@@ -27,5 +40,6 @@ PRESETS: dict[str, tuple[str, Any]] = {
     "bert-base": ("bert", BertConfig()),
     "gpt2-s": ("gpt2", GPT2Config()),
     "gpt2-m": ("gpt2", GPT2Config(n_embd=1024, n_layer=24, n_head=16)),
+    "llama-s": ("llama", LLAMA_S),
     "llama-3-8b": ("llama", LLAMA_3_8B),
 }

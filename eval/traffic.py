@@ -24,7 +24,7 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def pass_on_mesh(model: Any, N: int, make: Any) -> tuple[Any, Any]:
+def pass_on_mesh(model: Any, N: int, make: Any, fast_path: bool = True) -> tuple[Any, Any]:
     """A forward pass on N devices (see `eval.timing.forward`): the jitted function of state and inputs, and the state.
 
     Raises:
@@ -32,7 +32,7 @@ def pass_on_mesh(model: Any, N: int, make: Any) -> tuple[Any, Any]:
     """
     mesh = make_mesh(N)
     make = make_for(mesh, make)
-    graphdef, state = place(model, mesh, make)
+    graphdef, state = place(model, mesh, make, fast_path)
     work = forward(model, graphdef)
 
     @jax.jit
@@ -44,9 +44,9 @@ def pass_on_mesh(model: Any, N: int, make: Any) -> tuple[Any, Any]:
     return run, state
 
 
-def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
+def compiled_pass(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> str:
     """The optimized HLO of a forward pass on N devices. Weights and inputs may be shapes."""
-    run, state = pass_on_mesh(abstract(model), N, make)
+    run, state = pass_on_mesh(abstract(model), N, make, fast_path)
     text = run.lower(state, abstract(inputs)).compile().as_text()
     assert text is not None
     return text
@@ -60,11 +60,12 @@ def sent_bits(compiled_text: str, N: int) -> dict[str, int]:
     return dict(found)
 
 
-def messages(model: Any, N: int, inputs: Any, make: Any) -> list[Message]:
+def messages(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> list[Message]:
     """What one device sends in a forward pass of one sequence, by prediction and in the compiled program.
 
     Args:
       inputs: one sequence.
+      fast_path: which form is compiled (`astra_jax.parallel.parallelize`); both send the same.
 
     Raises:
       AstraError: the program sends something else than predicted; or see `compiled_pass`.
@@ -75,7 +76,7 @@ def messages(model: Any, N: int, inputs: Any, make: Any) -> list[Message]:
     expected = Counter[str]()
     for message in predicted:
         expected[message.kind] += message.bits * message.times
-    found = sent_bits(compiled_pass(model, N, inputs, make), N)
+    found = sent_bits(compiled_pass(model, N, inputs, make, fast_path), N)
     if found != dict(expected):
         raise AstraError(f"the program sends {found} bits, not {dict(expected)} as predicted: please report it")
     return predicted

@@ -34,16 +34,18 @@ class Setting:
       N: devices.
       groups: G of `astra`; None for the others.
       exchanges: Nb of `bp-ag` and `bp-sp`; None for the others.
+      fast_path: whether `astra` takes exact short cuts where they pay (`astra_jax/fast_path.py`); the others have none.
     """
 
     strategy: str
     N: int
     groups: int | None = None
     exchanges: int | None = None
+    fast_path: bool = True
 
     def __str__(self) -> str:
         more = f" G={self.groups}" if self.groups else f" Nb={self.exchanges}" if self.exchanges else ""
-        return self.strategy + more
+        return self.strategy + more + " plain" * (not self.fast_path)
 
     @property
     def make(self) -> Make:
@@ -55,16 +57,33 @@ class Setting:
 
 
 ONE = Setting("single", 1)
+FAST_PATH = {"on": True, "off": False}
 
 
-def settings(strategies: tuple[str, ...], N: int, groups: tuple[int, ...], exchanges: tuple[int, ...]) -> list[Setting]:
-    """Every way to run these strategies on N devices; `single` on one. Raises AstraError for one that is not known."""
+def settings(
+    strategies: tuple[str, ...],
+    N: int,
+    groups: tuple[int, ...],
+    exchanges: tuple[int, ...],
+    fast_path: tuple[str, ...] = ("on",),
+) -> list[Setting]:
+    """Every way to run these strategies on N devices; `single` on one.
+
+    Args:
+      fast_path: `on`, `off` or both: of `astra` a way for each.
+
+    Raises:
+      AstraError: a strategy is not known, or `fast_path` has something else.
+    """
     ways: list[Setting] = []
+    for switch in fast_path:
+        if switch not in FAST_PATH:
+            raise AstraError(f"--fast-path is {switch!r}; it must be on, off, or both: on,off")
     for name in strategies:
         if name not in STRATEGIES:
             raise AstraError(f"there is no strategy {name!r}; known are {', '.join(STRATEGIES)}")
         if name == "astra":
-            ways += [Setting(name, N, groups=G) for G in groups]
+            ways += [Setting(name, N, groups=G, fast_path=FAST_PATH[switch]) for G in groups for switch in fast_path]
         elif issubclass(STRATEGIES[name], BlockParallel):
             ways += [Setting(name, N, exchanges=Nb) for Nb in exchanges]
         else:

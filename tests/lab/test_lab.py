@@ -240,6 +240,16 @@ def test_a_host_has_its_share_of_the_cpu(nothing_left):
             assert (groups.root / "astralab" / "host1" / "cpu.cfs_period_us").read_text() == "5000\n"
 
 
+def test_a_host_with_a_share_of_a_core_sees_one_core(nothing_left):
+    seen = "import os; print(*os.sched_getaffinity(0))"
+    cores = sorted(os.sched_getaffinity(0))
+    with Lab(2, 10e6, cpu=0.4) as lab:
+        for host in range(2):
+            assert result(python(lab, host, seen)) == str(cores[host % len(cores)])
+    with Lab(2, 10e6) as lab:
+        assert result(python(lab, 1, seen)).split() == [str(core) for core in cores]
+
+
 def test_a_link_is_cut_and_mended_and_nobody_is_told(nothing_left):
     with Lab(2, 10e6) as lab:
         receiving = python(lab, 0, PRINT_TICKS)

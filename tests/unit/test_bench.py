@@ -1,6 +1,7 @@
 """The benchmark of strategies: the whole way on a tiny model, and its arithmetic against numbers done by hand."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import checkpoints
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies import Astra, Message
 from eval.bench import cells, pivot, replayed, summary
@@ -101,6 +103,50 @@ def test_a_checkpoint_with_a_profile(tmp_path, profile, tiny_bert):
     (row,) = found["costs"]
     assert row["kbit in total"] == pytest.approx((2 * 8 * 2 * 4 + 16 * 32) / 1e3)
     assert row["compute ms"] == pytest.approx(1e6 * row["GFLOP"])
+
+
+@pytest.fixture
+def four_codewords(tmp_path, tiny_vit):
+    """A checkpoint that is worth folding: a ViT of width 32, 25 tokens and four codewords."""
+    astra = AstraConfig(1, 4)
+    model = tiny_vit(astra, hidden_size=32)
+    checkpoints.save(
+        tmp_path / "vit", checkpoints.Checkpoint("vit", model.config, astra, (), {}, {}, "float32", (), model)
+    )
+    return str(tmp_path / "vit")
+
+
+def test_with_and_without_the_fast_path(tmp_path, four_codewords):
+    """Measured here. Of 2 devices with 13 slots, tables save 4 R D^2 per block for 13 remote tokens; and 14 queries,
+    with the class token, meet 4 codewords instead of 13 tokens, for 4 D each."""
+    options = "--devices 2 --strategies single,astra --groups 1 --rates 10mbit --repeats 1"
+    found = bench(tmp_path, f"{four_codewords} {options} --fast-path on,off")
+    single, fast, plain = found["costs"]
+    assert [row["strategy"] for row in found["costs"]] == ["single", "astra G=1", "astra G=1 plain"]
+    saved = 2 * (4 * 13 * 32**2 + 14 * (13 - 4) * 4 * 32)
+    assert 1e9 * plain["GFLOP"] - 1e9 * fast["GFLOP"] == pytest.approx(saved, abs=0.5)
+    assert fast["kbit in total"] == plain["kbit in total"] > single["kbit in total"] == 0
+    assert [row["strategy"] for row in found["total_ms"]] == ["single", "astra G=1", "astra G=1 plain"]
+    for options, kept in (("", fast), ("--fast-path off", plain)):
+        (row,) = bench(tmp_path, f"{four_codewords} --devices 2 --strategies astra --groups 1 --repeats 1 {options}")[
+            "costs"
+        ]
+        assert (row["strategy"], row["GFLOP"]) == (kept["strategy"], kept["GFLOP"])
+
+
+def test_unequal_devices_that_count_codewords_do_what_even_splits_do(tiny):
+    """2 of 64 tokens are what one device of 32 has, which is none of the splits that tell it. The other device saves
+    4 R D^2 per block for 2 remote tokens, and has 63 queries meet 4 codewords instead."""
+    work = opened("tiny", 64)
+    work = dataclasses.replace(work, astra=AstraConfig(1, 4), config=dataclasses.replace(work.config, hidden_size=32))
+    way = Setting("astra", 2, groups=1)
+    slow, fast = device_flops(work, way, (1.0, 31.0))
+    assert slow == pytest.approx(share_flops(work, way, 32), rel=1e-9)
+    plain = dataclasses.replace(way, fast_path=False)
+    saved = 2 * (4 * 2 * 32**2 + 63 * (2 - 4) * 4 * 32)
+    assert device_flops(work, plain, (1.0, 31.0))[1] - fast == pytest.approx(saved, rel=1e-6)
+    with pytest.raises(AstraError, match="64 tokens are too few for 17 unequal devices: use at least 68"):
+        device_flops(work, dataclasses.replace(way, N=17), (1.0,) * 16 + (2.0,))
 
 
 def test_a_strategy_that_lies_is_found_out(tmp_path, tiny, profile, monkeypatch, capsys):
@@ -246,6 +292,7 @@ BAD = {
     "groups that do not divide": ("tiny --tokens 16 --groups 3", "groups is 3, which does not divide"),
     "no groups": ("tiny --groups 0", "groups is 0; it must be a whole number of at least 1"),
     "exchanges that do not divide": ("tiny --tokens 16 --groups 1 --devices 2 --exchanges 3", "use one of 1, 2"),
+    "a fast path that is neither": ("tiny --fast-path on,fast", "--fast-path is 'fast'; it must be on, off, or both"),
     "an unknown strategy": ("tiny --strategies single,voltage", "there is no strategy 'voltage'; known are"),
     "an empty item": (
         "tiny --strategies single,,sp",

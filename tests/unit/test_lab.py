@@ -8,13 +8,29 @@ import pytest
 
 from astra_jax import cli
 from astra_jax.errors import AstraError
-from eval.lab import Cgroups, Lab, parse_loss, token_bucket
+from eval.lab import Cgroups, Lab, cores_of, parse_loss, token_bucket
 
 
 def test_a_bucket_is_two_frames_or_a_millisecond():
     assert token_bucket(10e6) == ["rate", "10000000bit", "burst", "3028b", "limit", "125000b"]
     assert token_bucket(500e6) == ["rate", "500000000bit", "burst", "75000b", "limit", "6250000b"]
     assert token_bucket(1e5)[-1] == "65536b"
+
+
+@pytest.mark.parametrize(
+    "hosts, cpu, found",
+    [
+        (4, 0.4, [3, 5, 3, 5]),
+        (8, 0.2, [3, 5] * 4),
+        (2, 1.0, [3, 5]),
+        (1, 0.7, [3]),
+        (3, 0.6, None),  # two of them would need 1.2 of a core
+        (1, 1.5, None),
+        (2, None, None),
+    ],
+)
+def test_a_share_of_a_core_is_of_one_core(hosts, cpu, found):
+    assert cores_of(hosts, cpu, [3, 5]) == found
 
 
 @pytest.mark.parametrize("text, loss", [("5%", 0.05), ("0%", 0.0), ("0.1 %", 0.001)])

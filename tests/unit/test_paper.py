@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from astra_jax.errors import AstraError
-from eval.paper import FITTED, FULL, G1, ONE, PAPER, PUBLISHED, SP, Args, Model, fit, insert, main, ratios
+from eval.costs import share_flops
+from eval.paper import FITTED, FOLDED, FULL, G1, ONE, PAPER, PUBLISHED, SP, Args, Model, fit, insert, main, ratios
 from eval.workload import open_workload
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "paper.md"
@@ -41,6 +42,13 @@ def test_what_a_view_counts(model):
     assert state == pytest.approx(768 * 32 / 10e6)
     assert model.link_seconds(ONE, "10mbit", FULL) == 0
     assert PUBLISHED[0] == (G1, ONE, "10mbit", 2.64)
+
+
+def test_the_paper_knows_no_fast_path(model):
+    """Ours saves 2 x 2 R D^2 in each of 12 blocks, R = 768 remote tokens, as the column of tables says."""
+    fast = share_flops(model.work, G1)
+    assert model.flops(G1, FULL) - fast == 12 * 4 * 768 * 768**2
+    assert model.flops(G1, FOLDED) == fast
 
 
 @pytest.mark.slow

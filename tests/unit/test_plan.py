@@ -229,7 +229,8 @@ def test_without_a_profile_every_strategy_is_measured_once(tiny, monkeypatch):
     """With the most devices that it has here; the speed holds for fewer, too."""
     seen = []
 
-    def measured(model, N, inputs, make, repeats):
+    def measured(model, N, inputs, make, repeats, fast_path):
+        assert fast_path
         seen.append((make(model, N, inputs).__class__.__name__, N))
         return 2.0
 

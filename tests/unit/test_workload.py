@@ -56,6 +56,25 @@ def test_settings():
         settings(("voltage",), 4, (1,), (1,))
 
 
+def test_settings_of_the_fast_path():
+    """ASTRA alone has one; it is on unless something else is said."""
+    given = ("single", "astra", "sp"), 4, (1, 16), (1,)
+    assert settings(*given) == settings(*given, ("on",))
+    both = settings(*given, ("on", "off"))
+    assert [str(way) for way in both] == [
+        "single",
+        "astra G=1",
+        "astra G=1 plain",
+        "astra G=16",
+        "astra G=16 plain",
+        "sp",
+    ]
+    assert [way for way in both if way.fast_path] == settings(*given)
+    for wrong in (("on", "fast"), ("",)):
+        with pytest.raises(AstraError, match=f"--fast-path is {wrong[-1]!r}; it must be on, off, or both: on,off"):
+            settings(*given, wrong)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_known_architecture_takes_1024_tokens(name):
     """In every strategy, on 4 devices; nothing is computed."""
