@@ -118,7 +118,7 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
     return merged.transpose(0, 2, 1, 3)
 
 
-def _sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -> Float[Array, "B R width"]:
+def sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -> Float[Array, "B R width"]:
     """`sum_g tables[g, z_g]`, group by group, so that nothing of size [B,R,G,width] is held."""
     z = jnp.moveaxis(z.astype(jnp.int32), -1, 0)
 
@@ -126,7 +126,12 @@ def _sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -
         table, codes = group
         return total + table[codes], None
 
-    return jax.lax.scan(add, tables[0][z[0]].astype(jnp.float32), (tables[1:], z[1:]))[0]
+    if len(tables) == 1:
+        return tables[0][z[0]]
+    # From 0 on, and not from the first group: the rest of the tables would be copied. Made of `z` so that it varies
+    # over a mesh as it does.
+    start = jnp.zeros_like(z[0], jnp.float32)[..., None] * jnp.zeros(tables.shape[-1])
+    return jax.lax.scan(add, start, (tables, z))[0]
 
 
 def _counts(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
@@ -181,7 +186,7 @@ class MixedPrecisionAttention(nnx.Module):
         `message` is codes, or the vectors themselves where a strategy already has them.
         """
         if self.folded is not None:
-            k, v = jnp.split(_sum_of_rows(self.folded[...], message), 2, axis=-1)
+            k, v = jnp.split(sum_of_rows(self.folded[...], message), 2, axis=-1)
             return self.heads(k), self.heads(v)
         if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
             message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
