@@ -32,8 +32,8 @@ KV = dict(site="kv")
     [
         (TABLES, 3),
         (COUNTS, 4),
-        (dataclasses.replace(COUNTS, class_token="single"), 8),
-        (dataclasses.replace(COUNTS, **KV), 5),
+        pytest.param(dataclasses.replace(COUNTS, class_token="single"), 8, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(COUNTS, **KV), 5, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -44,11 +44,11 @@ def test_images(tiny_vit, rank_coded, astra, N):
 @pytest.mark.parametrize(
     ("family", "options", "astra", "N", "data"),
     [
-        ("tiny_gpt2", {}, TABLES, 3, 2),
+        pytest.param("tiny_gpt2", {}, TABLES, 3, 2, marks=pytest.mark.slow),
         ("tiny_gpt2", {}, COUNTS, 4, 2),
         ("tiny_gpt2", {}, dataclasses.replace(COUNTS, **KV), 2, 1),
         ("tiny_llama", {}, COUNTS, 4, 1),
-        ("tiny_bert", {"pooling": "mean"}, COUNTS, 4, 2),
+        pytest.param("tiny_bert", {"pooling": "mean"}, COUNTS, 4, 2, marks=pytest.mark.slow),
         ("tiny_bert", {"pooling": "class"}, dataclasses.replace(COUNTS, class_token="single"), 3, 1),
     ],
     ids=str,

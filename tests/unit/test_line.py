@@ -55,8 +55,10 @@ def test_what_is_no_message(line, sent, why):
 def test_bytes_come_with_their_message(line):
     here, there = line
     sent, body = Line(there), bytes(range(256)) * 1000
-    threading.Thread(target=lambda: sent.send(5.0, body, a=1)).start()
+    sender = threading.Thread(target=lambda: sent.send(5.0, body, a=1))
+    sender.start()
     assert here.receive(5.0, 1 << 20) == {"a": 1, "body": body}
+    sender.join(5)  # while something is being sent there is no beat
     sent.beat()
     sent.send(b=2)
     assert here.receive(5.0) == {"alive": True} and here.receive(5.0) == {"b": 2}
