@@ -1,6 +1,8 @@
 """Several hosts, as processes that know each other by addresses of the loopback interface, compute what one does."""
 
+import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -19,9 +21,14 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, and the next one too, which JAX takes. No connection gets one of these by itself, as it does
+    from 32768 on: so they stay free."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as one, socket.socket() as next_one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            next_one.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess.CompletedProcess]:
