@@ -24,6 +24,7 @@ from astra_jax.preflight import Findings, check_hosts
 from eval import net, plan
 from eval.network import Link
 from eval.workload import open_workload
+from tests.multihost.test_hosts import free_port
 from tests.unit.test_net import HELLO
 
 SECONDS = 0.2  # of sending
@@ -32,8 +33,7 @@ SECONDS = 0.2  # of sending
 @pytest.fixture
 def port():
     """One that is free, as is the next."""
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture(autouse=True)
