@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from astra_jax.fast_path import fold
+from astra_jax.models.blocks import unstacked
 from astra_jax.sharding import DATA, SEQ, put
 from astra_jax.strategies import Astra, Sharded, Single, part_size
 
@@ -78,7 +79,10 @@ def place(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True)
     graphdef, state = nnx.split(model)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
-    return graphdef, jax.tree.map(put, state, where)
+    state = jax.tree.map(put, state, where)
+    if make_for(mesh, make)(model, mesh.shape[SEQ]).unstacks:
+        state["blocks"] = unstacked(state["blocks"])
+    return graphdef, state
 
 
 def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:

@@ -17,6 +17,7 @@ from astra_jax import wire
 from astra_jax.attention import Source
 from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
+from astra_jax.models.blocks import run_stack
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
 
@@ -99,8 +100,8 @@ class Strategy:
         return x
 
     def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any) -> Any:
-        """`jax.lax.scan` of `block(strategy, carry, xs)`, where xs = (weights, number) have a leading axis L."""
-        return jax.lax.scan(partial(block, self), carry, xs)
+        """`run_stack` of `block(strategy, carry, xs)`, where xs = (weights, number) are of all L blocks."""
+        return run_stack(partial(block, self), carry, xs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Sharded(Strategy):
     keep: bool = dataclasses.field(default=False, kw_only=True)
 
     splits_tokens: ClassVar[bool] = False  # whether a device holds its own shard alone, or all tokens
+    unstacks: ClassVar[bool] = True  # whether weights of the blocks may come as an array for each (`Unstacked`)
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "Sharded":
@@ -442,6 +444,7 @@ class BlockParallel(Sharded):
     peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
 
     coded = False
+    unstacks = False
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None, exchanges: int = 1) -> "BlockParallel":

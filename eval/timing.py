@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from astra_jax.collectives import Alone, Peers
 from astra_jax.fast_path import fold
+from astra_jax.models.blocks import unstacked
 from astra_jax.sharding import SEQ
 from astra_jax.strategies import Astra, Single, part
 
@@ -104,6 +105,8 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
         mine, tokens = jax.eval_shape(cut, state, inputs)
     else:
         mine, tokens = cut(state, inputs)
+        if strategy_for(inputs).unstacks:
+            mine["blocks"] = unstacked(mine["blocks"])
     return Share(run, (mine, inputs, tokens))
 
 

@@ -1,19 +1,91 @@
 """A stack of equal blocks: parameters are stacked on a leading axis L, and one scan runs them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from astra_jax.weights import dequantized
+from astra_jax.weights import dequantized, is_quantized
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], L: int, rngs: nnx.Rngs) -> Any:
     """L blocks made by `make`, as one module whose variables have a leading axis L."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(L))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unstacked:
+    """A weight of all blocks as L arrays, one for each, in place of a stack of them. `unstacked` makes these."""
+
+    blocks: tuple[Any, ...]  # arrays; in a pytree also whatever was made of these
+
+
+# Bytes of a block's weights from which they are unstacked. Smaller ones are copied in no time, and a program with one
+# block in a loop is compiled sooner than one with all of them (our choice).
+LEAST_UNSTACKED = 2**22
+
+
+def unstacked(state: Any) -> Any:
+    """The weights of all blocks, each block's by itself, where the scan would copy much; else as they are.
+
+    A scan on a CPU copies every block's weights out of the stack before it multiplies with them. The arrays of the
+    blocks are views of the stack, so nothing is copied here (but what begins at no multiple of 64 bytes).
+
+    Args:
+      state: of `stack_blocks`, on its devices. Quantized weights stay: they are made anew from the stack anyway.
+    """
+    arrays = jax.tree.leaves(state)
+    if any(isinstance(a, jax.ShapeDtypeStruct) or next(iter(a.devices())).platform != "cpu" for a in arrays):
+        return state
+    if sum(a.nbytes for a in arrays) < LEAST_UNSTACKED * length(state):
+        return state
+    return jax.tree.map(lambda a: a if is_quantized(a) else _unstack(a), state, is_leaf=is_quantized)
+
+
+def _unstack(stack: Array) -> Unstacked:
+    sharding = stack.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    here = [(np.asarray(shard.data), shard.device) for shard in stack.addressable_shards]
+
+    def one(number: int) -> Array:
+        pieces = [jax.device_put(data[number], device) for data, device in here]
+        return jax.make_array_from_single_device_arrays(stack.shape[1:], sharding, pieces)
+
+    return Unstacked(tuple(map(one, range(len(stack)))))
+
+
+def run_stack(block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the blocks, whose weights are among `xs`; of `Unstacked` ones a loop instead."""
+    if not any(map(_is_unstacked, jax.tree.leaves(xs, is_leaf=_is_unstacked))):
+        return jax.lax.scan(block, carry, xs)
+    traced_once, reports = jax.jit(block), []
+    for number in range(length(xs)):
+        carry, report = traced_once(carry, _block_of(xs, number))
+        reports.append(report)
+    return carry, jax.tree.map(lambda *blocks: jnp.stack(blocks), *reports)
+
+
+def length(xs: Any) -> int:
+    """L: blocks in a stack."""
+    first = jax.tree.leaves(xs, is_leaf=_is_unstacked)[0]
+    return len(first.blocks) if _is_unstacked(first) else len(first)
+
+
+def _is_unstacked(a: Any) -> bool:
+    return isinstance(a, Unstacked)
+
+
+def _block_of(xs: Any, number: int) -> Any:
+    return jax.tree.map(lambda a: a.blocks[number] if _is_unstacked(a) else a[number], xs, is_leaf=_is_unstacked)
 
 
 def block_at(blocks: Any, index: int) -> Any:
@@ -28,7 +100,6 @@ def scan_blocks(blocks: Any, x: Float[Array, "B S D"], strategy: Any) -> tuple[F
     The carry of the scan is `(x, remote)`: `remote` is what a codec keeps per remote token, () for this one.
     """
     graphdef, state = nnx.split(blocks)
-    L = jax.tree.leaves(state)[0].shape[0]
 
     def one_block(strategy: Any, carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, remote = carry
@@ -36,5 +107,5 @@ def scan_blocks(blocks: Any, x: Float[Array, "B S D"], strategy: Any) -> tuple[F
         x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
         return (x, remote), report
 
-    (x, _), reports = strategy.run_blocks(one_block, (x, ()), (state, jnp.arange(L)))
+    (x, _), reports = strategy.run_blocks(one_block, (x, ()), (state, jnp.arange(length(state))))
     return x, reports
