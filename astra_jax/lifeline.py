@@ -131,8 +131,7 @@ class Lifeline:
                 message = {"lost" if message.get("fault") else "gone": why}
             if "done" in message:
                 self._done[other].set()
-                if self.host:
-                    return  # host 0 has nothing more to say
+                return  # nothing more comes from there, and that its connection ends is as it should be
             elif "request" in message:
                 self.requests.put(message.get("body", b""))
             elif "again" in message:

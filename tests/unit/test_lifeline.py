@@ -53,6 +53,23 @@ def test_hosts_that_are_done_part_in_peace():
     assert fellows.told.empty()
 
 
+def test_a_host_that_said_it_is_done_may_be_gone_before_host_0_has_ended_its_watch():
+    fellows, left = Fellows(3), threading.Event()
+    leaver = threading.Thread(target=fellows.lines[2].close, args=(lambda: None,), daemon=True)
+    leaver.start()
+    assert fellows.lines[0]._done[2].wait(10)
+    fellows.cut_off(2)
+    closing = [
+        threading.Thread(target=fellows.lines[1].close, args=(lambda: None,)),
+        threading.Thread(target=fellows.lines[0].close, args=(left.set,)),
+    ]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join(10)
+    assert left.is_set() and fellows.told.empty()
+
+
 @pytest.mark.parametrize("gone", [0, 2])
 def test_a_host_that_is_gone_is_named_at_once(gone):
     fellows = Fellows(3)
