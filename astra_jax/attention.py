@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from astra_jax.config import AstraConfig
 from astra_jax.models.layers import RowLinear
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import make_codec
 from astra_jax.rotary import Rotary
 
 SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
@@ -23,6 +23,13 @@ SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a he
 
 class Folded(nnx.Variable):
     """What a codeword adds to key and value of a token, `C_g [Wk_g Wv_g]`, biases in the first group: [G,K,2JE].
+
+    Made by `astra_jax.fast_path.fold`.
+    """
+
+
+class Readout(nnx.Variable):
+    """Keys and values of a step along every axis of a rotated codec, and in the last row of its origin: [Gd+1,2JE].
 
     Made by `astra_jax.fast_path.fold`.
     """
@@ -43,12 +50,12 @@ class Source(NamedTuple):
 class Kept(NamedTuple):
     """What a block leaves for a cache: its local keys and values, and what it received of remote tokens.
 
-    `message` is codes [B,R,G], as they arrived; None on one device.
+    `message` is codes [B,R,G], as they arrived, or estimates; None on one device.
     """
 
     key: Float[Array, "*L B S J E"]
     value: Float[Array, "*L B S J E"]
-    message: Shaped[Array, "*L B R G"] | None
+    message: Shaped[Array, "*L B R _"] | None
 
 
 class Partial(NamedTuple):
@@ -173,12 +180,17 @@ class MixedPrecisionAttention(nnx.Module):
         self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
-        self.codec = VectorQuantizer(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
+        self.codec = make_codec(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
         self.folded: Folded | None = nnx.data(None)
+        self.readout: Readout | None = nnx.data(None)
 
     def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
         """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
         return x.reshape(*x.shape[:-1], -1, self.E)
+
+    def codec_input(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens W"]:
+        """What the codec quantizes of an input of the projections: itself, or at site `kv` its key and value."""
+        return y if self.site == "hidden" else jnp.concatenate([self.k(y), self.v(y)], axis=-1)
 
     def remote_key_value(self, message: Shaped[Array, "B R _"], site: str | None) -> tuple[Array, Array]:
         """K^ and V^ of remote tokens: the two halves of a vector at site `kv`, else its projections `y^ Wk, y^ Wv`.
@@ -188,6 +200,11 @@ class MixedPrecisionAttention(nnx.Module):
         if self.folded is not None:
             k, v = jnp.split(sum_of_rows(self.folded[...], message), 2, axis=-1)
             return self.heads(k), self.heads(v)
+        if self.readout is not None:
+            u = self.codec.lookup(message)  # type: ignore[union-attr]  # who has codes has a codec
+            table = self.readout[...]
+            kv = u.reshape(*u.shape[:-2], -1).astype(table.dtype) @ table[:-1] + table[-1]
+            return tuple(map(self.heads, jnp.split(kv, 2, axis=-1)))  # type: ignore[return-value]
         if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
             message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
         k, v = jnp.split(message, 2, axis=-1) if site == "kv" else (self.k(message), self.v(message))
@@ -220,7 +237,7 @@ class MixedPrecisionAttention(nnx.Module):
         Args:
           y: the input of the projections, normalised.
           strategy: what exchanges codes and knows who sees whom (astra_jax/strategies.py).
-          carry: what the strategy keeps per remote token from block to block; () for this codec.
+          carry: what the strategy keeps per token from block to block: estimates, with a predictor; else ().
           block: number of the block.
 
         Returns:

@@ -7,6 +7,9 @@ from astra_jax.errors import AstraError
 
 Site = Literal["hidden", "kv"]
 ClassToken = Literal["distributed", "single"]
+Codec = Literal["vq", "rotated-pq"]
+Prediction = Literal["none", "diagonal", "low-rank", "linear"]
+SideInfo = Literal["none", "token-ids"]
 
 T = TypeVar("T")
 
@@ -24,6 +27,13 @@ class AstraConfig:
         `kv` is K and V themselves, before any rotary embedding, as one vector of width 2*J*E (our choice).
       class_token: `distributed` puts a replica of CLS at the head of every shard and averages their final
         states; `single` keeps one CLS on shard 0.
+      codec: `vq` quantizes a vector as it is, as the paper does; `rotated-pq` along axes that calibration finds
+        (`astra_jax.quantizer.RotatedQuantizer`, our choice).
+      widths: of `rotated-pq` how many axes each group has.
+      predictor: how a token's vector is predicted from the block before, so that codes say only what differs
+        (`astra_jax.predictor.Predictor`, our choice).
+      rank: of the predictor `low-rank`.
+      side_info: `token-ids` lets every device know the first block's vectors of a text exactly, without codes.
 
     Raises:
       AstraError: a value is outside its range; the message names value, range and fix.
@@ -33,6 +43,11 @@ class AstraConfig:
     codewords: int = 1024
     site: Site = "hidden"
     class_token: ClassToken = "distributed"
+    codec: Codec = "vq"
+    widths: tuple[int, ...] = ()
+    predictor: Prediction = "none"
+    rank: int = 16
+    side_info: SideInfo = "none"
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
@@ -41,18 +56,45 @@ class AstraConfig:
         if not isinstance(K, int) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
             nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if isinstance(K, int | float) else 1024
             raise AstraError(f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}")
-        for field, allowed in (("site", get_args(Site)), ("class_token", get_args(ClassToken))):
-            value = getattr(self, field)
+        for field, choices in (
+            *(("site", Site), ("class_token", ClassToken), ("codec", Codec)),
+            *(("predictor", Prediction), ("side_info", SideInfo)),
+        ):
+            value, allowed = getattr(self, field), get_args(choices)
             if value not in allowed:
                 raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+        expected = self.groups if self.codec == "rotated-pq" else 0
+        if len(self.widths) != expected or any(not isinstance(n, int) or n < 1 for n in self.widths):
+            raise AstraError(
+                f"widths is {list(self.widths)}; codec {self.codec} with {self.groups} groups has {expected} of them, "
+                "each a whole number of at least 1"
+            )
+
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise AstraError(f"rank is {self.rank!r}; it must be a whole number of at least 1: try 16")
+        if self.side_info != "none" and self.predictor == "none":
+            raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
 
     @property
     def bits(self) -> int:
         """log2(K): bits of one code."""
         return self.codewords.bit_length() - 1
 
+    @property
+    def token_bits(self) -> int:
+        """Bits of one token in one block, G * log2(K)."""
+        return self.groups * self.bits
+
     def group_width(self, width: int) -> int:
-        """Width of one group of a vector of `width`. Raises AstraError where G does not divide it."""
+        """d: the width of one group of a vector of `width`; of unequal groups the largest.
+
+        Raises:
+          AstraError: the groups do not fit that width.
+        """
+        if self.codec == "rotated-pq":
+            if sum(self.widths) > width:
+                raise AstraError(f"widths are {sum(self.widths)} axes together, more than the quantized width {width}")
+            return max(self.widths)
         if width % self.groups:
             divisors = [g for g in range(1, width + 1) if width % g == 0]
             near = sorted(divisors, key=lambda g: abs(g - self.groups))[:3]
@@ -61,6 +103,16 @@ class AstraConfig:
                 f"try {' or '.join(str(g) for g in sorted(near))}"
             )
         return width // self.groups
+
+    def with_groups(self, groups: int) -> "AstraConfig":
+        """The same with another number of groups. Of unequal groups the first so many.
+
+        Raises:
+          AstraError: there are not so many unequal groups.
+        """
+        if self.codec == "rotated-pq" and groups > self.groups:
+            raise AstraError(f"groups is {groups}; these codes have {self.groups}, of which the first can be used")
+        return dataclasses.replace(self, groups=groups, widths=self.widths[:groups])
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -77,4 +129,4 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         raise AstraError(
             f"{where}: {cls.__name__} has {' and '.join(problems)} fields: was it written by another version?"
         )
-    return cls(**values)
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -4,6 +4,9 @@ Keys and values of a remote token are linear in its codewords: `K^ = sum_g C_g[z
 codewords with the weights are put into tables (`attention.Folded`), and a token's key and value are G rows of them,
 added up. That saves the projection of remote tokens, which is the same on all devices and otherwise limits what N of
 them can save. With G=1 the tables also let attention count codewords instead of tokens (`attention.remote_source`).
+
+Of a rotated codec with too many groups for tables, a token is projected from its few axes at once, instead of from the
+vector of width D that these stand for (`attention.Readout`).
 """
 
 import math
@@ -15,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astra_jax.attention import Folded, MixedPrecisionAttention
+from astra_jax.attention import Folded, MixedPrecisionAttention, Readout
+from astra_jax.quantizer import RotatedQuantizer
 from astra_jax.weights import dequantized
 
 # Operations that a processor does in the time in which it reads a byte from memory: of a CPU as `python -m eval.pieces`
@@ -29,7 +33,7 @@ def folding_pays(model: Any, platform: str) -> bool:
 
     A token's rows, `G * 2JE` numbers, must be read in less time than its projection `2 * D * 2JE` takes; and the tables
     may take as much memory as the blocks' weights (our choice). At site `kv` nothing is projected, and a table is only
-    there to be counted in.
+    there to be counted in, or, of rotated axes, to find keys and values without a product.
 
     Args:
       model: a model with codebooks; may be abstract.
@@ -38,7 +42,7 @@ def folding_pays(model: Any, platform: str) -> bool:
     attention: MixedPrecisionAttention = model.blocks.attention
     L, G, K, d = attention.codec.codebook.shape  # type: ignore[union-attr]
     itemsize = model.dtype.itemsize
-    if attention.site == "kv":
+    if attention.site == "kv" and not isinstance(attention.codec, RotatedQuantizer):
         return G == 1 and attention.rotary is None
     width = 2 * attention.J * attention.E
     table_bytes = L * G * K * width * itemsize
@@ -48,40 +52,56 @@ def folding_pays(model: Any, platform: str) -> bool:
 
 
 def fold(model: Any, platform: str | None = None) -> Any:
-    """The same model with tables of its codewords' keys and values, where that pays; else the model itself.
+    """The same model with tables of its codewords' keys and values, or a shorter projection, where that pays; else the
+    model itself.
 
     Args:
       model: a model of `astra_jax.models` with codebooks, which stays as it is. Of an abstract one, shapes stay shapes.
       platform: what it will run on; None for JAX's default.
     """
-    if not folding_pays(model, platform or jax.default_backend()):
+    attention = model.blocks.attention
+    if attention.codec.predictor is not None:  # then attention is given estimates, not codes
         return model
+    tables = folding_pays(model, platform or jax.default_backend())
+    if not tables and not (isinstance(attention.codec, RotatedQuantizer) and attention.site == "hidden"):
+        return model
+    parts = [nnx.state(part) for part in (attention.codec, attention.k, attention.v)]
+    make = partial(_of_all_blocks, partial(_tables if tables else _readout, attention.site), model.dtype)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parts))
+    made = jax.eval_shape(make, *parts) if abstract else jax.jit(make)(*parts)
     graphdef, state = nnx.split(model)
     folded = nnx.merge(graphdef, state)
-    attention = folded.blocks.attention
-    C, k, v = (nnx.state(part) for part in (attention.codec, attention.k, attention.v))
-    make = partial(_codewords if attention.site == "kv" else _tables, dtype=model.dtype)
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((C, k, v)))
-    attention.folded = Folded(jax.eval_shape(make, C, k, v) if abstract else jax.jit(make)(C, k, v))
+    if tables:
+        folded.blocks.attention.folded = Folded(made)
+    else:
+        folded.blocks.attention.readout = Readout(made)
     return folded
 
 
-def _codewords(codec: Any, k: Any, v: Any, dtype: Any) -> Float[Array, "L G K width"]:
-    """At site `kv` codewords are keys and values already."""
-    return codec["codebook"][...].astype(dtype)
+def _of_all_blocks(make: Any, dtype: Any, *parts: Any) -> Float[Array, "L *shape"]:
+    return jax.lax.map(lambda block: make(*map(dequantized, block)).astype(dtype), parts)
 
 
-def _tables(codec: Any, k: Any, v: Any, dtype: Any) -> Float[Array, "L G K width"]:
-    """`C_g [Wk_g Wv_g]` of all blocks, biases added in the first group."""
+def _readout(site: str, codec: Any, k: Any, v: Any) -> Float[Array, "axes width"]:
+    """Keys and values of a unit vector along every axis of the codec, and in the last row those of its origin."""
+    G, _, d = codec["codebook"].shape
+    axes, origin = (codec["synthesis"][...], codec["mean"][...]) if "synthesis" in codec else (None, None)
+    if site == "kv":
+        assert axes is not None and origin is not None  # or nothing is to be read out: codewords are keys and values
+        return jnp.concatenate([axes.reshape(G * d, -1), origin[None]])
+    kernel = jnp.concatenate([layer["kernel"][...] for layer in (k, v)], axis=-1).astype(jnp.float32)
+    bias = jnp.concatenate([layer["bias"][...] for layer in (k, v)]) if "bias" in k else jnp.zeros(kernel.shape[1])
+    if axes is None or origin is None:
+        return jnp.concatenate([kernel, bias[None]])
+    rotated = jnp.einsum("gdi,if->gdf", axes, kernel, precision="highest").reshape(G * d, -1)
+    return jnp.concatenate([rotated, (jnp.matmul(origin, kernel, precision="highest") + bias)[None]])
 
-    def one_block(block: tuple[Array, Any, Any]) -> Array:
-        C, *layers = block
-        G, _, d = C.shape
-        layers = [dequantized(layer) for layer in layers]
-        kernel = jnp.concatenate([layer["kernel"][...] for layer in layers], axis=-1).reshape(G, d, -1)
-        table = jnp.einsum("gkd,gdf->gkf", C, kernel.astype(C.dtype), precision="highest")
-        if "bias" in layers[0]:
-            table = table.at[0].add(jnp.concatenate([layer["bias"][...] for layer in layers], axis=-1))
-        return table.astype(dtype)
 
-    return jax.lax.map(one_block, (codec["codebook"][...], k, v))
+def _tables(site: str, codec: Any, k: Any, v: Any) -> Float[Array, "G K width"]:
+    """`C_g [Wk_g Wv_g]`, biases added in the first group."""
+    C = codec["codebook"][...]
+    if site == "kv" and "synthesis" not in codec:
+        return C
+    readout = _readout(site, codec, k, v)
+    table = jnp.einsum("gkd,gdf->gkf", C, readout[:-1].reshape(C.shape[0], C.shape[2], -1), precision="highest")
+    return table.at[0].add(readout[-1])

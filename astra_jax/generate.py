@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key, UInt16
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from astra_jax.attention import Kept, Source
 from astra_jax.errors import AstraError
@@ -85,7 +85,8 @@ class Cache(NamedTuple):
       key, value: of own tokens, at their places in the sequence; M slots, of which the first `own` are in use.
       own: tokens in these slots.
       position: place of the next token in the sequence.
-      codes: of remote tokens; None where one device has seen the whole prompt.
+      codes: of remote tokens, or with a predictor the estimates that they led to; None where one device has seen the
+        whole prompt.
       remote_position, remote_valid: place of every remote token, and whether there is one.
     """
 
@@ -93,7 +94,7 @@ class Cache(NamedTuple):
     value: Float[Array, "L B M J E"]
     own: Int[Array, "B"]
     position: Int[Array, "B"]
-    codes: UInt16[Array, "L B R G"] | None
+    codes: Shaped[Array, "L B R _"] | None
     remote_position: Int[Array, "B R"] | None
     remote_valid: Bool[Array, "B R"] | None
 

@@ -80,9 +80,7 @@ def place(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
         return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, where)
     state = jax.tree.map(put, state, where)
-    if make_for(mesh, make)(model, mesh.shape[SEQ]).unstacks:
-        state["blocks"] = unstacked(state["blocks"])
-    return graphdef, state
+    return graphdef, unstacked(state) if make_for(mesh, make)(model, mesh.shape[SEQ]).unstacks else state
 
 
 def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:

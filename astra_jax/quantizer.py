@@ -1,7 +1,7 @@
-"""The grouped vector quantizer: what turns an embedding into the integer codes that cross the link."""
+"""Codecs: what turns an embedding into the integer codes that cross the link, and codes into an estimate of it."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt16
 
 from astra_jax import wire
 from astra_jax.config import AstraConfig
+from astra_jax.predictor import Known, Predictor
 
 TILE = 2**20  # scores that are held at once on a CPU: larger tiles leave the cache and run three to ten times slower
 
@@ -22,22 +23,28 @@ class CodeStatistic(nnx.Variable):
     """Running statistics of codes and residuals, float32 whatever the model computes in."""
 
 
+class Rotation(nnx.Variable):
+    """The axes of a rotated quantizer, float32. Calibration finds them; training leaves them as they are."""
+
+
 class Observation(NamedTuple):
     """What a batch tells about a quantizer (leading axes, such as blocks, are allowed everywhere).
+
+    All of it is about the vectors `u = axes(y)` that are quantized, of width G*d: y itself, or rotated.
 
     Attributes:
       count: how often every codeword was chosen.
       total: sum of the vectors that chose it.
-      residual_mean, residual_var: moments of `y - y^` per dimension.
+      residual_mean, residual_var: moments of `u - u^` per dimension.
       candidates: vectors of the batch, one for every codeword, to revive dead codewords with.
-      commitment: mean over tokens of `||y - sg(y^)||^2`, which is differentiable.
-      error: the same over the mean of `||y||^2`, a number between 0 (exact) and about 1.
+      commitment: mean over tokens of `||u - sg(u^)||^2`, which is differentiable.
+      error: the same over the mean of `||u||^2`, a number between 0 (exact) and about 1.
     """
 
     count: Float[Array, "*L G K"]  # type: ignore[assignment]  # hides tuple.count
     total: Float[Array, "*L G K d"]
-    residual_mean: Float[Array, "*L D"]
-    residual_var: Float[Array, "*L D"]
+    residual_mean: Float[Array, "*L Gd"]
+    residual_var: Float[Array, "*L Gd"]
     candidates: Float[Array, "*L G K d"]
     commitment: Float[Array, "*L"]
     error: Float[Array, "*L"]
@@ -98,6 +105,7 @@ class VectorQuantizer(nnx.Module):
         self.total = CodeStatistic(jnp.zeros((G, K, d), jnp.float32))
         self.residual_mean = CodeStatistic(jnp.zeros((width,), jnp.float32))
         self.residual_var = CodeStatistic(jnp.zeros((width,), jnp.float32))
+        self.predictor: Predictor | None = nnx.data(None)
 
     @property
     def groups(self) -> int:
@@ -108,43 +116,75 @@ class VectorQuantizer(nnx.Module):
         """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes."""
         return 8 * wire.packed_bytes(S * self.groups, self.bits)
 
-    def encode(self, y: Float[Array, "B S D"]) -> UInt16[Array, "B S G"]:
-        """z = argmin_k ||y_g - C[g,k]|| (DESIGN: codes)."""
-        B, S, D = y.shape
-        z = nearest(y.reshape(B * S, self.groups, D // self.groups), self.codebook[...])
-        return z.reshape(B, S, self.groups).astype(jnp.uint16)
+    def predict(self, carry: Any) -> Any:
+        """What is expected before a block's codes arrive: [...,D], or [D] of any token; 0 without a predictor.
 
-    def decode(self, z: UInt16[Array, "B S G"]) -> Float[Array, "B S D"]:
-        """y^ = concat_g C[g, z_g]."""
-        chosen = jax.vmap(lambda C, k: C[k], in_axes=(0, 2), out_axes=2)(self.codebook[...], z.astype(jnp.int32))
-        return chosen.reshape(*z.shape[:2], -1)
+        Args:
+          carry: the estimate of the block before; for the first block what is `Known`.
+        """
+        if self.predictor is None:
+            return 0.0
+        if not isinstance(carry, Known):
+            return self.predictor(carry)
+        return self.predictor.bias[...] if carry.vectors is None else carry.vectors
+
+    def axes(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens G d"]:
+        """u: what is quantized, in its groups. Here that is y itself."""
+        return y.reshape(*y.shape[:-1], self.groups, -1)
+
+    def from_axes(self, u: Float[Array, "*tokens G d"]) -> Float[Array, "*tokens D"]:
+        """The vectors that some u stand for."""
+        return u.reshape(*u.shape[:-2], -1)
+
+    def encode(self, y: Float[Array, "B S D"]) -> UInt16[Array, "B S G"]:
+        """z = argmin_k ||u_g - C[g,k]|| (DESIGN: codes)."""
+        u = self.axes(y)
+        return nearest(u.reshape(-1, *u.shape[-2:]), self.codebook[...]).reshape(u.shape[:-1]).astype(jnp.uint16)
+
+    def lookup(self, z: UInt16[Array, "*tokens G"]) -> Float[Array, "*tokens G d"]:
+        """u^ = C[g, z_g]."""
+        return jax.vmap(lambda C, k: C[k], in_axes=(0, -1), out_axes=-2)(self.codebook[...], z.astype(jnp.int32))
+
+    def decode(self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None) -> Float[Array, "*tokens D"]:
+        """y^, what the codes stand for; with `groups` only the first so many, as for whoever gets no more of them."""
+        return self.from_axes(self._first(self.lookup(z), groups))
+
+    def _first(self, u: Float[Array, "*tokens G d"], groups: Int[Array, ""] | None) -> Float[Array, "*tokens G d"]:
+        return u if groups is None else jnp.where(jnp.arange(self.groups)[:, None] < groups, u, 0)
 
     def noise(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
         """xi ~ N(mu_r, diag Sigma_r), the running moments of the residual (Noise-Augmented Quantization)."""
         return self.residual_mean[...] + jnp.sqrt(self.residual_var[...]) * jax.random.normal(key, shape)
 
     def straight_through(
-        self, y: Float[Array, "B S D"], z: UInt16[Array, "B S G"], key: Key[Array, ""], noise: float
+        self,
+        y: Float[Array, "B S D"],
+        z: UInt16[Array, "B S G"],
+        key: Key[Array, ""],
+        noise: float,
+        groups: Int[Array, ""] | None = None,
     ) -> Float[Array, "B S D"]:
         """y^ + noise * xi, with gradients passing straight through to y (NAVQ; the paper's best `noise` is 1)."""
-        estimate = self.decode(z) + noise * self.noise(key, y.shape)
-        return y + jax.lax.stop_gradient(estimate.astype(y.dtype) - y)
+        u = self.lookup(z)
+        u = u + noise * self.noise(key, (*u.shape[:-2], u.shape[-2] * u.shape[-1])).reshape(u.shape)
+        return y + jax.lax.stop_gradient(self.from_axes(self._first(u, groups)).astype(y.dtype) - y)
 
     def observe(
         self, y: Float[Array, "B S D"], z: UInt16[Array, "B S G"], key: Key[Array, ""], mask: Bool[Array, "*B S"]
     ) -> Observation:
         """The statistics of a batch; only tokens where `mask` is True count."""
         G, K, d = self.codebook[...].shape
-        y32 = y.astype(jnp.float32)
-        fixed = jax.lax.stop_gradient(y32)
+        u = self.axes(y.astype(jnp.float32)).reshape(*y.shape[:2], G * d)
+        fixed = jax.lax.stop_gradient(u)
         weight = jnp.broadcast_to(mask, y.shape[:2]).astype(jnp.float32)  # [B,S]
         tokens = jnp.maximum(weight.sum(), 1.0)
-        residual = fixed - self.decode(z)
+        estimate = self.lookup(z).reshape(u.shape)
+        residual = fixed - estimate
         mean = jnp.einsum("bsd,bs->d", residual, weight) / tokens
         vectors, codes = fixed.reshape(-1, G, d), z.reshape(-1, G).astype(jnp.int32)
         ones = weight.reshape(-1)
         draw = jax.random.choice(key, ones.size, (K,), p=ones)
-        commitment = jnp.einsum("bsd,bs->", (y32 - self.decode(z)) ** 2, weight) / tokens
+        commitment = jnp.einsum("bsd,bs->", (u - estimate) ** 2, weight) / tokens
         power = jnp.einsum("bsd,bs->", fixed**2, weight) / tokens
         scatter = jax.vmap(partial(jax.ops.segment_sum, num_segments=K), in_axes=(1, 1))
         return Observation(
@@ -179,6 +219,43 @@ class VectorQuantizer(nnx.Module):
         self.codebook[...] = total / jnp.maximum(count, 1e-12)[..., None]
         self.residual_mean[...] = ema(self.residual_mean[...], seen.residual_mean)
         self.residual_var[...] = ema(self.residual_var[...], seen.residual_var)
+
+
+class RotatedQuantizer(VectorQuantizer):
+    """A quantizer of the axes of y along which errors of keys and values cost most: `codec="rotated-pq"` (our choice).
+
+    `u = (y - mean) A` are uncorrelated, and attention's error is about that of u, so that axes with little variance can
+    be left out: `y^ = mean + u^ B` is the best linear estimate from the others. Consecutive axes, in the order of their
+    variance, form groups of about log2(K) bits each, as many axes as `AstraConfig.widths` says, padded with zeros to
+    the widest. So the first m groups are a coarser code by themselves. train/rotation.py finds A, B and the widths.
+    """
+
+    def __init__(self, config: AstraConfig, width: int):
+        G, d = config.groups, config.group_width(width)
+        super().__init__(config, G * d)
+        self.mean = Rotation(jnp.zeros((width,), jnp.float32))
+        self.analysis = Rotation(jnp.zeros((width, G, d), jnp.float32))  # A
+        self.synthesis = Rotation(jnp.zeros((G, d, width), jnp.float32))  # B
+
+    def axes(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens G d"]:
+        """u = (y - mean) A."""
+        y = y.astype(jnp.float32) - self.mean[...]
+        return jnp.einsum("...i,igd->...gd", y, self.analysis[...], precision="highest")
+
+    def from_axes(self, u: Float[Array, "*tokens G d"]) -> Float[Array, "*tokens D"]:
+        """mean + u B."""
+        return self.mean[...] + jnp.einsum("...gd,gdi->...i", u, self.synthesis[...])
+
+
+CODECS: dict[str, type[VectorQuantizer]] = {"vq": VectorQuantizer, "rotated-pq": RotatedQuantizer}
+
+
+def make_codec(config: AstraConfig, width: int) -> VectorQuantizer:
+    """The codec that a configuration asks for, for vectors of a width."""
+    codec = CODECS[config.codec](config, width)
+    if config.predictor != "none":
+        codec.predictor = Predictor(config, width)
+    return codec
 
 
 class Usage(NamedTuple):

@@ -18,6 +18,7 @@ from astra_jax.attention import Source
 from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import run_stack
+from astra_jax.predictor import Known, SideInfo, is_exact
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
 
@@ -43,7 +44,7 @@ class Message(NamedTuple):
       kind: the collective, as HLO names it.
       bits: of an all-gather what the device contributes, of the others its whole operand.
       times: how often that is in one forward pass.
-      in_blocks: False for what is sent once, after the last block.
+      in_blocks: False for what is sent once, before the first block or after the last.
     """
 
     kind: Literal["all-gather", "all-reduce", "all-to-all"]
@@ -71,10 +72,14 @@ def need_codec(codec: VectorQuantizer | None) -> VectorQuantizer:
 
 
 class Noise(NamedTuple):
-    """Noise-Augmented Quantization: `strength` is lambda (the paper's best is 1), `key` drives the noise."""
+    """Noise-Augmented Quantization: `strength` is lambda (the paper's best is 1), `key` drives the noise.
+
+    `groups` is how many of the codec's groups are used; None for all.
+    """
 
     key: Key[Array, ""]
     strength: float
+    groups: Int[Array, ""] | None = None
 
 
 class Strategy:
@@ -82,6 +87,7 @@ class Strategy:
 
     positions()                  place of every slot in the sequence, class tokens not included
     prepend_class(cls, x)        puts the class token at the head of every shard that is here
+    start(codec, side_info)      what `exchange` is given in the first block as its carry
     exchange(codec, y, carry, block) -> (Remote | None, carry, report)
     cached(block)                further sources of a block: keys and values of earlier calls
     local_mask()                 which local tokens a local query sees; None where all see all
@@ -93,6 +99,9 @@ class Strategy:
     coded: ClassVar[bool] = True  # whether `exchange` takes what the codec quantizes, or else the hidden state
     keep: bool = False  # report every block's keys, values and remote codes (`attention.Kept`), for a cache
 
+    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+        return ()
+
     def cached(self, block: Any) -> list[Source]:
         return []
 
@@ -101,7 +110,7 @@ class Strategy:
 
     def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any) -> Any:
         """`run_stack` of `block(strategy, carry, xs)`, where xs = (weights, number) are of all L blocks."""
-        return run_stack(partial(block, self), carry, xs)
+        return run_stack(partial(block, self), carry, xs, first_apart=isinstance(carry[1], Known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +193,12 @@ class Single(Sharded):
 
     Attributes:
       shards: one shard.
-      capture: report every block's quantizer input `y`, for calibration.
+      capture: report every block's input of the projections, for calibration.
     """
 
     capture: bool = False
+
+    coded = False
 
     @classmethod
     def of(cls, model: Any, N: int = 1, inputs: Any = None) -> "Single":
@@ -215,19 +226,29 @@ class Virtual(Sharded):
     noise: Noise | None = None
     arrived: Bool[Array, "L B N slots"] | None = None
 
+    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+        if codec is None or codec.predictor is None:
+            return ()
+        return Known(side_info and side_info.vectors_of(side_info.ids, self.positions()))
+
     def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
         codec = need_codec(codec)
         tokens = self.tokens()
+        p = jax.lax.stop_gradient(codec.predict(carry))
+        y = y - p
         z = codec.encode(y)
         mask = visible(tokens, tokens, self.shards.causal) & jnp.asarray(tokens.shard[:, None] != tokens.shard)
         if self.arrived is not None:
             mask = mask & self.arrived[block][:, tokens.shard]
+        exact = is_exact(carry)
+        if codec.predictor is not None:
+            carry = p if exact else jax.lax.stop_gradient(p + codec.decode(z, self.noise and self.noise.groups))
         if self.noise is None:
-            return Remote(z, tokens.position, mask), carry, None
+            return Remote(z if codec.predictor is None else carry, tokens.position, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
-        estimate = codec.straight_through(y, z, noise_key, self.noise.strength)
+        noisy = y if exact else codec.straight_through(y, z, noise_key, self.noise.strength, self.noise.groups)
         seen = codec.observe(y, z, revive_key, jnp.asarray(tokens.valid & tokens.sent))
-        return Remote(estimate, tokens.position, mask), carry, seen
+        return Remote(p + noisy, tokens.position, mask), carry, seen
 
     def local_mask(self) -> Bool[Array, "*B queries keys"]:
         shard, mask = self.tokens().shard, super().local_mask()
@@ -274,6 +295,11 @@ class SplitTokens(Sharded):
         return [] if model.per_token else [Message("all-reduce", _hidden_bits(model), 1, in_blocks=False)]
 
 
+def _id_dtype(vocabulary: int) -> Any:
+    """What token ids are sent as."""
+    return jnp.dtype(jnp.uint16 if vocabulary <= 2**16 else jnp.uint32)
+
+
 def _hidden_bits(model: Any) -> int:
     """Bits of one token's hidden state."""
     return 8 * model.config.hidden_size * model.dtype.itemsize
@@ -289,16 +315,41 @@ class Astra(SplitTokens):
         return cls(model.shards(N, inputs))
 
     def messages(self, model: Any) -> list[Message]:
-        codes = need_codec(model.codec).wire_bits(self.shards.sent_slots)
-        return [Message("all-gather", codes, model.config.num_hidden_layers), *self._pooled(model)]
+        codes, blocks = need_codec(model.codec).wire_bits(self.shards.sent_slots), model.config.num_hidden_layers
+        if model.astra.side_info == "none":
+            return [Message("all-gather", codes, blocks), *self._pooled(model)]
+        ids = self.shards.S * 8 * _id_dtype(model.config.vocab_size).itemsize
+        first = Message("all-gather", ids, 1, in_blocks=False)
+        return [first, Message("all-gather", codes, blocks - 1), *self._pooled(model)]
 
     def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
-        codec = need_codec(codec)
-        B, sent = y.shape[0], self.shards.sent_slots
-        z = codec.encode(y[:, self.shards.home_slots :])
-        packed = self.peers.gather_others(wire.pack(z.reshape(B, -1), codec.bits))  # [N-1,B,bytes]
-        codes = wire.unpack(packed, sent * codec.groups, codec.bits)
-        return self._remote(codes.reshape(-1, B, sent, codec.groups)), carry, None
+        codec, sent = need_codec(codec), y[:, self.shards.home_slots :]
+        if codec.predictor is None:
+            return self._remote(self._gather(codec, codec.encode(sent), self.peers.gather_others)), carry, None
+        # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
+        # all have the same ones to the last bit.
+        estimate = codec.predict(carry)
+        if not is_exact(carry):
+            mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
+            estimate = estimate + codec.decode(self._gather(codec, codec.encode(sent - mine), self.peers.gather))
+        return self._remote(jnp.take(estimate, self.peers.others(), axis=0)), estimate, None
+
+    def _gather(self, codec: VectorQuantizer, z: Any, gather: Any) -> Shaped[Array, "devices B sent G"]:
+        """Codes [B,sent,G] of this device -> those of all that are gathered from."""
+        B, sent, G = z.shape
+        packed = gather(wire.pack(z.reshape(B, -1), codec.bits))  # [devices,B,bytes]
+        return wire.unpack(packed, sent * G, codec.bits).reshape(-1, B, sent, G)
+
+    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+        if codec is None or codec.predictor is None:
+            return ()
+        if side_info is None:
+            return Known(None)
+        ids = self.peers.gather(side_info.ids.astype(_id_dtype(side_info.vocabulary)))  # [N,B,S]
+        N, B, S = ids.shape
+        position = jnp.moveaxis(jnp.broadcast_to(self.shards.index(), (B, N, S)), 1, 0)
+        vectors = side_info.vectors_of(ids.reshape(N * B, S).astype(jnp.int32), position.reshape(N * B, S))
+        return Known(vectors.astype(jnp.float32).reshape(N, B, S, -1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ def parameters(model: Any) -> int:
 
 def compression(astra: AstraConfig, D: int) -> dict[str, Any]:
     """Bits per token and block, and their ratio to the float32 embedding, D * 32 / (G log2 K)."""
-    bits = astra.groups * astra.bits
+    bits = astra.token_bits
     return {"bits per token and block": bits, "compression ratio": D * 32 / bits}
 
 

@@ -37,6 +37,7 @@ META = "astra.json"
 WEIGHTS = "weights-"
 UNFINISHED = ".weights-"
 TOKENIZER = "tokenizer"
+CODEC = "blocks.attention.codec."
 # What may be in the folder before the first save: a training run's state and log, and what a killed save left.
 KNOWN = (f"{WEIGHTS}*", f"{UNFINISHED}*", f".{META}.*", TOKENIZER, "train", "train.jsonl")
 
@@ -146,6 +147,7 @@ def load(
     *,
     param_dtype: Any = jnp.float32,
     shardings: Callable[[Any], Any] | None = None,
+    groups: int | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder.
 
@@ -156,14 +158,46 @@ def load(
         in its files, a trained model's in float32. Codebooks and statistics are float32 whatever it is.
       shardings: from the abstract model to where its arrays go, such as
         `lambda model: astra_jax.parallel.shardings(model, mesh)`; None for the first local device.
+      groups: how many groups of a `rotated-pq` codec to load, the first of them; None for all.
 
     Raises:
-      AstraError: the folder is missing, something else, damaged, or written by a newer version.
+      AstraError: the folder is missing, something else, damaged, or written by a newer version; or its codec has not so
+        many groups, or only all or none.
     """
     meta, weights, version = _read(Path(path))
     model = build(meta.family, meta.config, meta.astra, dtype)
     parts = _read_parts(weights, model, version)
+    if groups is not None:
+        if meta.astra is None or meta.astra.codec != "rotated-pq":
+            raise AstraError(
+                f"{path}: has no codes of which the first {groups} groups would do: run `astra calibrate --codec "
+                "rotated-pq` first"
+            )
+        meta = dataclasses.replace(meta, astra=meta.astra.with_groups(groups))
+        model = build(meta.family, meta.config, meta.astra, dtype)
+        parts = _first_groups(parts, model)
     return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, shardings and shardings(model)))
+
+
+def _first_groups(parts: Iterable[Part], model: Any) -> Iterator[Part]:
+    """Parts of a model with more groups, and wider ones, cut to the shapes of a model with fewer."""
+    G, _, d = model.codec.codebook.shape[1:]
+    shapes = {path: a.shape for arrays in outline(model).values() for path, a in arrays.items()}
+
+    def cut_to(shape: tuple[int, ...], a: np.ndarray, groups: int) -> np.ndarray:
+        if shape == (G * d,):  # of all axes in one
+            return a.reshape(groups, -1)[:G, :d].reshape(-1)
+        return a[tuple(map(slice, shape))]
+
+    for name, arrays in parts:
+        codebook = arrays.get(f"{CODEC}codebook")
+        yield (
+            name,
+            {
+                path: cut_to(shapes[path], a, len(codebook)) if codebook is not None and path.startswith(CODEC) else a
+                for path, a in arrays.items()
+            },
+        )
 
 
 def read_meta(path: Path | str) -> Checkpoint:

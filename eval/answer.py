@@ -52,6 +52,8 @@ class Setup:
     several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
     on_failure: Policy = "fail"
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
+    groups: int | None = None
+    """Send only the first so many groups of the codes of a rotated-pq codec: fewer bits; by default all."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -141,7 +143,9 @@ class Answerer:
         dtype = jnp.dtype(setup.dtype)
         # Straight to where they are needed: no device ever holds more than its own.
         where = partial(shardings, mesh=self.mesh, make=self.make)
-        checkpoint = checkpoints.load(setup.checkpoint, dtype=dtype, param_dtype=dtype, shardings=where)
+        checkpoint = checkpoints.load(
+            setup.checkpoint, dtype=dtype, param_dtype=dtype, shardings=where, groups=setup.groups
+        )
         if setup.weights:
             before, model = weight_bytes(checkpoint.model), quantize_weights(checkpoint.model, setup.weights)
             checkpoint, after = dataclasses.replace(checkpoint, model=model), weight_bytes(model)

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 import checkpoints
-from astra_jax.arguments import Numbers, Texts
+from astra_jax.arguments import Integers, Numbers, Texts
 from astra_jax.cluster import open_mesh
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
@@ -75,6 +75,8 @@ class Args(DataArgs):
     """Run the N shards on one device: the same numbers, no mesh needed."""
     strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
+    groups: Integers = ()
+    """Evaluate with only the first so many groups of the codes of a rotated-pq codec, one number after the other."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
@@ -178,7 +180,7 @@ def loss_of(args: Args) -> Loss | None:
         loss = dataclasses.replace(loss, burst=BURST if args.burst is None else args.burst)
     for astra in (checkpoints.read_meta(path).astra for path in args.checkpoints):
         if astra is not None:
-            tokens_per_packet(astra.groups * astra.bits, loss.packet)
+            tokens_per_packet(astra.token_bits, loss.packet)
     return loss
 
 
@@ -272,7 +274,7 @@ class Trial:
         def lossy(inputs: Any) -> Array:
             shards, B = model.shards(self.N, inputs, self.speeds), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(number)])
-            there = arrived(loss, shards, astra.groups * astra.bits, L, B, rng)
+            there = arrived(loss, shards, astra.token_bits, L, B, rng)
             return run_virtual(graphdef, state, inputs, self.N, self.speeds, jnp.asarray(there))
 
         return lossy
@@ -414,12 +416,14 @@ def correlations(
 MEASURES = {"perplexity": text_perplexity, "classification": text_accuracy, "similarity": similarity}
 
 
-def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | None = None) -> dict[str, Any]:
     """One row of the table: what a checkpoint reaches and what it costs. `say` is told what is done to its texts.
+
+    With `groups` only the first so many are used, where it has a codec that allows that.
 
     Under packet loss the row has `seeds`, too: the metrics of every try.
     """
-    checkpoint = checkpoints.load(path)
+    checkpoint = checkpoints.load(path, groups=groups)
     if args.weights:
         checkpoint = dataclasses.replace(checkpoint, model=quantize_weights(checkpoint.model, args.weights))
     model, config = checkpoint.model, checkpoint.config
@@ -429,6 +433,8 @@ def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
+    if loss is not None and astra is not None and astra.predictor != "none":
+        raise AstraError(f"{path}: what a predictor expects after packet loss is not simulated: leave out --loss")
     make, fast_path = STRATEGIES[strategy].of, args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
@@ -441,7 +447,7 @@ def measure(path: Path, args: Args, say: Callable[[str], None]) -> dict[str, Any
         sent = messages(model, N, inputs, make, fast_path)
     # How long a device of another speed would take is not known here.
     compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
-    bits = astra.groups * astra.bits if astra else None
+    bits = astra.token_bits if astra else None
     return {
         "checkpoint": path.name,
         "strategy": strategy,
@@ -483,7 +489,11 @@ def main(args: Args) -> None:
         notes.append(text)
         report.say(text, notes=notes)
 
-    rows = [measure(path, args, say) for path in args.checkpoints]
+    rows = [
+        measure(path, args, say, groups)
+        for path in args.checkpoints
+        for groups in (args.groups if checkpoints.read_meta(path).astra else ()) or (None,)
+    ]
     tries = [
         {"checkpoint": row["checkpoint"], "seed": seed if row["N"] > 1 else None, **metrics}
         for row in rows

@@ -22,7 +22,7 @@ class Loss:
     """How a link loses packets: a chain of two states, lost and arrived (Gilbert's model).
 
     Attributes:
-      rate: share of the packets that are lost, from 0 to less than 1.
+      rate: share of the packets that are lost, from 0 to 1; of 1 every device sees its own tokens alone.
       burst: mean number of packets in a row that are lost; None where every packet is lost on its own (Bernoulli).
       packet: payload of a packet in bytes.
 
@@ -35,12 +35,14 @@ class Loss:
     packet: int = 1400
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            raise AstraError(f"loss is {self.rate:g}; it is a share of the packets, from 0 to less than 1: try 0.05")
+        if not 0 <= self.rate <= 1:
+            raise AstraError(f"loss is {self.rate:g}; it is a share of the packets, from 0 to 1: try 0.05")
         if self.burst is None:
             return
         if not 1 <= self.burst < math.inf:
             raise AstraError(f"burst is {self.burst:g}; it is a mean number of packets, at least 1: try 8")
+        if self.rate == 1:
+            raise AstraError("loss is 1: where all packets are lost there are no bursts: leave the burst out")
         if self.rate > self.burst / (self.burst + 1):
             raise AstraError(
                 f"bursts of {self.burst:g} packets cannot make up a loss of {self.rate:g}: "
@@ -56,9 +58,9 @@ class Loss:
     def enter(self) -> float:
         """Probability that a packet is lost after one that arrived: `rate / (1 - rate) * (1 - stay)`.
 
-        With it the share of lost packets is `rate` at any time.
+        With it the share of lost packets is `rate` at any time. Where every packet is on its own that is `rate` itself.
         """
-        return self.rate / (1 - self.rate) * (1 - self.stay)
+        return self.rate if self.burst is None else self.rate / (1 - self.rate) * (1 - self.stay)
 
 
 def lost(loss: Loss, P: int, links: tuple[int, ...], rng: np.random.Generator) -> Bool[np.ndarray, "P *links"]:

@@ -135,6 +135,38 @@ def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
     figure.savefig(path, dpi=110)
 
 
+def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:
+    """A panel for every metric over bits per token and block, from the rows of `train.recipes.accuracy_per_bit`: a line
+    for every codec, which gives its colour, and way of making it; what has no codec is a horizontal line."""
+    figure = Figure(figsize=(7 * len(metrics), 4.5), layout="constrained")
+    coded = [row for row in rows if row["codec"] is not None]
+    codecs, made = (list(dict.fromkeys(row[column] for row in coded)) for column in ("codec", "made by"))
+    bits = sorted({row["bits"] for row in coded})
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for number, row in enumerate(row for row in rows if row["codec"] is None):
+            style = ("-", "--", ":")[number % 3]
+            axes.axhline(row[metric], color="black", linewidth=1, linestyle=style, label=row["made by"])
+        for codec, how in dict.fromkeys((row["codec"], row["made by"]) for row in coded):
+            line = [row for row in coded if (row["codec"], row["made by"]) == (codec, how)]
+            line.sort(key=lambda row: row["bits"])
+            axes.plot(
+                [row["bits"] for row in line],
+                [row[metric] for row in line],
+                color=f"C{codecs.index(codec)}",
+                linestyle=("--", "-", ":", "-.")[made.index(how) % 4],
+                marker="os^D"[made.index(how) % 4],
+                label=f"{codec}, {how}",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(bits, [str(b) for b in bits])
+        axes.minorticks_off()
+        axes.set_xlabel("bits per token and block")
+        axes.set_ylabel(metric)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110)
+
+
 def remote_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Time of attention to remote tokens over how many there are, from the rows of `make bench`."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -105,8 +105,7 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
         mine, tokens = jax.eval_shape(cut, state, inputs)
     else:
         mine, tokens = cut(state, inputs)
-        if strategy_for(inputs).unstacks:
-            mine["blocks"] = unstacked(mine["blocks"])
+        mine = unstacked(mine) if strategy_for(inputs).unstacks else mine
     return Share(run, (mine, inputs, tokens))
 
 

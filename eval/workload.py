@@ -114,7 +114,7 @@ class Workload:
 
     def abstract(self, groups: int | None) -> Any:
         """The model with shapes in place of weights; without codebooks where G is None."""
-        astra = None if groups is None else dataclasses.replace(self.astra, groups=groups)
+        astra = None if groups is None else self.astra.with_groups(groups)
         graphdef, params, rest = nnx.split(build(self.family, self.config, astra, self.dtype), nnx.Param, ...)  # type: ignore[misc]
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), params)
         return nnx.merge(graphdef, params, rest)

@@ -5,8 +5,9 @@ accuracy that quantization costs.
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,24 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import checkpoints
-from astra_jax.config import AstraConfig, ClassToken, Site
+from astra_jax.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
-from astra_jax.quantizer import usage
-from astra_jax.strategies import Single
+from astra_jax.models.blocks import block_at
+from astra_jax.models.decoder import Decoder
+from astra_jax.predictor import Known, Predictor
+from astra_jax.quantizer import RotatedQuantizer, usage
+from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
 from eval.data import DataArgs, batches
+from train import rotation
 from train.data import sequences
-from train.kmeans import assign, kmeans
+from train.kmeans import assign, kmeans, lookup
+from train.prediction import regress
 
 TOKENS_AT_ONCE = 8192
+TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS, TRIAL_BATCHES = 4, 8192, 4, 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,16 @@ class Args(DataArgs):
     """G: codes per token and block. More groups cost more bits and keep more accuracy."""
     codewords: int = 1024
     """K: codewords per group, a power of two. A code takes log2(K) bits."""
+    codec: Codec = "vq"
+    """`vq` cuts vectors into equal groups, as the paper does; `rotated-pq` finds axes along which bits say more, and
+    its first groups are a coarser code by themselves."""
+    predictor: Prediction = "none"
+    """Let codes say how a token differs from what is expected of it after the block before, by a linear map or parts of
+    one. Costs computing, on every device for all tokens."""
+    rank: int = 16
+    """Of the predictor low-rank."""
+    side_info: SideInfo = "none"
+    """Of a text, send the token ids once, so that the first block needs no codes; with a predictor."""
     site: Site = "hidden"
     """What is quantized: the input of the K and V projections, or K and V themselves."""
     class_token: ClassToken = "distributed"
@@ -71,7 +88,7 @@ def inputs(checkpoint: Checkpoint, args: Args) -> list[Any]:
 
 
 def capture(model: Any, batches: list[Any], tokens: int, seed: int) -> Float[np.ndarray, "L M D"]:
-    """What every block's quantizer sees, for up to `tokens` random tokens of the batches that would be sent."""
+    """The inputs of every block's projections, for up to `tokens` random tokens of the batches that would be sent."""
     graphdef, state = nnx.split(model)
 
     @jax.jit
@@ -96,57 +113,190 @@ def capture(model: Any, batches: list[Any], tokens: int, seed: int) -> Float[np.
     return np.concatenate(kept, axis=1)
 
 
-def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -> list[float]:
-    """Sets the codebooks and statistics of `model` by k-means, in place.
+def choose_widths(
+    source: Checkpoint, astra: AstraConfig, y: Float[np.ndarray, "L M D"], batches: list[Any], seed: int
+) -> AstraConfig:
+    """The configuration of a `rotated-pq` codec: how many axes every group gets.
 
-    Returns every block's error, `mean ||y - y^||^2 / mean ||y||^2`. Raises AstraError with fewer tokens than codewords.
+    Of several splits it takes the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
+    one computes, measured with fewer tokens and iterations. The error of keys and values alone does not tell: a few
+    tokens that all others attend to can be far off without being seen in it.
+
+    Args:
+      source: without codebooks.
+      astra: all but the widths, as of `vq`.
+      y: from `capture`.
+      batches: some inputs of the model.
     """
-    codec = model.codec
-    L, G, K, d = codec.codebook[...].shape
-    M = y.shape[1]
+    blocks = checkpoints.with_codebooks(source, AstraConfig(groups=1, site=astra.site)).model.blocks
+    variances, before = [], None
+    with progress("axes", len(y)) as advance:
+        for number in range(len(y)):
+            attention = block_at(blocks, number).attention
+            sent = rest = np.asarray(attention.codec_input(jnp.asarray(y[number])))
+            if astra.predictor != "none" and before is not None:  # from exact vectors: estimates are not there yet
+                rest = sent - np.asarray(_predictor(astra, before, sent)(jnp.asarray(before)))
+            variances.append(rotation.principal_axes(rest, rotation.key_value_metric(attention)).variance)
+            before = sent
+            advance()
+    splits = rotation.candidates(np.stack(variances), astra.groups, astra.codewords)
+    tries = [dataclasses.replace(astra, codec="rotated-pq", widths=widths) for widths in splits]
+    if len(tries) == 1:
+        return tries[0]
+    distances = []
+    for one in tries:
+        model = checkpoints.with_codebooks(source, one).model
+        fit(model, y[:, :TRIAL_TOKENS], TRIAL_ITERATIONS, seed)
+        distances.append(distance(model, batches))
+    return tries[int(np.argmin(distances))]
+
+
+def distance(model: Any, batches: list[Any], N: int = TRIAL_SHARDS) -> float:
+    """How far what a model computes on N virtual shards is from what it computes on one device: the mean square of the
+    difference of final states (of a decoder) or outputs, over that of the latter."""
+
+    @nnx.jit
+    def squares(model: Any, batch: Any) -> tuple[Array, Array]:
+        def run(strategy: Any) -> Array:
+            shards, tokens = strategy.shards, model.to_tokens(batch)
+            if not isinstance(model, Decoder):
+                return model(shards.scatter(tokens), strategy)[0]
+            return shards.gather(model.states(shards.scatter(tokens), strategy)[0], tokens.shape[1])
+
+        exact = run(Single(model.shards(1, batch)))
+        return jnp.sum((run(Virtual(model.shards(N, batch))) - exact) ** 2), jnp.sum(exact**2)
+
+    found = [squares(model, batch) for batch in batches]
+    return float(sum(a for a, _ in found) / sum(b for _, b in found))
+
+
+def _predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> Predictor:
+    """A predictor of y from x."""
+    predictor = Predictor(astra, x.shape[1])
+    for name, value in regress(astra.predictor, astra.rank, x, y).items():
+        getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
+    return predictor
+
+
+class Errors(NamedTuple):
+    """What a block's codec loses: of the vectors that are sent, and of remote tokens' keys and values. Mean squares
+    over the variance, so that 1 is what the mean alone would lose."""
+
+    vector: float
+    key_value: float
+
+
+def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -> list[Errors]:
+    """Finds the codecs of `model`, block after block, in place: predictors by least squares from the estimates of the
+    block before, the axes of rotated ones, and codewords by k-means along these.
+
+    Args:
+      y: from `capture`.
+
+    Returns:
+      Every block's errors.
+
+    Raises:
+      AstraError: there are fewer tokens than codewords.
+    """
+    K, M, astra = model.codec.codebook.shape[2], y.shape[1], model.astra
     if M < K:
         raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
+    states, errors, estimate = [], [], None
+    with progress("codewords", len(y)) as advance:
+        for number, key in enumerate(jax.random.split(jax.random.key(seed), len(y))):
+            attention = block_at(model.blocks, number).attention
+            sent = attention.codec_input(jnp.asarray(y[number])).astype(jnp.float32)
+            if number == 0 and astra.side_info == "token-ids":
+                estimate = sent
+            else:
+                estimate = _fit_block(attention, astra, estimate, sent, iterations, key)
+            errors.append(_errors(attention, estimate, sent))
+            states.append(nnx.state(attention.codec))
+            advance(error=errors[-1].key_value)
+    nnx.update(model.codec, jax.tree.map(lambda *blocks: jnp.stack(blocks), *states))
+    return errors
 
-    @jax.jit
-    def one_block(y: Float[Array, "M D"], key: Any) -> tuple[Array, ...]:
-        vectors = y.reshape(M, G, d)
-        C, _ = kmeans(vectors, K, iterations, key)
-        z, count, _ = assign(vectors, C)
-        residual = y - jax.vmap(lambda c, k: c[k], in_axes=(0, 1), out_axes=1)(C, z).reshape(M, -1)
-        error = jnp.mean(residual**2) / jnp.mean(y**2)
-        return C, count / M, residual.mean(0), residual.var(0), error
 
-    found = []
-    with progress("k-means", L) as advance:
-        for block, key in enumerate(jax.random.split(jax.random.key(seed), L)):
-            found.append(jax.device_get(one_block(jnp.asarray(y[block]), key)))
-            advance(error=float(found[-1][-1]))
-    C, count, mean, var, error = (np.stack(parts) for parts in zip(*found, strict=True))
-    codec.codebook[...] = jnp.asarray(C)
-    codec.count[...] = jnp.asarray(count)
-    codec.total[...] = jnp.asarray(C * count[..., None])
-    codec.residual_mean[...] = jnp.asarray(mean)
-    codec.residual_var[...] = jnp.asarray(var)
-    return [float(e) for e in error]
+def _fit_block(
+    attention: Any, astra: AstraConfig, before: Any, sent: Array, iterations: int, key: Any
+) -> Float[Array, "M W"]:
+    """Finds the codec of one block, in place, and returns what receivers make of its codes.
+
+    Args:
+      before: the estimate of the block before; None in the first block, or without predictor.
+      sent: what the codec is to quantize.
+    """
+    codec, p = attention.codec, jnp.zeros(sent.shape[1])
+    if astra.predictor != "none":
+        if before is None:
+            codec.predictor.bias[...] = sent.mean(0)
+            p = codec.predict(Known(None))
+        else:
+            codec.predictor = _predictor(astra, np.asarray(before), np.asarray(sent))
+            p = codec.predict(before)
+    rest = sent - p
+    if isinstance(codec, RotatedQuantizer):
+        axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
+        codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
+        codec.analysis[...] = jnp.asarray(rotation.into_groups(axes.analysis, astra.widths), jnp.float32)
+        rows = rotation.into_groups(axes.synthesis.T, astra.widths).transpose(1, 2, 0)
+        codec.synthesis[...] = jnp.asarray(rows, jnp.float32)
+    u = codec.axes(rest)
+    C, z, count = _kmeans(u, codec.codebook.shape[1], iterations, key)
+    residual = (u - lookup(C, z)).reshape(len(u), -1)
+    share = count / len(u)
+    codec.codebook[...], codec.count[...], codec.total[...] = C, share, C * share[..., None]
+    codec.residual_mean[...], codec.residual_var[...] = residual.mean(0), residual.var(0)
+    return p + codec.from_axes(lookup(C, z))
+
+
+@partial(jax.jit, static_argnames=("K", "iterations"))
+def _kmeans(u: Float[Array, "M G d"], K: int, iterations: int, key: Any) -> tuple[Array, Array, Array]:
+    """Codewords, the codes of all vectors, and how often each was chosen."""
+    C, _ = kmeans(u, K, iterations, key)
+    z, count, _ = assign(u, C)
+    return C, z, count
+
+
+def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M W"]) -> Errors:
+    def error(estimate: Array, exact: Array) -> float:
+        return float(jnp.mean((exact - estimate) ** 2) / jnp.mean((exact - exact.mean(0)) ** 2))
+
+    def key_value(sent: Array) -> Array:
+        return sent if attention.site == "kv" else jnp.concatenate([attention.k(sent), attention.v(sent)], axis=-1)
+
+    return Errors(error(estimate, sent), error(key_value(estimate), key_value(sent)))
 
 
 def main(args: Args) -> None:
     """Runs `astra calibrate`."""
     report = Report("calibrate", args.json)
-    astra = AstraConfig(args.groups, args.codewords, args.site, args.class_token)
+    astra = AstraConfig(
+        *(args.groups, args.codewords, args.site, args.class_token),
+        predictor=args.predictor,
+        rank=args.rank,
+        side_info=args.side_info,
+    )
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
+    if astra.side_info != "none" and not isinstance(source.model, Decoder):
+        raise AstraError(f"--side-info {astra.side_info} is for decoders; this is a {source.family}: leave it out")
+    batches = inputs(source, args)
+    y = capture(source.model, batches, args.tokens, args.seed)
+    if args.codec == "rotated-pq":
+        astra = choose_widths(source, astra, y, batches[:TRIAL_BATCHES], args.seed)
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
-    y = capture(model, inputs(checkpoint, args), args.tokens, args.seed)
     errors = fit(model, y, args.iterations, args.seed)
     used = usage(model.codec.count[...])
     report.table(
         "blocks",
-        f"G={astra.groups}, K={astra.codewords}: {astra.groups * astra.bits} bits per token and block",
+        f"G={astra.groups}, K={astra.codewords}: {astra.token_bits} bits per token and block",
         [
             {
                 "block": block,
-                "relative error": error,
+                "relative error": error.vector,
+                "of keys and values": error.key_value,
                 "codewords used": float(used.used[block].mean()),
                 "perplexity": float(used.perplexity[block].mean()),
             }

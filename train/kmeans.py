@@ -14,6 +14,11 @@ def assign(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> tuple[Int[Arra
     return z, scatter(jnp.ones(z.shape), z), scatter(y, z)
 
 
+def lookup(C: Float[Array, "G K d"], z: Int[Array, "M G"]) -> Float[Array, "M G d"]:
+    """The codewords that codes stand for."""
+    return jax.vmap(lambda c, k: c[k], in_axes=(0, 1), out_axes=1)(C, z)
+
+
 def kmeans(
     y: Float[Array, "M G d"], K: int, iterations: int, key: Key[Array, ""]
 ) -> tuple[Float[Array, "G K d"], Float[Array, "iterations"]]:
@@ -27,10 +32,9 @@ def kmeans(
         rows = jax.random.randint(key, (G, K), 0, M)
         return jax.vmap(lambda group, row: group[row], in_axes=(1, 0))(y, rows)
 
-    def step(C: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
-        z, count, total = assign(y, C)
-        chosen = jax.vmap(lambda c, k: c[k], in_axes=(0, 1), out_axes=1)(C, z)
+    def step(before: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
+        z, count, total = assign(y, before)
         C = jnp.where(count[..., None] > 0, total / jnp.maximum(count, 1.0)[..., None], draw(key))
-        return C, jnp.mean((y - chosen) ** 2)
+        return C, jnp.mean((y - lookup(before, z)) ** 2)
 
     return jax.lax.scan(step, draw(start_key), jnp.stack(keys))

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
+from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer
 from astra_jax.sharding import DATA
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet, writing
@@ -58,6 +59,9 @@ class Training:
     """What is trained: the model and its codebooks, or the codebooks alone (they follow the frozen model by EMA)."""
     shards: Integers = (4,)
     """N: devices to train for; with several, one is drawn for every batch."""
+    groups: Integers = ()
+    """m: of a rotated-pq codec, how many of its groups are used; of several numbers, one is drawn for every batch. By
+    default all, always."""
     noise: float = 1.0
     """lambda of Noise-Augmented Quantization; 0 turns the noise off, 1 is the paper's best."""
     commitment: float = 5e-4
@@ -94,6 +98,8 @@ class Training:
                 raise AstraError(f"--{field.replace('_', '-')} is {value}; it must be {allowed}")
         if not self.shards or min(self.shards) < 1:
             raise AstraError(f"--shards is {self.shards}; give one or more numbers of devices, such as 4")
+        if self.groups and min(self.groups) < 1:
+            raise AstraError(f"--groups is {self.groups}; give one or more numbers of groups, such as 1,8,32")
 
 
 # "input": images [B,h,w,c] or `Text`; "label": classes [B], where the task has any.
@@ -180,7 +186,8 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
 
     def loss(params: Any, codecs: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params, codecs)
-        task, measures, seen = run_task(model, batch, N, Noise(key, training.noise), training.label_smoothing)
+        m = jax.random.choice(jax.random.fold_in(key, 1), jnp.asarray(training.groups)) if training.groups else None
+        task, measures, seen = run_task(model, batch, N, Noise(key, training.noise, m), training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
         error = jnp.mean(seen.error) if N > 1 else jnp.float32(0)
@@ -205,6 +212,14 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
         return TrainState(params, codecs, opt_state, number + 1), metrics
 
     return step
+
+
+def check_groups(codec: VectorQuantizer, groups: tuple[int, ...]) -> None:
+    """Raises AstraError for numbers of groups that the codec cannot be used with."""
+    if groups and not isinstance(codec, RotatedQuantizer):
+        raise AstraError("--groups needs codes of which some groups would do: run `astra calibrate --codec rotated-pq`")
+    if groups and max(groups) > codec.groups:
+        raise AstraError(f"--groups is {groups}; the checkpoint has {codec.groups}: give no more")
 
 
 def draw_shards(training: Training, step: int) -> int:
@@ -280,7 +295,7 @@ def train(
             f"--batch-size is {training.batch_size}; it must be a multiple of the {mesh.shape[DATA]} devices"
         )
     if max(training.shards) > 1:
-        need_codec(model.codec)
+        check_groups(need_codec(model.codec), training.groups)
     graphdef, state = start(model, training)
     replicated = NamedSharding(mesh, P())
     state = jax.device_put(state, replicated)
@@ -337,9 +352,11 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, data: Any, settin
             state=ocp.args.StandardRestore(_leaves(state)), data=ocp.args.JsonRestore(), settings=ocp.args.JsonRestore()
         ),
     )
-    differing = sorted(k for k in settings if settings[k] != saved["settings"].get(k))
+    # What an earlier version had no setting for was as it is by default.
+    before = json.loads(json.dumps(dataclasses.asdict(Training()))) | saved["settings"]
+    differing = sorted(k for k in settings if settings[k] != before.get(k))
     if differing:
-        values = ", ".join(f"{k} was {saved['settings'].get(k)}, now {settings[k]}" for k in differing)
+        values = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in differing)
         raise AstraError(f"{out} holds a run with other settings ({values}): repeat those, or choose another folder")
     data.set_state(saved["data"])
     return jax.tree.unflatten(jax.tree.structure(state), [saved["state"][k] for k in sorted(saved["state"])])

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from astra_jax.predictor import SideInfo
 from astra_jax.weights import dequantized, is_quantized
 
 
@@ -34,20 +35,29 @@ LEAST_UNSTACKED = 2**22
 
 
 def unstacked(state: Any) -> Any:
-    """The weights of all blocks, each block's by itself, where the scan would copy much; else as they are.
+    """A model's weights, those of its blocks each by itself, where the scan would copy much; else as they are.
 
     A scan on a CPU copies every block's weights out of the stack before it multiplies with them. The arrays of the
     blocks are views of the stack, so nothing is copied here (but what begins at no multiple of 64 bytes).
 
     Args:
-      state: of `stack_blocks`, on its devices. Quantized weights stay: they are made anew from the stack anyway.
+      state: of a model, or of one within another, on its devices. Quantized weights stay in the stack: what is
+        multiplied with is made anew from them anyway.
     """
-    arrays = jax.tree.leaves(state)
+    arrays = [a for path, a in jax.tree_util.tree_leaves_with_path(state) if _in_blocks(path)]
     if any(isinstance(a, jax.ShapeDtypeStruct) or next(iter(a.devices())).platform != "cpu" for a in arrays):
         return state
-    if sum(a.nbytes for a in arrays) < LEAST_UNSTACKED * length(state):
+    if sum(a.nbytes for a in arrays) < LEAST_UNSTACKED * len(arrays[0]):
         return state
-    return jax.tree.map(lambda a: a if is_quantized(a) else _unstack(a), state, is_leaf=is_quantized)
+
+    def one(path: Any, a: Any) -> Any:
+        return _unstack(a) if _in_blocks(path) and not is_quantized(a) else a
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_quantized)
+
+
+def _in_blocks(path: Any) -> bool:
+    return any("blocks" in (getattr(key, "key", None), getattr(key, "name", None)) for key in path)
 
 
 def _unstack(stack: Array) -> Unstacked:
@@ -63,10 +73,25 @@ def _unstack(stack: Array) -> Unstacked:
     return Unstacked(tuple(map(one, range(len(stack)))))
 
 
-def run_stack(block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` over the blocks, whose weights are among `xs`; of `Unstacked` ones a loop instead."""
+def run_stack(
+    block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, first_apart: bool = False
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the blocks, whose weights are among `xs`; of `Unstacked` ones a loop instead.
+
+    Args:
+      first_apart: whether the first block is given another kind of carry than the others.
+    """
     if not any(map(_is_unstacked, jax.tree.leaves(xs, is_leaf=_is_unstacked))):
-        return jax.lax.scan(block, carry, xs)
+        if not first_apart:
+            return jax.lax.scan(block, carry, xs)
+
+        def at(carry: Any, number: Any) -> tuple[Any, Any]:
+            # One by one: a scan over a part of the stack would copy nearly all of it first.
+            return block(carry, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), xs))
+
+        carry, first = block(carry, _block_of(xs, 0))
+        carry, rest = jax.lax.scan(at, carry, jnp.arange(1, length(xs)))
+        return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
     traced_once, reports = jax.jit(block), []
     for number in range(length(xs)):
         carry, report = traced_once(carry, _block_of(xs, number))
@@ -91,15 +116,19 @@ def _block_of(xs: Any, number: int) -> Any:
 def block_at(blocks: Any, index: int) -> Any:
     """Block `index` of a stack, as a module of its own (a copy)."""
     graphdef, state = nnx.split(blocks)
-    return nnx.merge(graphdef, jax.tree.map(lambda a: a[index], state))
+    return nnx.merge(graphdef, _block_of(state, index))
 
 
-def scan_blocks(blocks: Any, x: Float[Array, "B S D"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+def scan_blocks(
+    blocks: Any, x: Float[Array, "B S D"], strategy: Any, side_info: SideInfo | None = None
+) -> tuple[Float[Array, "B S D"], Any]:
     """Runs the stack: x [B,S,D] -> x [B,S,D] and the strategy's reports, stacked on a leading axis L.
 
-    The carry of the scan is `(x, remote)`: `remote` is what a codec keeps per remote token, () for this one.
+    The carry of the scan is `(x, remote)`: `remote` is what the strategy keeps per token, at first what is known of it.
     """
     graphdef, state = nnx.split(blocks)
+
+    remote = strategy.start(blocks.attention.codec, side_info)
 
     def one_block(strategy: Any, carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, remote = carry
@@ -107,5 +136,5 @@ def scan_blocks(blocks: Any, x: Float[Array, "B S D"], strategy: Any) -> tuple[F
         x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
         return (x, remote), report
 
-    (x, _), reports = strategy.run_blocks(one_block, (x, ()), (state, jnp.arange(length(state))))
+    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(length(state))))
     return x, reports

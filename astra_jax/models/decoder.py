@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.config import AstraConfig
+from astra_jax.models.blocks import block_at
+from astra_jax.predictor import SideInfo
 from astra_jax.quantizer import VectorQuantizer
 from astra_jax.sharding import Shards
 from astra_jax.text import Text
@@ -18,7 +20,7 @@ Task = Literal["causal-lm", "classification"]
 class Decoder(nnx.Module):
     """A causal language model, or a classifier that reads the state of the last token.
 
-    A family sets `config`, `astra`, `embed` and `blocks`, calls `add_head`, and defines `states`.
+    A family sets `config`, `astra`, `embed` and `blocks`, calls `add_head`, and defines `embedded` and `states`.
     """
 
     config: Any
@@ -26,6 +28,21 @@ class Decoder(nnx.Module):
     dtype: Any
     embed: nnx.Embed
     blocks: Any
+
+    def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
+        """The input of the first block: of tokens with these ids at these positions."""
+        raise NotImplementedError
+
+    def side_info(self, ids: Int[Array, "B S"]) -> SideInfo | None:
+        """What the first block's codec sees depends on ids and positions alone; None where no use is made of that."""
+        if self.astra is None or self.astra.side_info == "none":
+            return None
+        first = block_at(self.blocks, 0)
+
+        def vectors_of(ids: Array, positions: Any) -> Array:
+            return first.attention.codec_input(first.norm1(self.embedded(ids, positions)))
+
+        return SideInfo(ids, self.config.vocab_size, vectors_of)
 
     def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
         """Token ids of the slots that are here -> final states, normalised, and the strategy's reports."""

@@ -105,8 +105,11 @@ class GPT2(Decoder):
         self.norm = nnx.LayerNorm(D, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.add_head(dtype, rngs)
 
-    def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+    def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
         x = self.embed(ids)
-        x = x + self.position[...][strategy.positions()].astype(x.dtype)
-        x, reports = scan_blocks(self.blocks, x, strategy)
+        return x + self.position[...][positions].astype(x.dtype)
+
+    def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+        x = self.embedded(ids, strategy.positions())
+        x, reports = scan_blocks(self.blocks, x, strategy, self.side_info(ids))
         return self.norm(x), reports

@@ -110,6 +110,10 @@ class Llama(Decoder):
         self.norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.add_head(dtype, rngs)
 
+    def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
+        return self.embed(ids)  # positions come in as rotations
+
     def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
-        x, reports = scan_blocks(self.blocks, self.embed(ids), strategy)
+        x = self.embedded(ids, strategy.positions())
+        x, reports = scan_blocks(self.blocks, x, strategy, self.side_info(ids))
         return self.norm(x), reports

@@ -24,6 +24,7 @@ def always(monkeypatch):
 
 
 TABLES, COUNTS = AstraConfig(groups=4, codewords=16), AstraConfig(groups=1, codewords=4)  # 4 are fewer than tokens
+ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
 KV = dict(site="kv")
 
 
@@ -32,6 +33,7 @@ KV = dict(site="kv")
     [
         (TABLES, 3),
         (COUNTS, 4),
+        (ROTATED, 4),
         pytest.param(dataclasses.replace(COUNTS, class_token="single"), 8, marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COUNTS, **KV), 5, marks=pytest.mark.slow),
     ],

@@ -4,6 +4,7 @@ Images have 25 tokens, which no N but 1 divides, and every patch has a value of 
 also of one token and of fewer than devices. Any misplaced shard shows.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -50,6 +51,25 @@ FAST = [(1, HIDDEN, SINGLE), (2, KV, DISTRIBUTED), (3, HIDDEN, SINGLE), (8, HIDD
 @pytest.mark.parametrize(("N", "site", "class_token"), cases(ALL, FAST))
 def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
     check(tiny_vit(AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
+
+
+ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("family", "N", "site"),
+    [
+        ("tiny_vit", 4, HIDDEN),
+        ("tiny_gpt2", 3, HIDDEN),
+        ("tiny_llama", 4, KV),
+        pytest.param("tiny_llama", 2, HIDDEN, marks=pytest.mark.slow),
+        pytest.param("tiny_bert", 8, HIDDEN, marks=pytest.mark.slow),
+        pytest.param("tiny_vit", 2, KV, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rotated_codec(request, rank_coded, random_text, family, N, site):
+    inputs = rank_coded(2) if family == "tiny_vit" else random_text(23, 1, 2, 7, 24)
+    check(request.getfixturevalue(family)(dataclasses.replace(ROTATED, site=site)), inputs, N)
 
 
 # Name -> fixture, class token, and values of the configuration.

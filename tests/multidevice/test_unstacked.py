@@ -12,6 +12,7 @@ from astra_jax.parallel import parallelize, place
 from astra_jax.sharding import make_mesh
 from astra_jax.strategies import STRATEGIES, BlockParallel
 from astra_jax.weights import quantize_weights
+from eval.perplexity import NextTokenLoss
 from eval.traffic import sent_bits
 from tests.multidevice.test_generation import decode, tokens
 
@@ -36,7 +37,10 @@ def test_small_weights_stay_in_a_stack(tiny_vit):
 def test_nothing_is_copied(always):
     stack = np.zeros((3, 16, 64), np.float32)
     stack = jax.device_put(stack, jax.devices()[0])
-    (found,) = jax.tree.leaves(unstacked({"w": stack}), is_leaf=lambda a: isinstance(a, Unstacked))
+    found, head = jax.tree.leaves(
+        unstacked({"blocks": {"w": stack}, "head": stack}), is_leaf=lambda a: isinstance(a, Unstacked)
+    )
+    assert head is stack
     places = [a.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer() for a in found.blocks]
     assert places == [0, stack.nbytes // 3, 2 * stack.nbytes // 3]
 
@@ -87,6 +91,16 @@ def test_text_goes_on_in_the_same_way(monkeypatch, tiny_gpt2, random_text):
     new = tokens(stacked, text, Sampling(temperature=3.0))
     np.testing.assert_array_equal(tokens(loop, text, Sampling(temperature=3.0)), new)
     np.testing.assert_allclose(decode(loop, text, new), decode(stacked, text, new), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_within_another(monkeypatch, tiny_gpt2, random_text):
+    """Perplexity is that of a wrapped model."""
+    model, text = NextTokenLoss(tiny_gpt2(CODES)), random_text(23, 7)
+    expected = parallelize(model, make_mesh(2))(text)
+    monkeypatch.setattr("astra_jax.models.blocks.LEAST_UNSTACKED", 0)
+    loop = parallelize(model, make_mesh(2))
+    assert unstacked_in(loop.state)
+    np.testing.assert_allclose(loop(text), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_stay_shapes(always, tiny_vit):

@@ -66,6 +66,29 @@ def test_quantized_weights_have_the_tables_of_what_they_stand_for(tiny_vit, alwa
     same_sources(plain, fast, random_codes(plain, 5))
 
 
+ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+
+
+@pytest.mark.parametrize("site", ["hidden", "kv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_the_tables_of_a_rotated_codec(request, always, family, site):
+    model = request.getfixturevalue(family)(dataclasses.replace(ROTATED, site=site))
+    plain, fast = block(model, 1), block(fold(model), 1)
+    assert fast.folded is not None
+    same_sources(plain, fast, random_codes(plain, 9))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rotated_codec_without_tables_is_projected_from_its_axes(request, monkeypatch, family):
+    monkeypatch.setattr("astra_jax.fast_path.folding_pays", lambda *_: False)
+    model = request.getfixturevalue(family)(ROTATED)
+    plain, fast = block(model, 1), block(fold(model), 1)
+    assert fast.readout is not None and fast.folded is None
+    same_sources(plain, fast, random_codes(plain, 9))
+    at_kv = request.getfixturevalue(family)(dataclasses.replace(ROTATED, site="kv"))
+    assert fold(at_kv) is at_kv  # what codes stand for there are keys and values already
+
+
 def test_at_site_kv_a_table_is_the_codebook(tiny_gpt2):
     model = tiny_gpt2(AstraConfig(groups=1, codewords=16, site="kv"))
     np.testing.assert_array_equal(fold(model).blocks.attention.folded[...], model.codec.codebook[...])

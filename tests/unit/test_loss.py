@@ -126,15 +126,23 @@ def test_ragged_shards_send_the_same_slots():
     )
 
 
+def test_a_loss_of_all_leaves_what_was_never_sent():
+    shards = Shards.split(12, 3, "distributed")  # 4 tokens of a shard behind its class token, which stays at home
+    pairs = by_sender(arrived(Loss(1.0, packet=4), shards, 8, 2, 3, np.random.default_rng(0)), shards)
+    expected = np.broadcast_to(np.eye(3, dtype=bool)[..., None], (3, 3, 5)) | (np.arange(5) == 0)
+    np.testing.assert_array_equal(pairs, np.broadcast_to(expected, (2, 3, 3, 3, 5)))
+
+
 # --- wrong values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rate": 1.0}, "loss is 1; .* less than 1"),
+        ({"rate": 1.01}, "loss is 1.01; .* from 0 to 1"),
         ({"rate": -0.1}, "loss is -0.1; "),
         ({"rate": math.nan}, "loss is nan; "),
+        ({"rate": 1.0, "burst": 8.0}, "loss is 1: .* leave the burst out"),
         ({"rate": 0.1, "burst": 0.5}, "burst is 0.5; .* at least 1"),
         ({"rate": 0.1, "burst": math.inf}, "burst is inf; "),
         ({"rate": 0.1, "burst": math.nan}, "burst is nan; "),

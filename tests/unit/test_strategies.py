@@ -12,6 +12,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.collectives import Alone
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.models.blocks import block_at
 from astra_jax.rotary import Rotary
 from astra_jax.sharding import Shards
 from astra_jax.strategies import Astra, Noise, Single, Virtual, need_codec
@@ -185,7 +186,9 @@ def test_with_a_perfect_codebook_virtual_shards_change_nothing(tiny_vit, rank_co
     """Codewords are the very vectors that are quantized, found by capturing them on one device."""
     model = tiny_vit(AstraConfig(groups=groups, codewords=32, site=site, class_token="single"))
     images = rank_coded(1)
-    alone, vectors = run(model, images, Single(model.shards(1), capture=True), model.shards(1))
+    alone, inputs = run(model, images, Single(model.shards(1), capture=True), model.shards(1))
+    each = (block_at(model.blocks, n).attention.codec_input(inputs[n]) for n in range(len(inputs)))
+    vectors = jnp.stack([*each])
     L, _, T, width = vectors.shape  # 1 + 25 vectors for 32 codewords: the last ones repeat
     codewords = jnp.pad(vectors[:, 0], [(0, 0), (0, 32 - T), (0, 0)], mode="edge")
     model.codec.codebook[...] = codewords.reshape(L, 32, groups, width // groups).swapaxes(1, 2)

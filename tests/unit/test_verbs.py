@@ -281,7 +281,7 @@ BAD = {
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
     "no checkpoint given": ("eval {data}", "no checkpoint"),
-    "more loss than there is": ("eval {place}/tuned {data} --loss 1", "loss is 1; .* try 0.05"),
+    "more loss than there is": ("eval {place}/tuned {data} --loss 1.1", "loss is 1.1; .* try 0.05"),
     "less loss than none": ("eval {place}/tuned {data} --loss -0.1", "loss is -0.1; .* try 0.05"),
     "a packet for half a token": ("eval {place}/tuned {data} --loss 0.1 --packet 1", "1 bytes, .* one token take 2"),
     "no seeds": ("eval {place}/tuned {data} --loss 0.1 --seeds 0", "--seeds is 0"),

@@ -9,7 +9,6 @@ already has is not run again, so an interrupted run goes on where it was.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from eval import evaluate
 from eval.data import DataArgs
 from train import calibrate, finetune
 from train.loop import Training
+from train.recipes.kept import calibrated, evaluated, finetuned, short_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,43 +60,43 @@ def perplexities(checkpoint: Path, N: int, args: Args) -> dict[str, float]:
     """Perplexity of a checkpoint on every test file, or read where an earlier run found it."""
     found = {}
     for number, test in enumerate(args.test):
-        result = args.out / f"{checkpoint.name}-N{N}-test{number}.json"
-        if not result.exists():
-            options = evaluate.Args(
-                checkpoints=(checkpoint,),
-                data=test,
-                separator=args.separator,
-                devices=str(N),
-                virtual=True,
-                length=args.length,
-                stride=args.stride,
-                rates=(),
-                json=result,
-            )
-            evaluate.main(options)
-        (row,) = json.loads(result.read_text(encoding="utf8"))["rows"]
-        found[Path(test).parent.name + "/" + Path(test).stem] = row["perplexity"]
+        options = evaluate.Args(
+            checkpoints=(checkpoint,),
+            data=test,
+            separator=args.separator,
+            devices=str(N),
+            virtual=True,
+            length=args.length,
+            stride=args.stride,
+            rates=(),
+        )
+        (row,) = evaluated(args.out / f"{checkpoint.name}-N{N}-test{number}.json", options)
+        found[short_name(test)] = row["perplexity"]
     return found
 
 
-def finetuned(checkpoint: Path, name: str, shards: tuple[int, ...], args: Args) -> Path:
-    """A checkpoint trained on virtual shards. Repeated, it goes on where it was, and does nothing where it is done."""
-    out = args.out / name
+def trained(checkpoint: Path, name: str, shards: tuple[int, ...], args: Args) -> Path:
+    """A checkpoint trained on virtual shards."""
     training = Training(steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, shards=shards)
-    options = finetune.Args(checkpoint=checkpoint, out=out, training=training, length=args.length, **args.source())
-    finetune.main(options)
-    return out
+    return finetuned(
+        finetune.Args(
+            checkpoint=checkpoint, out=args.out / name, training=training, length=args.length, **args.source()
+        )
+    )
 
 
 def checkpoints_of(G: int, args: Args) -> dict[str, Path]:
-    """The calibrated and the finetuned checkpoint of one G, made where they are missing."""
-    calibrated = args.out / f"calibrated-G{G}"
-    if not calibrated.exists():
-        options = calibrate.Args(
-            checkpoint=args.original, out=calibrated, groups=G, site=args.site, length=args.length, **args.source()
-        )
-        calibrate.main(options)
-    return {"calibrated": calibrated, "finetuned": finetuned(calibrated, f"finetuned-G{G}", args.devices, args)}
+    """The calibrated and the finetuned checkpoint of one G."""
+    options = calibrate.Args(
+        checkpoint=args.original,
+        out=args.out / f"calibrated-G{G}",
+        groups=G,
+        site=args.site,
+        length=args.length,
+        **args.source(),
+    )
+    start = calibrated(options)
+    return {"calibrated": start, "finetuned": trained(start, f"finetuned-G{G}", args.devices, args)}
 
 
 def main(args: Args) -> None:
@@ -104,7 +104,7 @@ def main(args: Args) -> None:
     report = Report("perplexity", args.json)
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    originals = {"original": args.original, "control": finetuned(args.original, "control", (1,), args)}
+    originals = {"original": args.original, "control": trained(args.original, "control", (1,), args)}
     for made, checkpoint in originals.items():
         row = {"N": 1, "G": None, "bits": None, "made by": made}
         rows.append(row | perplexities(checkpoint, 1, args))

@@ -25,6 +25,7 @@ from eval import evaluate
 from eval.data import DataArgs
 from train import calibrate, finetune
 from train.loop import Training
+from train.recipes.kept import calibrated, finetuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,24 +64,22 @@ def accuracy(checkpoint: Path, args: Args) -> float:
 
 def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
     """Accuracy in percent of one model: calibrated, finetuned and evaluated, or read where an earlier run found it."""
-    calibrated = args.out / f"calibrated-G{G}-{class_token}"
     tuned = args.out / f"G{G}-{class_token}-noise{noise:g}"
     result = tuned / "accuracy.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf8"))["accuracy %"]
     console.rule(tuned.name)
     data = args.source()
-    if not calibrated.exists():
-        calibrate.main(
-            calibrate.Args(
-                checkpoint=args.original,
-                out=calibrated,
-                groups=G,
-                class_token=class_token,
-                tokens=args.tokens,
-                **data,
-            )
+    start = calibrated(
+        calibrate.Args(
+            checkpoint=args.original,
+            out=args.out / f"calibrated-G{G}-{class_token}",
+            groups=G,
+            class_token=class_token,
+            tokens=args.tokens,
+            **data,
         )
+    )
     training = Training(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -88,7 +87,7 @@ def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
         shards=(args.devices,),
         noise=noise,
     )
-    finetune.main(finetune.Args(checkpoint=calibrated, out=tuned, training=training, **data))
+    finetuned(finetune.Args(checkpoint=start, out=tuned, training=training, **data))
     found = accuracy(tuned, args)
     write_atomically(result, json.dumps({"accuracy %": found}) + "\n")
     return found

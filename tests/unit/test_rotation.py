@@ -1,0 +1,239 @@
+"""The rotated codec: its axes against what they are for, groups that are a code by themselves, and the verbs."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import checkpoints
+from astra_jax.cli import main
+from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
+from astra_jax.models.blocks import block_at
+from astra_jax.quantizer import RotatedQuantizer
+from train import rotation
+from train.calibrate import choose_widths, distance, fit
+
+RNG = np.random.default_rng(0)
+WIDTHS = (1, 2, 4)
+
+
+def skewed(M=2000, W=8, seed=0):
+    """Correlated vectors, some directions of which vary far more than others."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(M, W)) * 2.0 ** -np.arange(W)) @ rng.normal(size=(W, W)) + rng.normal(size=W)
+
+
+def random_metric(W=8, rank=8):
+    a = RNG.normal(size=(W, rank))
+    return a @ a.T
+
+
+# Axes
+
+
+@pytest.mark.parametrize("rank", [8, 3], ids=["all seen", "some not seen"])
+def test_axes_are_uncorrelated_and_their_error_is_that_of_the_metric(rank):
+    y, metric = skewed(), random_metric(rank=rank)
+    axes = rotation.principal_axes(y, metric)
+    u = (y - axes.mean) @ axes.analysis
+    np.testing.assert_allclose(np.cov(u, rowvar=False, bias=True), np.diag(axes.variance), atol=1e-8)
+    assert (np.diff(axes.variance) <= 1e-12).all()
+    coarse = np.round(u)
+    error = y - axes.mean - coarse @ axes.synthesis
+    seen = slice(0, rank)  # what lies along the others costs nothing
+    expected = ((u - coarse)[:, seen] ** 2).sum(1)
+    np.testing.assert_allclose(np.einsum("mi,ij,mj->m", error, metric, error), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_all_axes_give_the_vector_back_and_the_first_ones_the_best_linear_estimate():
+    y = skewed()
+    axes = rotation.principal_axes(y, random_metric())
+    u = (y - axes.mean) @ axes.analysis
+    np.testing.assert_allclose(axes.mean + u @ axes.synthesis, y, atol=1e-6)
+    best = np.linalg.lstsq(u[:, :3], y - axes.mean, rcond=None)[0]
+    np.testing.assert_allclose(axes.synthesis[:3], best, atol=1e-6)
+
+
+@pytest.mark.parametrize("site", ["hidden", "kv"])
+def test_the_metric_is_the_error_of_keys_and_values(tiny_llama, site):
+    attention = block_at(tiny_llama(AstraConfig(groups=2, codewords=16, site=site)).blocks, 0).attention
+    metric = rotation.key_value_metric(attention)
+    e = RNG.normal(size=len(metric)).astype(np.float32)
+    key_value = [e] if site == "kv" else [e @ layer.kernel[...] for layer in (attention.k, attention.v)]
+    np.testing.assert_allclose(e @ metric @ e, sum(float((x**2).sum()) for x in key_value), rtol=1e-5)
+
+
+# Bits
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.floats(0.5, 300.0))
+def test_water_filling_gives_out_all_bits_and_more_where_more_varies(variance, total):
+    variance = np.asarray(variance)
+    bits = rotation.axis_bits(variance, total)
+    np.testing.assert_allclose(bits.sum(), total, rtol=1e-6)
+    assert (bits >= 0).all()
+    order = np.argsort(variance)
+    assert (np.diff(bits[order]) >= -1e-9).all()
+
+
+@given(st.integers(1, 12), st.lists(st.floats(0, 10), min_size=12, max_size=40))
+def test_every_group_gets_axes_and_no_axis_is_lost(G, bits):
+    bits = np.sort(np.asarray(bits))[::-1]
+    widths = rotation.pack(bits, G)
+    assert len(widths) == G and min(widths) >= 1
+    assert sum(widths) == max(G, (bits > 0).sum())
+
+
+def test_groups_have_about_as_many_bits():
+    bits = rotation.axis_bits(2.0 ** -np.arange(40.0), 40.0)
+    widths = rotation.pack(bits, 4)
+    shares = [part.sum() for part in np.split(bits[: sum(widths)], np.cumsum(widths)[:-1])]
+    assert max(shares) - min(shares) < 2 * bits.max() and widths[0] < widths[-1]
+
+
+def test_more_groups_than_axes():
+    with pytest.raises(AstraError, match="groups is 9, more than the quantized width 8: use at most 8"):
+        rotation.pack(np.ones(8), 9)
+
+
+def test_groups_are_padded_with_zeros():
+    found = rotation.into_groups(np.arange(1.0, 17.0).reshape(2, 8), WIDTHS)
+    assert found[0].tolist() == [[1, 0, 0, 0], [2, 3, 0, 0], [4, 5, 6, 7]]
+
+
+# The codec
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_gpt2, random_text):
+    """Two tiny models with codes for the same random activations: rotated, and as the paper does; and their errors."""
+    y = np.stack([skewed(W=16, seed=seed) for seed in range(2)]).astype(np.float32)
+    y = y / y.std()
+    plain = tiny_gpt2(AstraConfig(groups=4, codewords=16))
+    source = checkpoints.Checkpoint("gpt2", plain.config, None, None, None, {}, "float32", (), tiny_gpt2())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotation, "SPREADS", (1.0,))  # activations that are not the model's do not tell which is best
+        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), y, [random_text(24, 20)], 0)
+    made = checkpoints.with_codebooks(source, astra)
+    errors = [fit(model, y, 8, 0) for model in (made.model, plain)]
+    return made, astra, y, errors
+
+
+def test_keys_and_values_are_closer_than_with_equal_groups(fitted):
+    ours, theirs = fitted[-1]
+    assert all(a.key_value < 0.8 * b.key_value for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_codec_is_as_its_configuration_says(fitted):
+    made, astra, *_ = fitted
+    assert astra.codec == "rotated-pq" and len(astra.widths) == 4 and sum(astra.widths) <= 16
+    assert made.astra == astra and isinstance(made.model.codec, RotatedQuantizer)
+    assert made.model.codec.wire_bits(6) == 6 * 4 * 4
+
+
+def test_the_first_groups_are_a_coarser_code(fitted, tmp_path):
+    made, astra, y, _ = fitted
+    checkpoints.save(tmp_path / "all", made)
+    errors = []
+    for m in (1, 2, 4):
+        few = checkpoints.load(tmp_path / "all", groups=m)
+        assert few.astra.widths == astra.widths[:m] and few.model.astra == few.astra
+        part, whole = (block_at(model.blocks, 1).attention.codec for model in (few.model, made.model))
+        x = jnp.asarray(y[1][None])
+        z = part.encode(x)
+        np.testing.assert_array_equal(z, whole.encode(x)[..., :m])
+        u = jnp.where(jnp.arange(4)[:, None] < m, whole.lookup(whole.encode(x)), 0)
+        np.testing.assert_allclose(part.decode(z), whole.from_axes(u), atol=1e-5)
+        key = jax.random.key(0)
+        masked = whole.straight_through(x, whole.encode(x), key, 0.0, jnp.asarray(m))
+        np.testing.assert_allclose(masked, part.decode(z), atol=1e-5)
+        errors.append(float(jnp.mean((part.decode(z) - x) ** 2)))
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(codec="rotated-pq", groups=2), "widths is \\[\\]; codec rotated-pq with 2 groups has 2"),
+        (dict(groups=2, widths=(1, 1)), "codec vq with 2 groups has 0"),
+        (dict(codec="rotated-pq", groups=1, widths=(0,)), "each a whole number of at least 1"),
+        (dict(codec="lattice"), "codec is 'lattice'; it must be one of vq, rotated-pq"),
+    ],
+)
+def test_configurations_that_do_not_fit(unchecked, values, message):
+    with pytest.raises(AstraError, match=message):
+        AstraConfig(**values)
+
+
+def test_axes_that_do_not_fit_the_width():
+    astra = AstraConfig(groups=2, codec="rotated-pq", widths=(8, 9))
+    with pytest.raises(AstraError, match="17 axes together, more than the quantized width 16"):
+        RotatedQuantizer(astra, 16)
+    with pytest.raises(AstraError, match="groups is 3; these codes have 2"):
+        astra.with_groups(3)
+
+
+def test_training_leaves_axes_as_they_are_and_moves_codewords(fitted):
+    made, _, y, _ = fitted
+    codec = block_at(nnx.clone(made.model).blocks, 0).attention.codec
+    before = codec.codebook[...], codec.analysis[...]
+    x = jnp.asarray(y[0][None]) + 0.1
+    codec.follow(codec.observe(x, codec.encode(x), jax.random.key(0), jnp.ones((1, x.shape[1]), bool)), 0.9, 0.0)
+    assert not np.allclose(codec.codebook[...], before[0])
+    np.testing.assert_array_equal(codec.analysis[...], before[1])
+    padding = np.asarray(codec.codebook[...])[0, :, made.astra.widths[0] :]
+    assert not padding.any()
+
+
+def test_the_distance_to_one_device(tiny_gpt2, random_text):
+    """Nothing where all codewords are exact, and more where they are further off."""
+    text, model = random_text(24, 20), tiny_gpt2(AstraConfig(groups=4, codewords=16))
+    found = [distance(model, [text], N) for N in (1, 4)]
+    assert found[0] == 0 < found[1]
+
+
+# The verbs
+
+
+def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
+    made, *_ = fitted
+    words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
+    (tmp_path / "text.txt").write_text(words)
+    source = dataclasses.replace(
+        made, astra=None, model=checkpoints.with_codebooks(made, AstraConfig(groups=1)).model, history=()
+    )
+    plain = checkpoints.keys.build("gpt2", made.config)
+    plain = checkpoints.keys.with_state(plain, checkpoints.keys.flat_state(source.model, nnx.Param))
+    source = dataclasses.replace(source, model=plain, tokenizer_files=word_tokenizer(40))
+    checkpoints.save(tmp_path / "original", source)
+    data = ["--data", str(tmp_path / "text.txt")]
+
+    def call(*arguments):
+        assert main([*map(str, arguments), "--json", str(tmp_path / "out.json")]) == 0
+        return json.loads((tmp_path / "out.json").read_text())
+
+    codes = tmp_path / "codes"
+    call(
+        *("calibrate", tmp_path / "original", codes, *data, "--codec", "rotated-pq", "--groups", 4, "--codewords", 16),
+    )
+    found = call(
+        *("eval", tmp_path / "original", codes, *data, "--virtual", "--groups", "1,2,4", "--length", 32, "--rates"),
+    )
+    assert [row["bits"] for row in found["rows"]] == [None, 4, 8, 16]
+    tuned = tmp_path / "tuned"
+    call("finetune", codes, tuned, *data, "--steps", 2, "--groups", "1,4", "--batch-size", 4, "--length", 32)
+    assert checkpoints.read_meta(tuned).astra == checkpoints.read_meta(codes).astra
+    said = call("run", codes, "--prompt", "w1 w2 w3 w4", "--devices", 2, "--groups", 2, "--max-new-tokens", 2)
+    assert said
+    capsys.readouterr()
+    assert main(["run", str(codes), "--prompt", "w1 w2", "--devices", "2", "--groups", "5"]) == 2
+    assert "these codes have 4" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "original"), "--prompt", "w1 w2", "--groups", "1"]) == 2
+    assert "astra calibrate --codec rotated-pq" in capsys.readouterr().err

@@ -1,0 +1,258 @@
+"""Quality over bits per token and block: what a model of your own reaches as ASTRA, for every codec and G.
+
+    python -m train.recipes.accuracy_per_bit ORIGINAL OUT --data train.txt --test test.txt --plot plot.png
+
+Every codec and G is calibrated from the original and, with --steps, finetuned, and evaluated on virtual shards. Of
+the codec rotated-pq one checkpoint, that with the most groups, also shows what its first groups do alone; it is
+finetuned for all their numbers at once. Beside them stand the original on one device, the same trained for as many
+steps, and what is left where nothing of other devices arrives. A language model shows its perplexity on text files, a
+classifier its accuracy on parts of --data. What OUT already has is not made or evaluated again, so an interrupted run
+goes on where it was.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+from urllib.parse import quote
+
+import tyro
+
+import checkpoints
+from astra_jax.arguments import Integers, Texts
+from astra_jax.cli import guarded
+from astra_jax.config import Codec, Prediction, Site
+from astra_jax.console import Report, console, write_atomically
+from astra_jax.errors import AstraError
+from eval import evaluate, plots
+from eval.data import DataArgs
+from eval.paper import insert, markdown
+from train import calibrate, finetune
+from train.loop import Training
+from train.recipes.kept import calibrated, evaluated, finetuned, short_name
+
+COMMAND = "python -m train.recipes.accuracy_per_bit"
+LOST = {"perplexity": "% above the original", "accuracy %": "points below the original"}  # metric -> column behind it
+# Options that do not change what a checkpoint or result of a given name in OUT is.
+FREE = ("out", "test", "groups", "codecs", "steps", "plot", "markdown", "json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(DataArgs):
+    """Arguments of the recipe."""
+
+    original: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ORIGINAL")]
+    """A language model or a classifier made by `astra convert`."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the checkpoints and the results."""
+    test: tuple[str, ...]
+    """Text files to evaluate a language model on; of a classifier parts of --data, such as test[:2000]."""
+    groups: Integers = (1, 2, 4, 8, 16, 32)
+    """G, one after the other."""
+    codecs: Texts = get_args(Codec)
+    """Codecs, one after the other; with a predictor behind a plus sign, such as rotated-pq+linear."""
+    codewords: int = 1024
+    """K: codewords per group."""
+    site: Site = "hidden"
+    """What is quantized."""
+    devices: int = 4
+    """N: devices to train for and to evaluate on."""
+    steps: int = 0
+    """Finetuning steps of every checkpoint; 0 for calibration alone."""
+    batch_size: int = 16
+    """Texts or images per batch of the finetuning."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    flip: bool = True
+    """Mirror images at random; turn off where left and right matter, as in digits."""
+    seed: int = 0
+    """Seed of calibration and finetuning."""
+    length: int | None = None
+    """Tokens of a text; by default what the model takes, but at most 512, in the evaluation 1024."""
+    stride: int | None = None
+    """Tokens by which the windows of the evaluation move on; by default half their length."""
+    plot: Path | None = None
+    """Draw quality over bits into this file (PNG or SVG)."""
+    markdown: Path | None = None
+    """Also put the table into this file, between its marks that have the name of ORIGINAL's folder."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+    def label(self, column: str, test: str) -> str:
+        """What a column of a test is called: there is no need to tell the only one from others."""
+        return column if len(self.test) == 1 else f"{column}, {short_name(test)}"
+
+
+def metric_of(args: Args) -> str:
+    """The column of `astra eval` that is shown. Raises AstraError for a model that has no loss to be finetuned by."""
+    metric = evaluate.METRICS[evaluate.task_of(checkpoints.read_meta(args.original).config)]
+    if metric not in LOST:
+        raise AstraError(f"{args.original}: is a sentence encoder: use a language model or a classifier")
+    return metric
+
+
+def check(args: Args) -> None:
+    """Raises AstraError, before any work, for options that do not fit, or do not fit what OUT already has."""
+    if not (args.codecs and args.groups):
+        raise AstraError("--codecs and --groups are lists, such as --codecs vq,rotated-pq --groups 1,8,32")
+    for name in args.codecs:
+        codec, predictor = parts(name)
+        if codec not in get_args(Codec) or predictor not in get_args(Prediction):
+            raise AstraError(f"--codecs has {name!r}: try vq, rotated-pq, vq+linear or rotated-pq+diagonal")
+    if args.plot:
+        plots.check_plot(args.plot)
+    decisive = {name: value for name, value in vars(args).items() if name not in FREE}
+    now = json.loads(json.dumps(decisive | {"original": str(args.original.resolve())}))
+    kept = args.out / "options.json"
+    if kept.exists():
+        before = json.loads(kept.read_text(encoding="utf8"))
+        if differing := [name for name in now if now[name] != before.get(name)]:
+            values = ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
+            raise AstraError(f"{args.out} was made otherwise ({values}): repeat that, or choose another folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, json.dumps(now, indent=2) + "\n")
+
+
+def parts(name: str) -> tuple[str, str]:
+    """The codec and the predictor that are meant by `CODEC` or `CODEC+PREDICTOR`."""
+    codec, _, predictor = name.partition("+")
+    return codec, predictor or "none"
+
+
+def quality(
+    checkpoint: Path, N: int, args: Args, groups: int | None = None, loss: float | None = None
+) -> dict[str, Any]:
+    """A checkpoint's G and bits, and its metric on every test; with its first `groups` alone, or under packet loss."""
+    metric = metric_of(args)
+    found: dict[str, Any] = {}
+    how = f"first{groups}-" * (groups is not None) + f"loss{loss}-" * (loss is not None)
+    for test in args.test:
+        result = args.out / f"{checkpoint.name}-N{N}-{how}{quote(test, safe='[:]')}.json"
+        where = {"data": test, "split": "test"} if metric == "perplexity" else {"split": test}
+        options = evaluate.Args(
+            checkpoints=(checkpoint,),
+            devices=str(N),
+            virtual=True,
+            groups=() if groups is None else (groups,),
+            loss=loss,
+            seeds=None if loss is None else 1,
+            length=args.length,
+            stride=args.stride,
+            rates=(),
+            **{**args.source(), **where},
+        )
+        (row,) = evaluated(result, options)
+        found |= {"G": row["G"], "bits": row["bits"], args.label(metric, test): row[metric]}
+    return found
+
+
+def calibrated_one(name: str, G: int, args: Args) -> Path:
+    """The calibrated checkpoint of one codec and G. A predictor of a language model also knows the token ids."""
+    codec, predictor = parts(name)
+    text = predictor != "none" and metric_of(args) == "perplexity"
+    return calibrated(
+        calibrate.Args(
+            checkpoint=args.original,
+            out=args.out / f"calibrated-{name}-G{G}",
+            groups=G,
+            codewords=args.codewords,
+            codec=cast(Codec, codec),
+            predictor=cast(Prediction, predictor),
+            side_info="token-ids" if text else "none",
+            site=args.site,
+            length=args.length,
+            seed=args.seed,
+            **args.source(),
+        )
+    )
+
+
+def finetuned_one(checkpoint: Path, name: str, args: Args, N: int, groups: tuple[int, ...] = ()) -> Path:
+    """A checkpoint trained on N virtual shards, and with so many of its groups."""
+    training = Training(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        shards=(N,),
+        groups=groups,
+        seed=args.seed,
+    )
+    out = args.out / f"{name}-{args.steps}-steps"
+    options = finetune.Args(
+        checkpoint=checkpoint, out=out, training=training, flip=args.flip, length=args.length, **args.source()
+    )
+    return finetuned(options)
+
+
+def controls(args: Args) -> list[dict[str, Any]]:
+    """Rows without codes: the original, trained for longer, and with nothing of other devices."""
+    rows = [{"made by": "original", "codec": None, "N": 1, **quality(args.original, 1, args)}]
+    if args.steps:
+        longer = finetuned_one(args.original, "control", args, 1)
+        made = f"original, trained {args.steps} steps more"
+        rows.append({"made by": made, "codec": None, "N": 1, **quality(longer, 1, args)})
+    # Any codes will do, as none arrive.
+    alone = quality(calibrated_one("vq", min(args.groups), args), args.devices, args, loss=1.0)
+    none = {"G": None, "bits": 0}
+    rows.append({"made by": "nothing of other devices", "codec": None, "N": args.devices, **alone, **none})
+    return rows
+
+
+def coded(codec: str, args: Args) -> list[dict[str, Any]]:
+    """Rows of one codec, for every G a checkpoint of its own; and of one checkpoint with its first groups alone."""
+    N, groups = args.devices, sorted(args.groups)
+    rows: list[dict[str, Any]] = []
+
+    def add(made: str, checkpoint: Path, groups: int | None = None) -> None:
+        rows.append({"made by": made, "codec": codec, "N": N, **quality(checkpoint, N, args, groups)})
+
+    for G in args.groups:
+        console.rule(f"{codec}, G={G}")
+        start = calibrated_one(codec, G, args)
+        add("calibrated", start)
+        if args.steps:
+            add("finetuned", finetuned_one(start, f"finetuned-{codec}-G{G}", args, N))
+    if parts(codec)[0] == "rotated-pq":
+        start, made = calibrated_one(codec, groups[-1], args), f"first of {groups[-1]} groups"
+        for m in groups[:-1]:
+            add(f"calibrated, {made}", start, m)
+        if args.steps:
+            nested = finetuned_one(start, f"nested-{codec}-G{'-'.join(map(str, groups))}", args, N, tuple(groups))
+            for m in groups:
+                add(f"finetuned, {made}", nested, m)
+    return rows
+
+
+def against(row: dict[str, Any], original: dict[str, Any], args: Args) -> dict[str, Any]:
+    """A row that says behind every metric how much worse than the original that is."""
+    metric, found = metric_of(args), {k: row[k] for k in ("made by", "codec", "N", "G", "bits")}
+    for test in args.test:
+        column = args.label(metric, test)
+        here, there = row[column], original[column]
+        lost = 100 * (here / there - 1) if metric == "perplexity" else there - here
+        found |= {column: here, args.label(LOST[metric], test): lost}
+    return found
+
+
+def main(args: Args) -> None:
+    """Runs the recipe."""
+    report, metric = Report("accuracy-per-bit", args.json), metric_of(args)
+    check(args)
+    rows = controls(args)
+    for codec in dict.fromkeys(args.codecs):
+        rows += coded(codec, args)
+    rows = [against(row, rows[0], args) for row in rows]
+    made = f"finetuned for {args.steps} steps" if args.steps else "not finetuned"
+    report.table("rows", f"{args.original.name}: K={args.codewords}, site {args.site}, {made}", rows)
+    if args.plot:
+        plots.quality_over_bits(rows, [args.label(metric, test) for test in args.test], args.plot)
+        report.say(f"plot: {args.plot}", plot=str(args.plot))
+    if args.markdown:
+        insert(args.markdown, args.original.name, markdown(rows), COMMAND)
+        report.say(f"table: {args.markdown}")
+    report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))

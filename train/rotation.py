@@ -1,0 +1,96 @@
+"""The axes of a rotated quantizer: which errors matter, along which axes tokens differ, who gets the bits.
+
+What counts is the error of keys and values (our choice; that a quantizer should minimise the error of what its vectors
+are used for is the idea of ScaNN, 1908.10396). In whitened axes of that metric, ordered by variance, bits are given out
+by reverse water-filling, as rate-distortion theory has it for Gaussian vectors.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from astra_jax.errors import AstraError
+
+SPREADS = (1.0, 2.0, 4.0, 16.0)
+
+
+class Axes(NamedTuple):
+    """`u = (y - mean) analysis` is uncorrelated, the greatest variance first; `y ~ mean + u synthesis`."""
+
+    mean: Float[np.ndarray, "W"]
+    analysis: Float[np.ndarray, "W W"]
+    synthesis: Float[np.ndarray, "W W"]
+    variance: Float[np.ndarray, "W"]
+
+
+def key_value_metric(attention: Any) -> Float[np.ndarray, "W W"]:
+    """M: what an error e of a block's quantized vector costs, `|e Wk|^2 + |e Wv|^2 = e M e^T`; at site `kv` it is one
+    of keys and values already.
+
+    Args:
+      attention: of one block.
+    """
+    if attention.site == "kv":
+        return np.eye(2 * attention.J * attention.E)
+    k, v = (np.asarray(layer.kernel[...], np.float64) for layer in (attention.k, attention.v))
+    return k @ k.T + v @ v.T
+
+
+def principal_axes(y: Float[np.ndarray, "M W"], metric: Float[np.ndarray, "W W"]) -> Axes:
+    """The principal axes of vectors under a metric."""
+    y = y.astype(np.float64)
+    mean = y.mean(0)
+    covariance = np.cov(y, rowvar=False, bias=True)
+    squares, basis = np.linalg.eigh(metric)
+    root = (basis * np.sqrt(np.clip(squares, 0, None))) @ basis.T
+    variance, turned = np.linalg.eigh(root @ covariance @ root)
+    variance, analysis = np.clip(variance[::-1], 0, None), root @ turned[:, ::-1]
+    alive = variance > 1e-9 * variance[0]
+    # The best linear estimate of y from these axes, also of what the metric does not see.
+    synthesis = (analysis.T @ covariance) * np.where(alive, 1 / np.where(alive, variance, 1), 0)[:, None]
+    return Axes(mean, analysis, synthesis, variance)
+
+
+def axis_bits(variance: Float[np.ndarray, "W"], total: float) -> Float[np.ndarray, "W"]:
+    """Reverse water-filling: `max(0, log2(variance / level) / 2)` of every axis, with the level that gives `total`."""
+    logs = np.log2(np.maximum(variance, 1e-12 * variance.max())) / 2
+    low, high = logs.min() - total / len(logs), logs.max()
+    for _ in range(100):
+        level = (low + high) / 2
+        low, high = (level, high) if np.maximum(logs - level, 0).sum() > total else (low, level)
+    return np.maximum(logs - high, 0)
+
+
+def pack(bits: Float[np.ndarray, "W"], G: int) -> tuple[int, ...]:
+    """How many consecutive axes each of G groups gets, so that all have as many bits. Axes without any are left out.
+
+    Raises:
+      AstraError: there are fewer axes than groups.
+    """
+    if len(bits) < G:
+        raise AstraError(f"groups is {G}, more than the quantized width {len(bits)}: use at most {len(bits)}")
+    alive = max(G, int((bits > 0).sum()))
+    ends = np.searchsorted(np.cumsum(bits), np.arange(1, G) * bits.sum() / G) + 1
+    edges = [0]
+    for group, end in enumerate(ends, 1):
+        edges.append(int(np.clip(end, edges[-1] + 1, alive - (G - group))))
+    return tuple(int(n) for n in np.diff([*edges, alive]))
+
+
+def into_groups(a: Float[np.ndarray, "rows W"], widths: tuple[int, ...]) -> Float[np.ndarray, "rows G d"]:
+    """Columns in groups of these widths, padded with zeros to the widest."""
+    groups = np.split(a[:, : sum(widths)], np.cumsum(widths)[:-1], axis=1)
+    return np.stack([np.pad(g, [(0, 0), (0, max(widths) - g.shape[1])]) for g in groups], axis=1)
+
+
+def candidates(variances: Float[np.ndarray, "L W"], G: int, K: int) -> list[tuple[int, ...]]:
+    """Widths of the groups that may be good, the same in all blocks, from the mean of the bits that each block gives
+    its axes. Codewords of several axes make use of more of them than water-filling says, so that some are for `SPREADS`
+    times the bits that there are.
+
+    Args:
+      variances: of all axes in every block.
+    """
+    total = G * np.log2(K)
+    return sorted({pack(np.mean([axis_bits(v, spread * total) for v in variances], axis=0), G) for spread in SPREADS})
