@@ -52,7 +52,7 @@ from eval.workload import open_workload
 Rows = list[dict[str, Any]]
 
 RATE = "10mbit"
-EIGHT, CPU_OF_EIGHT = 8, 0.2
+EIGHT, LITTLE_CPU = 8, 0.2
 LONG = (1024, 4096, 16384)  # tokens of the sequence, on HOSTS devices
 LOCAL, DEVICES = 1024, (2, 4, 8, 16)  # tokens on each of so many devices
 BRIEF_REPEATS = 11  # of what takes less than a second
@@ -148,9 +148,14 @@ def hosts(args: Args) -> Rows:
     return beside(ours, theirs)
 
 
+def slower(args: Args) -> Rows:
+    """Four hosts with half as much of a core each."""
+    return in_lab(args, HOSTS, LITTLE_CPU, args.model, strategies="single,astra", groups="1")
+
+
 def eight(args: Args) -> Rows:
     """Eight hosts with half as much of a core each."""
-    return in_lab(args, EIGHT, CPU_OF_EIGHT, args.model, strategies="single,astra", groups="1")
+    return in_lab(args, EIGHT, LITTLE_CPU, args.model, strategies="single,astra", groups="1")
 
 
 def llama(args: Args) -> Rows:
@@ -322,7 +327,8 @@ def start_rows(pairs: list[tuple[float, float]]) -> Rows:
 SECTIONS: dict[str, tuple[str, Callable[[Args], Rows]]] = {
     "machine": ("measured on", machine),
     "hosts": (f"{HOSTS} hosts with {CPU} of a core each, {RATE}", hosts),
-    "eight": (f"{EIGHT} hosts with {CPU_OF_EIGHT} of a core each, {RATE}", eight),
+    "slower": (f"{HOSTS} hosts with {LITTLE_CPU} of a core each, {RATE}", slower),
+    "eight": (f"{EIGHT} hosts with {LITTLE_CPU} of a core each, {RATE}", eight),
     "llama": (f"a Llama's first token, {HOSTS} hosts with {CPU} of a core each, {RATE}", llama),
     "torch": ("one device, beside transformers", against_torch),
     "long": ("one block, G=1, by the length of the input", long_inputs),

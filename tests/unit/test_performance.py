@@ -112,23 +112,24 @@ def test_ratios_are_of_one_run(tmp_path, labs):
 
 def test_what_hosts_are_asked_to_run(tmp_path, labs):
     args = Args(folder=tmp_path / "bench", repeats=7)
-    for section in (hosts, eight, llama):
+    for section in (hosts, slower, eight, llama):
         section(args)
-    ours, theirs, many, prompt = labs
+    ours, theirs, slow, many, prompt = labs
     assert [run[:4] for run in labs] == [
         (4, 10e6, 0.4, "vit-base"),
         (4, 10e6, 0.4, "vit-base"),
+        (4, 10e6, 0.2, "vit-base"),
         (8, 10e6, 0.2, "vit-base"),
         (4, 10e6, 0.4, "llama-s"),
     ]
     assert all(run[4]["--strategies"].split(",")[0] == "single" and run[4]["--tokens"] == "1024" for run in labs)
     assert ours[4]["--fast-path"] == "on,off" and ours[4]["--groups"] == "1,32" and ours[4]["--repeats"] == "7"
     assert theirs[4]["--strategies"] == "single,sp,tp" and theirs[4]["--repeats"] == "1"
-    assert many[4]["--groups"] == "1" and prompt[4]["--site"] == "kv"
+    assert slow[4]["--groups"] == many[4]["--groups"] == "1" and prompt[4]["--site"] == "kv"
     before = hosts(args)
-    assert len(labs) == 4 and len(list(args.folder.iterdir())) == 4, "what was measured is kept"
+    assert len(labs) == 5 and len(list(args.folder.iterdir())) == 5, "what was measured is kept"
     Path(theirs[4]["--json"]).unlink()
-    assert hosts(args)[-1]["measured s"] > before[-1]["measured s"] and len(labs) == 5
+    assert hosts(args)[-1]["measured s"] > before[-1]["measured s"] and len(labs) == 6
 
 
 def test_rows_are_kept(tmp_path):
