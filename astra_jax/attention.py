@@ -29,7 +29,7 @@ class Folded(nnx.Variable):
 
 
 class Readout(nnx.Variable):
-    """Keys and values of a step along every axis of a rotated codec, and in the last row of its origin: [Gd+1,2JE].
+    """Keys and values of a step along every axis of a rotated codec, and in the last row of its origin: [A+1,2JE].
 
     Made by `astra_jax.fast_path.fold`.
     """
@@ -201,9 +201,9 @@ class MixedPrecisionAttention(nnx.Module):
             k, v = jnp.split(sum_of_rows(self.folded[...], message), 2, axis=-1)
             return self.heads(k), self.heads(v)
         if self.readout is not None:
-            u = self.codec.lookup(message)  # type: ignore[union-attr]  # who has codes has a codec
+            u = self.codec.coordinates(message)  # type: ignore[union-attr]  # who has codes has a codec
             table = self.readout[...]
-            kv = u.reshape(*u.shape[:-2], -1).astype(table.dtype) @ table[:-1] + table[-1]
+            kv = u.astype(table.dtype) @ table[:-1] + table[-1]
             return tuple(map(self.heads, jnp.split(kv, 2, axis=-1)))  # type: ignore[return-value]
         if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
             message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec

@@ -1,13 +1,14 @@
 """How a model is compressed: the part of a checkpoint's configuration that ASTRA adds."""
 
 import dataclasses
-from typing import Any, Literal, TypeVar, get_args
+import itertools
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from astra_jax.errors import AstraError
 
 Site = Literal["hidden", "kv"]
 ClassToken = Literal["distributed", "single"]
-Codec = Literal["vq", "rotated-pq"]
+Codec = Literal["vq", "rotated-pq", "nested-pq"]
 Prediction = Literal["none", "diagonal", "low-rank", "linear"]
 SideInfo = Literal["none", "token-ids"]
 
@@ -27,9 +28,11 @@ class AstraConfig:
         `kv` is K and V themselves, before any rotary embedding, as one vector of width 2*J*E (our choice).
       class_token: `distributed` puts a replica of CLS at the head of every shard and averages their final
         states; `single` keeps one CLS on shard 0.
-      codec: `vq` quantizes a vector as it is, as the paper does; `rotated-pq` along axes that calibration finds
-        (`astra_jax.quantizer.RotatedQuantizer`, our choice).
-      widths: of `rotated-pq` how many axes each group has.
+      codec: `vq` quantizes a vector as it is, as the paper does; `rotated-pq` along axes that calibration finds;
+        `nested-pq`, too, level by level, each level what those before it left, so that the first levels are a good code
+        by themselves (`astra_jax.quantizer.RotatedQuantizer`, our choice).
+      widths: of rotated codecs how many axes each group has.
+      levels: of `nested-pq` how many groups each level has.
       predictor: how a token's vector is predicted from the block before, so that codes say only what differs
         (`astra_jax.predictor.Predictor`, our choice).
       rank: of the predictor `low-rank`.
@@ -45,6 +48,7 @@ class AstraConfig:
     class_token: ClassToken = "distributed"
     codec: Codec = "vq"
     widths: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
     predictor: Prediction = "none"
     rank: int = 16
     side_info: SideInfo = "none"
@@ -63,17 +67,33 @@ class AstraConfig:
             value, allowed = getattr(self, field), get_args(choices)
             if value not in allowed:
                 raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
-        expected = self.groups if self.codec == "rotated-pq" else 0
+        expected = self.groups if self.rotated else 0
         if len(self.widths) != expected or any(not isinstance(n, int) or n < 1 for n in self.widths):
             raise AstraError(
                 f"widths is {list(self.widths)}; codec {self.codec} with {self.groups} groups has {expected} of them, "
                 "each a whole number of at least 1"
             )
-
+        nested = self.codec == "nested-pq"
+        if sum(self.levels) != nested * self.groups or any(not isinstance(n, int) or n < 1 for n in self.levels):
+            raise AstraError(
+                f"levels is {list(self.levels)}; those of codec {self.codec} with {self.groups} groups have "
+                f"{nested * self.groups} together, each a whole number of at least 1"
+            )
         if not isinstance(self.rank, int) or self.rank < 1:
             raise AstraError(f"rank is {self.rank!r}; it must be a whole number of at least 1: try 16")
         if self.side_info != "none" and self.predictor == "none":
             raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether codes are of the axes that calibration finds, so that the first groups are a code by themselves."""
+        return self.codec != "vq"
+
+    @property
+    def level_widths(self) -> tuple[tuple[int, ...], ...]:
+        """`widths`, level by level."""
+        ends = tuple(itertools.accumulate(self.levels or (self.groups,)))
+        return tuple(self.widths[start:end] for start, end in zip((0, *ends), ends, strict=False))
 
     @property
     def bits(self) -> int:
@@ -86,15 +106,11 @@ class AstraConfig:
         return self.groups * self.bits
 
     def group_width(self, width: int) -> int:
-        """d: the width of one group of a vector of `width`; of unequal groups the largest.
+        """d: the width of one group of a vector of `width`, of a codec without axes of its own.
 
         Raises:
           AstraError: the groups do not fit that width.
         """
-        if self.codec == "rotated-pq":
-            if sum(self.widths) > width:
-                raise AstraError(f"widths are {sum(self.widths)} axes together, more than the quantized width {width}")
-            return max(self.widths)
         if width % self.groups:
             divisors = [g for g in range(1, width + 1) if width % g == 0]
             near = sorted(divisors, key=lambda g: abs(g - self.groups))[:3]
@@ -110,9 +126,29 @@ class AstraConfig:
         Raises:
           AstraError: there are not so many unequal groups.
         """
-        if self.codec == "rotated-pq" and groups > self.groups:
+        if self.rotated and groups > self.groups:
             raise AstraError(f"groups is {groups}; these codes have {self.groups}, of which the first can be used")
-        return dataclasses.replace(self, groups=groups, widths=self.widths[:groups])
+        starts = itertools.accumulate(self.levels, initial=0)
+        levels = tuple(min(n, groups - start) for n, start in zip(self.levels, starts, strict=False) if start < groups)
+        return dataclasses.replace(self, groups=groups, widths=self.widths[:groups], levels=levels)
+
+
+def doubling(G: int) -> tuple[int, ...]:
+    """Levels of 1, 1, 2, 4, 8, .. groups, G together, so that 1, 2, 4, 8, .. groups are whole levels (our choice)."""
+    levels, total = [1], 1
+    while total < G:
+        levels.append(min(total, G - total))
+        total += levels[-1]
+    return tuple(levels)
+
+
+def codec_and_predictor(name: str) -> tuple[Codec, Prediction]:
+    """What is meant by `CODEC` or `CODEC+PREDICTOR`. Raises AstraError if there is no such thing."""
+    codec, _, predictor = name.partition("+")
+    predictor = predictor or "none"
+    if codec not in get_args(Codec) or predictor not in get_args(Prediction):
+        raise AstraError(f"there is no codec {name!r}: try vq, rotated-pq, vq+linear or nested-pq+diagonal")
+    return cast(Codec, codec), cast(Prediction, predictor)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:

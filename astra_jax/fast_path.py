@@ -40,15 +40,17 @@ def folding_pays(model: Any, platform: str) -> bool:
       platform: what it runs on, as JAX names it.
     """
     attention: MixedPrecisionAttention = model.blocks.attention
-    L, G, K, d = attention.codec.codebook.shape  # type: ignore[union-attr]
+    codec, L = attention.codec, model.config.num_hidden_layers
+    assert codec is not None
+    G, K = codec.groups, codec.codewords
     itemsize = model.dtype.itemsize
-    if attention.site == "kv" and not isinstance(attention.codec, RotatedQuantizer):
+    if attention.site == "kv" and not isinstance(codec, RotatedQuantizer):
         return G == 1 and attention.rotary is None
     width = 2 * attention.J * attention.E
     table_bytes = L * G * K * width * itemsize
     weights = sum(math.prod(a.shape) for a in jax.tree.leaves(nnx.state(model.blocks, nnx.Param))) * itemsize
     balance = FLOPS_PER_BYTE.get(platform, FLOPS_PER_BYTE_OF_OTHERS)
-    return bool(G * itemsize * balance < 2 * G * d and table_bytes <= weights)
+    return bool(G * itemsize * balance < 2 * codec.width and table_bytes <= weights)
 
 
 def fold(model: Any, platform: str | None = None) -> Any:
@@ -65,8 +67,9 @@ def fold(model: Any, platform: str | None = None) -> Any:
     tables = folding_pays(model, platform or jax.default_backend())
     if not tables and not (isinstance(attention.codec, RotatedQuantizer) and attention.site == "hidden"):
         return model
-    parts = [nnx.state(part) for part in (attention.codec, attention.k, attention.v)]
-    make = partial(_of_all_blocks, partial(_tables if tables else _readout, attention.site), model.dtype)
+    codec, state = nnx.split(attention.codec)
+    parts = [state, nnx.state(attention.k), nnx.state(attention.v)]
+    make = partial(_of_all_blocks, partial(_tables if tables else _readout, attention.site, codec), model.dtype)
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parts))
     made = jax.eval_shape(make, *parts) if abstract else jax.jit(make)(*parts)
     graphdef, state = nnx.split(model)
@@ -82,26 +85,25 @@ def _of_all_blocks(make: Any, dtype: Any, *parts: Any) -> Float[Array, "L *shape
     return jax.lax.map(lambda block: make(*map(dequantized, block)).astype(dtype), parts)
 
 
-def _readout(site: str, codec: Any, k: Any, v: Any) -> Float[Array, "axes width"]:
+def _readout(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "axes width"]:
     """Keys and values of a unit vector along every axis of the codec, and in the last row those of its origin."""
-    G, _, d = codec["codebook"].shape
-    axes, origin = (codec["synthesis"][...], codec["mean"][...]) if "synthesis" in codec else (None, None)
+    made = nnx.merge(codec, state)
+    rotated = isinstance(made, RotatedQuantizer)
     if site == "kv":
-        assert axes is not None and origin is not None  # or nothing is to be read out: codewords are keys and values
-        return jnp.concatenate([axes.reshape(G * d, -1), origin[None]])
+        assert rotated  # or nothing is to be read out: codewords are keys and values
+        return jnp.concatenate([made.synthesis[...], made.mean[...][None]])
     kernel = jnp.concatenate([layer["kernel"][...] for layer in (k, v)], axis=-1).astype(jnp.float32)
     bias = jnp.concatenate([layer["bias"][...] for layer in (k, v)]) if "bias" in k else jnp.zeros(kernel.shape[1])
-    if axes is None or origin is None:
+    if not rotated:
         return jnp.concatenate([kernel, bias[None]])
-    rotated = jnp.einsum("gdi,if->gdf", axes, kernel, precision="highest").reshape(G * d, -1)
-    return jnp.concatenate([rotated, (jnp.matmul(origin, kernel, precision="highest") + bias)[None]])
+    axes, origin = (jnp.matmul(a, kernel, precision="highest") for a in (made.synthesis[...], made.mean[...]))
+    return jnp.concatenate([axes, (origin + bias)[None]])
 
 
-def _tables(site: str, codec: Any, k: Any, v: Any) -> Float[Array, "G K width"]:
+def _tables(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "G K width"]:
     """`C_g [Wk_g Wv_g]`, biases added in the first group."""
-    C = codec["codebook"][...]
-    if site == "kv" and "synthesis" not in codec:
-        return C
-    readout = _readout(site, codec, k, v)
-    table = jnp.einsum("gkd,gdf->gkf", C, readout[:-1].reshape(C.shape[0], C.shape[2], -1), precision="highest")
-    return table.at[0].add(readout[-1])
+    made = nnx.merge(codec, state)
+    if site == "kv" and not isinstance(made, RotatedQuantizer):
+        return made.codebook[...]
+    readout = _readout(site, codec, state, k, v)
+    return made.products(readout[:-1]).at[0].add(readout[-1])

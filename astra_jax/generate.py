@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from astra_jax.attention import Kept, Source
 from astra_jax.errors import AstraError
-from astra_jax.parallel import make_for, on_mesh, place
+from astra_jax.parallel import Make, make_for, on_mesh, place
 from astra_jax.sharding import DATA, SEQ
 from astra_jax.strategies import Astra, Remote, Single, Strategy
 from astra_jax.text import Text, bucket
@@ -198,7 +198,7 @@ def memory(cache: Cache) -> Memory:
     return Memory(cache.codes.nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)
 
 
-def prefill_program(model: Any, graphdef: Any, mesh: Mesh) -> Any:
+def prefill_program(model: Any, graphdef: Any, mesh: Mesh, make: Make = Astra.of) -> Any:
     """Prefill on a mesh, jitted: weights and `Text` -> on every device, what decoding from its shard's end needs.
 
     That is the logits of the last token [B,1,V], what every block kept (`Kept`), how many tokens are its own [B,1],
@@ -225,7 +225,7 @@ def prefill_program(model: Any, graphdef: Any, mesh: Mesh) -> Any:
 
     @jax.jit
     def prefill(state: Any, text: Text) -> Any:
-        strategy = make_for(mesh, Astra.of)(model, N, text)
+        strategy = make_for(mesh, make)(model, N, text)
         return on_mesh(work, mesh, strategy, specs)(state, model.to_tokens(text))
 
     return prefill
@@ -238,21 +238,22 @@ class Generator:
       model: a causal language model of `astra_jax.models`.
       mesh: from `make_mesh`. Prefill uses all of it; decoding the devices of the last shard, one per data row.
       fast_path: see `astra_jax.parallel.parallelize`.
+      make: what makes the strategy of prefill, an `Astra`.
 
     Raises:
       AstraError: the model is no causal language model, or there are several shards and it has no codebooks.
     """
 
-    def __init__(self, model: Any, mesh: Mesh, fast_path: bool = True):
+    def __init__(self, model: Any, mesh: Mesh, fast_path: bool = True, make: Make = Astra.of):
         if not model.per_token:
             raise AstraError("this checkpoint is no language model: it cannot generate text")
         self.model, self.mesh = model, mesh
-        self.graphdef, self.state = place(model, mesh, fast_path=fast_path)
+        self.graphdef, self.state = place(model, mesh, make, fast_path)
         self.ends = Mesh(mesh.devices[:, -1], (DATA,))
         # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
         self.here = all(device.process_index == jax.process_index() for device in self.ends.devices)
         self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state) if self.here else None
-        self._prefill = prefill_program(model, self.graphdef, mesh)
+        self._prefill = prefill_program(model, self.graphdef, mesh, make)
         self._cache = jax.jit(_make_cache, static_argnames="more")
         self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnames="cache")
         self._sample = jax.jit(sample, static_argnames="sampling")

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import unstacked
 from astra_jax.sharding import DATA, SEQ, put
-from astra_jax.strategies import Astra, Sharded, Single, part_size
+from astra_jax.strategies import STRATEGIES, Astra, Order, Sharded, Single, part_size
 
 # (model, N, inputs) -> strategy, such as `Astra.of`.
 Make = Callable[..., Sharded]
@@ -41,6 +41,11 @@ class Program:
     def lower(self, inputs: Any) -> Any:
         """The lowered program; `.compile().as_text()` of it shows every collective."""
         return self.run.lower(self.state, inputs)
+
+
+def make_of(name: str, order: Order = "kept") -> Make:
+    """What makes the strategy of this name of `STRATEGIES`; `order` is that in which ASTRA sends codes (`Astra`)."""
+    return partial(Astra.of, order=order) if name == "astra" else STRATEGIES[name].of
 
 
 def make_for(mesh: Mesh, make: Make) -> Make:

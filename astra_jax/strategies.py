@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from astra_jax import wire
@@ -19,8 +20,10 @@ from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import run_stack
 from astra_jax.predictor import Known, SideInfo, is_exact
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
+
+Order = Literal["kept", "free"]
 
 
 class Remote(NamedTuple):
@@ -64,7 +67,7 @@ def visible(keys: Tokens, queries: Tokens, causal: bool) -> Bool[Array, "*B quer
     return mask
 
 
-def need_codec(codec: VectorQuantizer | None) -> VectorQuantizer:
+def need_codec(codec: Quantizer | None) -> Quantizer:
     """The codec, or an AstraError that says how to get one."""
     if codec is None:
         raise AstraError("this checkpoint has no codebooks, so it runs on one device only: run `astra calibrate` first")
@@ -99,7 +102,7 @@ class Strategy:
     coded: ClassVar[bool] = True  # whether `exchange` takes what the codec quantizes, or else the hidden state
     keep: bool = False  # report every block's keys, values and remote codes (`attention.Kept`), for a cache
 
-    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+    def start(self, codec: Quantizer | None, side_info: SideInfo | None) -> Any:
         return ()
 
     def cached(self, block: Any) -> list[Source]:
@@ -170,7 +173,7 @@ class Sharded(Strategy):
         heads = jnp.broadcast_to(jnp.reshape(cls, (-1, 1, 1, D)), (B, shards.shape[1], 1, D))
         return jnp.concatenate([heads, shards], axis=2).reshape(B, -1, D)
 
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
         return None, carry, None
 
     def local_mask(self) -> Bool[Array, "*B queries keys"] | None:
@@ -204,8 +207,15 @@ class Single(Sharded):
     def of(cls, model: Any, N: int = 1, inputs: Any = None) -> "Single":
         return cls(model.shards(1, inputs))
 
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[None, Any, Any]:
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[None, Any, Any]:
         return None, carry, y if self.capture else None
+
+
+def _at_receivers(
+    said: Float[Array, "B slots W"], there: Bool[Array, "B N slots"] | None
+) -> Float[Array, "B *N slots W"]:
+    """What codes add to what is expected: with `there`, which receivers have them, for each of these, and else 0."""
+    return said if there is None else jnp.where(there[..., None], said[:, None], 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,36 +229,64 @@ class Virtual(Sharded):
       shards: the split.
       noise: given in training: remote tokens are noisy estimates with straight-through gradients, and every block
         reports an `Observation`.
-      arrived: which codes arrived: of every slot, in every block, at every receiving shard; None for all. A token
-        that did not arrive is masked out of the softmax (our choice: the paper does not say what stands in for it).
+      arrived: which codes arrived: of every slot, in every block, at every receiving shard; None for all. In a block
+        of which everything is known beforehand nothing is sent, so nothing is lost.
+      lost: what becomes of a token in a block in which its code did not arrive (our choice: the paper does not say what
+        stands in for it). `masked` takes it out of that block's softmax. `predicted` puts there what the receiver
+        expected of it; without a predictor it is masked all the same.
+
+    With a predictor and `arrived` every shard has its own estimates of all tokens. A token's codes are about what its
+    own shard expects, which does not hear of losses; others add them to what they expect. Attention gets N copies of
+    every token, as each shard has it, of which a query sees one: that takes N times as long.
     """
 
     noise: Noise | None = None
     arrived: Bool[Array, "L B N slots"] | None = None
+    lost: Literal["masked", "predicted"] = "predicted"
 
-    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+    def start(self, codec: Quantizer | None, side_info: SideInfo | None) -> Any:
         if codec is None or codec.predictor is None:
             return ()
-        return Known(side_info and side_info.vectors_of(side_info.ids, self.positions()))
+        if side_info is None:
+            return Known(None)
+        vectors = side_info.vectors_of(side_info.ids, self.positions()).astype(jnp.float32)
+        if self.arrived is None:
+            return Known(vectors)
+        B, slots, W = vectors.shape
+        return Known(jnp.broadcast_to(vectors[:, None], (B, self.shards.N, slots, W)))
 
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
-        codec = need_codec(codec)
-        tokens = self.tokens()
-        p = jax.lax.stop_gradient(codec.predict(carry))
-        y = y - p
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
+        codec, tokens = need_codec(codec), self.tokens()
+        predicts, exact = codec.predictor is not None, is_exact(carry)
+        p = jax.lax.stop_gradient(codec.predict(carry))  # [B,N,slots,W] where every shard has estimates of its own
+        y = y - (p[:, tokens.shard, np.arange(len(tokens.shard))] if jnp.ndim(p) == 4 else p)
         z = codec.encode(y)
         mask = visible(tokens, tokens, self.shards.causal) & jnp.asarray(tokens.shard[:, None] != tokens.shard)
+        there = None
         if self.arrived is not None:
-            mask = mask & self.arrived[block][:, tokens.shard]
-        exact = is_exact(carry)
-        if codec.predictor is not None:
-            carry = p if exact else jax.lax.stop_gradient(p + codec.decode(z, self.noise and self.noise.groups))
+            there = self.arrived[block] | (np.arange(self.shards.N)[:, None] == tokens.shard) | exact
+            if self.lost == "masked" or not predicts:
+                mask = mask & there[:, tokens.shard]
+        if predicts:
+            decoded = codec.decode(z, self.noise and self.noise.groups)
+            carry = p if exact else jax.lax.stop_gradient(p + _at_receivers(decoded, there))
         if self.noise is None:
-            return Remote(z if codec.predictor is None else carry, tokens.position, mask), carry, None
+            return self._remote(carry if predicts else z, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
         noisy = y if exact else codec.straight_through(y, z, noise_key, self.noise.strength, self.noise.groups)
         seen = codec.observe(y, z, revive_key, jnp.asarray(tokens.valid & tokens.sent))
-        return Remote(p + noisy, tokens.position, mask), carry, seen
+        return self._remote(p + _at_receivers(noisy, there) if predicts else noisy, mask), carry, seen
+
+    def _remote(self, message: Shaped[Array, "B *N slots W"], mask: Bool[Array, "*#B slots slots"]) -> Remote:
+        """All tokens as remote ones; where every shard has them in its own way, N times, of which a query sees one."""
+        tokens = self.tokens()
+        if message.ndim == 3:
+            return Remote(message, tokens.position, mask)
+        N = self.shards.N
+        own = jnp.asarray(tokens.shard[:, None] == np.arange(N))[..., None]  # [queries,N,1]
+        copies = (mask[..., None, :] & own).reshape(*mask.shape[:-1], -1)
+        B, _, _, W = message.shape
+        return Remote(message.reshape(B, -1, W), jnp.tile(tokens.position, N), copies)
 
     def local_mask(self) -> Bool[Array, "*B queries keys"]:
         shard, mask = self.tokens().shard, super().local_mask()
@@ -307,22 +345,42 @@ def _hidden_bits(model: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Astra(SplitTokens):
-    """ASTRA (paper section 3): the devices gather codes, bit-packed, in every block."""
+    """ASTRA (paper section 3): the devices gather codes, bit-packed, in every block.
+
+    Attributes:
+      shards, peers: see `SplitTokens`.
+      order: whether the codes of a shard are sent in the order of its tokens (`kept`), or in any order where that takes
+        fewer bytes (`free`, our choice): attention cannot tell, because tokens with the same code are the same to it.
+    """
+
+    order: Order = dataclasses.field(default="kept", kw_only=True)
 
     @classmethod
-    def of(cls, model: Any, N: int, inputs: Any = None) -> "Astra":
-        need_codec(model.codec)
-        return cls(model.shards(N, inputs))
+    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept") -> "Astra":
+        codec, shards = need_codec(model.codec), model.shards(N, inputs)
+        if order == "free":
+            check_order_free(codec, model.blocks.attention.rotary is not None, shards)
+        return cls(shards, order=order)
+
+    def sorts(self, codec: Quantizer) -> bool:
+        """Whether codes are sent sorted, because their order is free and that takes fewer bytes."""
+        S = self.shards.sent_slots
+        return self.order == "free" and wire.multiset_bytes(S, codec.codewords) < wire.packed_bytes(S, codec.bits)
+
+    def code_bits(self, codec: Quantizer) -> int:
+        """Bits of the codes that one device sends in one block, for one sequence."""
+        S = self.shards.sent_slots
+        return 8 * wire.multiset_bytes(S, codec.codewords) if self.sorts(codec) else codec.wire_bits(S)
 
     def messages(self, model: Any) -> list[Message]:
-        codes, blocks = need_codec(model.codec).wire_bits(self.shards.sent_slots), model.config.num_hidden_layers
+        codes, blocks = self.code_bits(need_codec(model.codec)), model.config.num_hidden_layers
         if model.astra.side_info == "none":
             return [Message("all-gather", codes, blocks), *self._pooled(model)]
         ids = self.shards.S * 8 * _id_dtype(model.config.vocab_size).itemsize
         first = Message("all-gather", ids, 1, in_blocks=False)
         return [first, Message("all-gather", codes, blocks - 1), *self._pooled(model)]
 
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
         codec, sent = need_codec(codec), y[:, self.shards.home_slots :]
         if codec.predictor is None:
             return self._remote(self._gather(codec, codec.encode(sent), self.peers.gather_others)), carry, None
@@ -334,13 +392,19 @@ class Astra(SplitTokens):
             estimate = estimate + codec.decode(self._gather(codec, codec.encode(sent - mine), self.peers.gather))
         return self._remote(jnp.take(estimate, self.peers.others(), axis=0)), estimate, None
 
-    def _gather(self, codec: VectorQuantizer, z: Any, gather: Any) -> Shaped[Array, "devices B sent G"]:
+    def _gather(self, codec: Quantizer, z: Any, gather: Any) -> Shaped[Array, "devices B sent G"]:
         """Codes [B,sent,G] of this device -> those of all that are gathered from."""
         B, sent, G = z.shape
+        if self.sorts(codec):
+            # Padding takes the last code, and so the last places, which are those where receivers expect it.
+            valid = jnp.asarray(self.tokens().valid)[..., self.shards.home_slots :]
+            codes = jnp.where(valid, z[..., 0], jnp.uint16(codec.codewords - 1))
+            packed = gather(wire.pack_multiset(codes, codec.codewords))
+            return wire.unpack_multiset(packed, sent, codec.codewords)[..., None]
         packed = gather(wire.pack(z.reshape(B, -1), codec.bits))  # [devices,B,bytes]
         return wire.unpack(packed, sent * G, codec.bits).reshape(-1, B, sent, G)
 
-    def start(self, codec: VectorQuantizer | None, side_info: SideInfo | None) -> Any:
+    def start(self, codec: Quantizer | None, side_info: SideInfo | None) -> Any:
         if codec is None or codec.predictor is None:
             return ()
         if side_info is None:
@@ -350,6 +414,22 @@ class Astra(SplitTokens):
         position = jnp.moveaxis(jnp.broadcast_to(self.shards.index(), (B, N, S)), 1, 0)
         vectors = side_info.vectors_of(ids.reshape(N * B, S).astype(jnp.int32), position.reshape(N * B, S))
         return Known(vectors.astype(jnp.float32).reshape(N, B, S, -1))
+
+
+def check_order_free(codec: Quantizer, rotary: bool, shards: Shards) -> None:
+    """Raises AstraError where the order of a shard's codes matters to those who receive them.
+
+    With a single class token some shards begin with a slot that is no token, and not only end with such (our choice).
+    """
+    reasons = {
+        f"{codec.groups} groups": codec.groups > 1,
+        "a rotary embedding": rotary,
+        "a predictor": codec.predictor is not None,
+        "a single class token": shards.class_token == "single",
+    }
+    found = [reason for reason, given in reasons.items() if given]
+    if found:
+        raise AstraError(f"codes cannot be sent in any order with {found[0]}: keep the order, which is the default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +450,7 @@ class SequenceParallel(SplitTokens):
         bits = self.shards.sent_slots * _hidden_bits(model)
         return [Message("all-gather", bits, model.config.num_hidden_layers), *self._pooled(model)]
 
-    def exchange(self, codec: VectorQuantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
         return self._remote(self.peers.gather_others(y)), carry, None
 
 

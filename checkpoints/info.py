@@ -48,7 +48,7 @@ def compression(astra: AstraConfig, D: int) -> dict[str, Any]:
 
 def codebook_usage(model: Any) -> list[dict[str, Any]]:
     """One row per block: the means over its groups of share of codewords in use and perplexity."""
-    used = usage(model.codec.count[...])
+    used = usage(model.codec.counts())
     return [
         {"block": block, "codewords used": float(share), "perplexity": float(perplexity)}
         for block, (share, perplexity) in enumerate(

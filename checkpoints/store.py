@@ -158,7 +158,7 @@ def load(
         in its files, a trained model's in float32. Codebooks and statistics are float32 whatever it is.
       shardings: from the abstract model to where its arrays go, such as
         `lambda model: astra_jax.parallel.shardings(model, mesh)`; None for the first local device.
-      groups: how many groups of a `rotated-pq` codec to load, the first of them; None for all.
+      groups: how many groups of a `nested-pq` or `rotated-pq` codec to load, the first of them; None for all.
 
     Raises:
       AstraError: the folder is missing, something else, damaged, or written by a newer version; or its codec has not so
@@ -168,10 +168,10 @@ def load(
     model = build(meta.family, meta.config, meta.astra, dtype)
     parts = _read_parts(weights, model, version)
     if groups is not None:
-        if meta.astra is None or meta.astra.codec != "rotated-pq":
+        if meta.astra is None or not meta.astra.rotated:
             raise AstraError(
                 f"{path}: has no codes of which the first {groups} groups would do: run `astra calibrate --codec "
-                "rotated-pq` first"
+                "nested-pq` first"
             )
         meta = dataclasses.replace(meta, astra=meta.astra.with_groups(groups))
         model = build(meta.family, meta.config, meta.astra, dtype)
@@ -181,23 +181,19 @@ def load(
 
 def _first_groups(parts: Iterable[Part], model: Any) -> Iterator[Part]:
     """Parts of a model with more groups, and wider ones, cut to the shapes of a model with fewer."""
-    G, _, d = model.codec.codebook.shape[1:]
     shapes = {path: a.shape for arrays in outline(model).values() for path, a in arrays.items()}
 
-    def cut_to(shape: tuple[int, ...], a: np.ndarray, groups: int) -> np.ndarray:
-        if shape == (G * d,):  # of all axes in one
-            return a.reshape(groups, -1)[:G, :d].reshape(-1)
+    def cut(path: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        a, shape = arrays[path], shapes[path]
+        codebook = f"{path.rpartition('.')[0]}.codebook"
+        if a.ndim == 1 and codebook in arrays:  # of all axes of a level in one
+            (full, *_), (groups, _, d) = arrays[codebook].shape, shapes[codebook]
+            return a.reshape(full, -1)[:groups, :d].reshape(-1)
         return a[tuple(map(slice, shape))]
 
     for name, arrays in parts:
-        codebook = arrays.get(f"{CODEC}codebook")
-        yield (
-            name,
-            {
-                path: cut_to(shapes[path], a, len(codebook)) if codebook is not None and path.startswith(CODEC) else a
-                for path, a in arrays.items()
-            },
-        )
+        kept = {path: a for path, a in arrays.items() if path in shapes or not path.startswith(CODEC)}
+        yield name, {path: cut(path, arrays) if path.startswith(CODEC) else a for path, a in kept.items()}
 
 
 def read_meta(path: Path | str) -> Checkpoint:

@@ -26,11 +26,11 @@ from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.hosts import Hosts
 from astra_jax.lifeline import Policy
-from astra_jax.parallel import Make, parallelize, shardings
+from astra_jax.parallel import Make, make_of, parallelize, shardings
 from astra_jax.preflight import pair_rows
 from astra_jax.preprocess import decode_image
 from astra_jax.sharding import SEQ
-from astra_jax.strategies import STRATEGIES, Astra
+from astra_jax.strategies import Astra, Order
 from astra_jax.text import Text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from checkpoints import Checkpoint
@@ -53,7 +53,7 @@ class Setup:
     on_failure: Policy = "fail"
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
     groups: int | None = None
-    """Send only the first so many groups of the codes of a rotated-pq codec: fewer bits; by default all."""
+    """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -62,6 +62,9 @@ class Setup:
     """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
     fast_path: Literal["on", "off"] = "on"
     """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
+    code_order: Order = "kept"
+    """Send codes in the order of tokens, or in any order where that takes fewer bytes (free): at G=1 without rotary
+    embedding (docs/performance.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Answerer:
 
     def __init__(self, setup: Setup, report: Report):
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
-        self.make = STRATEGIES[setup.strategy].of
+        self.make = make_of(setup.strategy, setup.code_order)
         self.mesh = cluster.open_mesh(
             setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
         )
@@ -158,7 +161,7 @@ class Answerer:
         if self.task == "causal-lm":
             if self.strategy != "astra":
                 raise AstraError(f"--strategy {self.strategy}: texts go on from codes only: leave the option out")
-            self.generator = Generator(self.model, self.mesh, self.fast_path)
+            self.generator = Generator(self.model, self.mesh, self.fast_path, self.make)
         else:
             self.program = parallelize(self.model, self.mesh, self.make, self.fast_path)
         self._compiled = set[str]()  # shapes of inputs
@@ -277,7 +280,7 @@ class Answerer:
         if not one:
             for prompt, continuation in zip(request.prompts, texts, strict=True):
                 report.say(f"--- {prompt}{continuation.text}")
-        sent = sent_bytes(self.model, self.N, text)
+        sent = sent_bytes(self.model, self.N, text, self.make)
         rate = (len(seconds) - 1) / seconds[-1] if len(seconds) > 1 else 0.0
         kept, full = generator.cache_memory
         with_compilation = f" ({compiled:.1f} s with compilation)" if compiled else ""

@@ -20,7 +20,7 @@ import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -33,7 +33,8 @@ from astra_jax.config import Site
 from astra_jax.console import Report, progress, write_atomically
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
-from astra_jax.strategies import STRATEGIES
+from astra_jax.parallel import Make, make_of
+from astra_jax.strategies import STRATEGIES, Order
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from eval import plots
 from eval.costs import Cost, check_speeds, check_split, cost, fastest, share_flops
@@ -62,6 +63,9 @@ class Args:
     """G of astra, one after the other."""
     fast_path: Texts = ("on",)
     """Exact short cuts of astra where they pay (docs/performance.md): on, off, or both: on,off."""
+    code_order: Texts = ("kept",)
+    """How astra sends codes (docs/performance.md): in the order of tokens (kept), in any order where that takes fewer
+    bytes (free, at G=1 without rotary embedding), or both: kept,free."""
     exchanges: Integers = (1,)
     """Nb of bp-ag and bp-sp: exchanges over the whole network."""
     rates: Texts = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
@@ -92,6 +96,34 @@ class Args:
     """Write a line for every strategy and rate to this file."""
     json: Path | None = None
     """Also write everything printed to this file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeOrder(Setting):
+    """A way to run `astra` that sends codes in any order where that takes fewer bytes."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} free"
+
+    @property
+    def make(self) -> Make:
+        return make_of(self.strategy, "free")
+
+
+def in_orders(ways: Sequence[Setting], orders: Sequence[str]) -> list[Setting]:
+    """The ways, and in the place of one of `astra` with G=1 one for each order of codes.
+
+    Raises:
+      AstraError: an order is neither `kept` nor `free`.
+    """
+    for order in orders:
+        if order not in get_args(Order):
+            raise AstraError(f"--code-order is {order!r}; it must be kept, free, or both: kept,free")
+    found: list[Setting] = []
+    for way in ways:
+        kinds = {"kept": Setting, "free": FreeOrder if way.groups == 1 else Setting}
+        found += dict.fromkeys(kinds[order](**vars(way)) for order in orders)
+    return found
 
 
 def summary(found: Cost, L: int) -> dict[str, Any]:
@@ -219,7 +251,7 @@ def main(args: Args) -> None:
     latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path)
+    ways = in_orders(settings(args.strategies, N, args.groups, args.exchanges, args.fast_path), args.code_order)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices.
     mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])

@@ -27,12 +27,13 @@ from jaxtyping import Array, Bool, Float
 import checkpoints
 from astra_jax.arguments import Integers, Numbers, Texts
 from astra_jax.cluster import open_mesh
+from astra_jax.config import AstraConfig
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
-from astra_jax.parallel import parallelize
+from astra_jax.parallel import make_of, parallelize
 from astra_jax.sharding import make_mesh, parse_devices
-from astra_jax.strategies import STRATEGIES, Astra, Single, Virtual
+from astra_jax.strategies import Astra, Order, Single, Virtual
 from astra_jax.text import Text, longest
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from astra_jax.wire import tokens_per_packet
@@ -76,16 +77,22 @@ class Args(DataArgs):
     strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
     groups: Integers = ()
-    """Evaluate with only the first so many groups of the codes of a rotated-pq codec, one number after the other."""
+    """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
     """Exact short cuts where they pay (docs/performance.md); off for the plain form. Virtual shards always have that,
     and there it only says how compute is timed."""
+    code_order: Order = "kept"
+    """Send codes in the order of tokens, or in any order where that takes fewer bytes (free): at G=1 without rotary
+    embedding (docs/performance.md)."""
     loss: float | None = None
-    """Share of the packets that are lost on every link, such as 0.05; what was in them is not attended to."""
+    """Share of the packets that are lost on every link, such as 0.05."""
     loss_model: Literal["bernoulli", "burst"] | None = None
     """Whether packets are lost one by one, or in a row; by default bernoulli."""
+    lost: Literal["masked", "predicted"] | None = None
+    """What becomes of tokens whose codes are lost: they are masked out of that block's attention, or what a predictor
+    expects of them stands in; by default predicted, of a checkpoint without a predictor masked."""
     packet: int | None = None
     """Payload of a packet in bytes, by default 1400. It holds whole tokens."""
     burst: float | None = None
@@ -152,6 +159,8 @@ def check_simulation(args: Args) -> Args:
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
     if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
         raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
+    if args.loss is not None and args.code_order == "free":
+        raise AstraError("--loss: packets hold whole tokens, which codes in any order do not: leave out --code-order")
     wanted += ["--virtual"] * args.virtual
     if wanted and args.strategy not in ("auto", "single", "astra"):
         raise AstraError(
@@ -164,12 +173,13 @@ def check_simulation(args: Args) -> Args:
 def loss_of(args: Args) -> Loss | None:
     """The packet loss that is asked for, if any. Raises AstraError if an option is out of range or does not fit."""
     details = {
-        "--loss-model": args.loss_model, "--packet": args.packet, "--burst": args.burst, "--seeds": args.seeds,
+        "--loss-model": args.loss_model, "--lost": args.lost, "--packet": args.packet, "--burst": args.burst,
+        "--seeds": args.seeds,
     }  # fmt: skip
     given = [option for option, value in details.items() if value is not None]
     if args.loss is None:
         if given:
-            raise AstraError(f"{given[0]} says how packets are lost, but not how many: give --loss, such as 0.05, too")
+            raise AstraError(f"{given[0]} is about packets that are lost, and none are: give --loss, such as 0.05, too")
         return None
     if args.burst is not None and args.loss_model != "burst":
         raise AstraError("--burst is for losses in a row: give --loss-model burst, too, or leave the option out")
@@ -178,10 +188,22 @@ def loss_of(args: Args) -> Loss | None:
     loss = Loss(args.loss) if args.packet is None else Loss(args.loss, packet=args.packet)
     if args.loss_model == "burst":
         loss = dataclasses.replace(loss, burst=BURST if args.burst is None else args.burst)
-    for astra in (checkpoints.read_meta(path).astra for path in args.checkpoints):
-        if astra is not None:
-            tokens_per_packet(astra.token_bits, loss.packet)
+    for path in args.checkpoints:
+        astra = checkpoints.read_meta(path).astra
+        if astra is None:
+            continue
+        tokens_per_packet(astra.token_bits, loss.packet)
+        if args.lost == "predicted" and astra.predictor == "none":
+            raise AstraError(
+                f"{path} has no predictor, so nothing is expected of tokens that are lost: use --lost masked, "
+                "or `astra calibrate --predictor`"
+            )
     return loss
+
+
+def lost_of(astra: AstraConfig, args: Args) -> Literal["masked", "predicted"]:
+    """What becomes of tokens of a checkpoint whose codes are lost."""
+    return args.lost or ("masked" if astra.predictor == "none" else "predicted")
 
 
 def takes_images(checkpoint: Checkpoint) -> bool:
@@ -209,9 +231,15 @@ def example(checkpoint: Checkpoint, length: int) -> Any:
     return Text(jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "N", "speeds"))
+@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost"))
 def run_virtual(
-    graphdef: Any, state: Any, inputs: Any, N: int, speeds: tuple[float, ...], there: Bool[Array, "L B N slots"] | None
+    graphdef: Any,
+    state: Any,
+    inputs: Any,
+    N: int,
+    speeds: tuple[float, ...],
+    there: Bool[Array, "L B N slots"] | None = None,
+    lost: Literal["masked", "predicted"] = "predicted",
 ) -> Array:
     """Inputs -> outputs of a model on one device with N virtual shards, of which `there` tells what codes arrived.
 
@@ -219,7 +247,7 @@ def run_virtual(
     """
     model = nnx.merge(graphdef, state)
     tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
-    strategy = Virtual(shards, arrived=there) if N > 1 else Single(shards)
+    strategy = Virtual(shards, arrived=there, lost=lost) if N > 1 else Single(shards)
     out = model(shards.scatter(tokens), strategy)[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
@@ -263,19 +291,19 @@ class Trial:
         alone = self.N == 1 and jax.distributed.is_initialized()
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
-            return parallelize(model, mesh, STRATEGIES[self.strategy].of, self.args.fast_path == "on")
+            return parallelize(model, mesh, make_of(self.strategy, self.args.code_order), self.args.fast_path == "on")
         graphdef, state = nnx.split(model)
         if seed is None:
-            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, None)
+            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds)
         loss, astra, L = self.loss, self.checkpoint.astra, self.checkpoint.config.num_hidden_layers
         assert loss is not None and astra is not None
-        number = itertools.count()
+        number, silent = itertools.count(), int(astra.side_info != "none")
 
         def lossy(inputs: Any) -> Array:
             shards, B = model.shards(self.N, inputs, self.speeds), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(number)])
-            there = arrived(loss, shards, astra.token_bits, L, B, rng)
-            return run_virtual(graphdef, state, inputs, self.N, self.speeds, jnp.asarray(there))
+            there = jnp.asarray(arrived(loss, shards, astra.token_bits, L, B, rng, silent))
+            return run_virtual(graphdef, state, inputs, self.N, self.speeds, there, lost_of(astra, self.args))
 
         return lossy
 
@@ -433,27 +461,26 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
-    if loss is not None and astra is not None and astra.predictor != "none":
-        raise AstraError(f"{path}: what a predictor expects after packet loss is not simulated: leave out --loss")
-    make, fast_path = STRATEGIES[strategy].of, args.fast_path == "on"
+    make, fast_path = make_of(strategy, args.code_order), args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
     trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     inputs = example(checkpoint, T)
-    if N > 1 and args.virtual:
-        sent = Astra(model.shards(N, inputs, args.speeds)).messages(model)
-    else:
-        sent = messages(model, N, inputs, make, fast_path)
+    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order) if astra else None
+    sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)
     # How long a device of another speed would take is not known here.
     compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
-    bits = astra.token_bits if astra else None
+    bits: float | None = astra.token_bits if astra else None
+    if coded and coded.sorts(model.codec):
+        bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {
         "checkpoint": path.name,
         "strategy": strategy,
         "N": N,
         "G": astra.groups if astra else None,
         "T": T,
+        **({"lost": lost_of(astra, args) if astra else None} if args.loss is not None else {}),
         **reached,
         "weight MB": weight_bytes(model) / 1e6,
         "bits": bits,
@@ -510,7 +537,8 @@ def main(args: Args) -> None:
         how = "one by one" if loss.burst is None else f"in bursts of {loss.burst:g} on average"
         report.say(
             f"a share of {loss.rate:g} of the packets of {loss.packet:,} bytes is lost, {how}, on virtual shards: "
-            f"mean and standard deviation (sd) over {args.seeds or SEEDS} seed(s)",
+            f"mean and standard deviation (sd) over {args.seeds or SEEDS} seed(s)\n"
+            "lost: tokens in them are masked out of a block's attention, or predicted from the block before",
             loss=dataclasses.asdict(loss),
             seeds=tries,
         )

@@ -2,8 +2,9 @@
 
 Every directed link, from one device to another, loses packets on its own. The packets of a link follow each other block
 by block, in each the tokens in order. A packet is lost as a whole, with the codes of all its tokens; the receiver
-masks those tokens out of the attention of that block, and nothing is sent again. What a lost code is replaced by is not
-public in the paper: to leave it out is our choice. The state that a head reads, sent once at the end, is not lost.
+masks those tokens out of the attention of that block, or goes by what it expected of them (`strategies.Virtual.lost`),
+and nothing is sent again. What a lost code is replaced by is not public in the paper: both are our choice. What is sent
+once, as token ids before the first block and the state that a head reads after the last, is not lost.
 """
 
 import dataclasses
@@ -67,14 +68,14 @@ def lost(loss: Loss, P: int, links: tuple[int, ...], rng: np.random.Generator) -
     """Which of P packets in a row are lost, on links that do not know of each other; the first is as any other."""
     draws = rng.random((P, *links))
     found = np.empty(draws.shape, bool)
-    found[0] = draws[0] < loss.rate
+    found[:1] = draws[:1] < loss.rate  # P may be 0
     for p in range(1, P):
         found[p] = draws[p] < np.where(found[p - 1], loss.stay, loss.enter)
     return found
 
 
 def arrived(
-    loss: Loss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator
+    loss: Loss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator, silent: int = 0
 ) -> Bool[np.ndarray, "L B N slots"]:
     """Which codes reach whom in one forward pass of B sequences, as `strategies.Virtual` takes it.
 
@@ -85,10 +86,11 @@ def arrived(
       shards: the split. All devices send the same number of slots, padding included, as they do on a mesh.
       token_bits: bits of one token in one block, G * log2(K).
       L: blocks.
+      silent: how many of them, the first ones, send no codes.
 
     Returns:
       For every block, sequence, receiving device and slot of any device whether the slot's code is there. What a device
-      has itself and slots that are never sent count as there.
+      has itself and what is never sent count as there.
 
     Raises:
       AstraError: a packet is too small for a token.
@@ -96,7 +98,7 @@ def arrived(
     N, sent, home = shards.N, shards.sent_slots, shards.home_slots
     tokens = wire.tokens_per_packet(token_bits, loss.packet)
     P = wire.packets(sent, tokens)
-    there = ~lost(loss, L * P, (B, N, N), rng).reshape(L, P, B, N, N) | np.eye(N, dtype=bool)
+    there = ~lost(loss, (L - silent) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
     slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
-    slots[..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
+    slots[silent:, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
     return slots.reshape(L, B, N, -1)

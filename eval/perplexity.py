@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.errors import AstraError
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Shards
 from astra_jax.text import Text
 from eval.text import run_batches, windows
@@ -40,7 +40,7 @@ class NextTokenLoss(nnx.Module):
         return self.model.blocks
 
     @property
-    def codec(self) -> VectorQuantizer | None:
+    def codec(self) -> Quantizer | None:
         return self.model.codec
 
     def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:

@@ -1,5 +1,6 @@
 """Plots of what the verbs print. Needs no display."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,18 +137,21 @@ def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
 
 
 def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:
-    """A panel for every metric over bits per token and block, from the rows of `train.recipes.accuracy_per_bit`: a line
-    for every codec, which gives its colour, and way of making it; what has no codec is a horizontal line."""
-    figure = Figure(figsize=(7 * len(metrics), 4.5), layout="constrained")
+    """A panel for every number of devices and metric over bits per token and block, from the rows of
+    `train.recipes.accuracy_per_bit`: a line for every codec, which gives its colour, and way of making it; what has no
+    codec is a horizontal line."""
     coded = [row for row in rows if row["codec"] is not None]
-    codecs, made = (list(dict.fromkeys(row[column] for row in coded)) for column in ("codec", "made by"))
+    codecs, made, Ns = (list(dict.fromkeys(row[column] for row in coded)) for column in ("codec", "made by", "N"))
     bits = sorted({row["bits"] for row in coded})
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        for number, row in enumerate(row for row in rows if row["codec"] is None):
+    figure = Figure(figsize=(7 * len(metrics), 4.5 * len(Ns)), layout="constrained")
+    panels = figure.subplots(len(Ns), len(metrics), squeeze=False)
+    for (N, metric), axes in zip(itertools.product(Ns, metrics), panels.flat, strict=True):
+        here = [row for row in rows if row["N"] in (1, N)]
+        for number, row in enumerate(row for row in here if row["codec"] is None):
             style = ("-", "--", ":")[number % 3]
             axes.axhline(row[metric], color="black", linewidth=1, linestyle=style, label=row["made by"])
         for codec, how in dict.fromkeys((row["codec"], row["made by"]) for row in coded):
-            line = [row for row in coded if (row["codec"], row["made by"]) == (codec, how)]
+            line = [row for row in here if (row["codec"], row["made by"]) == (codec, how)]
             line.sort(key=lambda row: row["bits"])
             axes.plot(
                 [row["bits"] for row in line],
@@ -162,7 +166,9 @@ def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], pa
         axes.minorticks_off()
         axes.set_xlabel("bits per token and block")
         axes.set_ylabel(metric)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        if len(Ns) > 1:
+            axes.set_title(f"{N} devices")
+    panels[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)
 

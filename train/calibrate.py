@@ -17,13 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import checkpoints
-from astra_jax.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site
+from astra_jax.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
 from astra_jax.models.decoder import Decoder
 from astra_jax.predictor import Known, Predictor
-from astra_jax.quantizer import RotatedQuantizer, usage
+from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, unpadded, usage
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
@@ -50,8 +50,8 @@ class Args(DataArgs):
     codewords: int = 1024
     """K: codewords per group, a power of two. A code takes log2(K) bits."""
     codec: Codec = "vq"
-    """`vq` cuts vectors into equal groups, as the paper does; `rotated-pq` finds axes along which bits say more, and
-    its first groups are a coarser code by themselves."""
+    """`vq` cuts vectors into equal groups, as the paper does; `rotated-pq` finds axes along which bits say more;
+    `nested-pq` does, too, and its first groups are a good code by themselves, for links that carry less."""
     predictor: Prediction = "none"
     """Let codes say how a token differs from what is expected of it after the block before, by a linear map or parts of
     one. Costs computing, on every device for all tokens."""
@@ -114,9 +114,14 @@ def capture(model: Any, batches: list[Any], tokens: int, seed: int) -> Float[np.
 
 
 def choose_widths(
-    source: Checkpoint, astra: AstraConfig, y: Float[np.ndarray, "L M D"], batches: list[Any], seed: int
+    source: Checkpoint,
+    astra: AstraConfig,
+    levels: tuple[int, ...],
+    y: Float[np.ndarray, "L M D"],
+    batches: list[Any],
+    seed: int,
 ) -> AstraConfig:
-    """The configuration of a `rotated-pq` codec: how many axes every group gets.
+    """The configuration of a codec with axes of its own: how many of them every group gets.
 
     Of several splits it takes the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
     one computes, measured with fewer tokens and iterations. The error of keys and values alone does not tell: a few
@@ -125,6 +130,7 @@ def choose_widths(
     Args:
       source: without codebooks.
       astra: all but the widths, as of `vq`.
+      levels: groups of every level of `nested-pq`; none for `rotated-pq`.
       y: from `capture`.
       batches: some inputs of the model.
     """
@@ -139,8 +145,9 @@ def choose_widths(
             variances.append(rotation.principal_axes(rest, rotation.key_value_metric(attention)).variance)
             before = sent
             advance()
-    splits = rotation.candidates(np.stack(variances), astra.groups, astra.codewords)
-    tries = [dataclasses.replace(astra, codec="rotated-pq", widths=widths) for widths in splits]
+    splits = rotation.candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
+    codec: Codec = "nested-pq" if levels else "rotated-pq"
+    tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
     if len(tries) == 1:
         return tries[0]
     distances = []
@@ -199,7 +206,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
     Raises:
       AstraError: there are fewer tokens than codewords.
     """
-    K, M, astra = model.codec.codebook.shape[2], y.shape[1], model.astra
+    K, M, astra = model.codec.codewords, y.shape[1], model.astra
     if M < K:
         raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
     states, errors, estimate = [], [], None
@@ -236,19 +243,27 @@ def _fit_block(
             codec.predictor = _predictor(astra, np.asarray(before), np.asarray(sent))
             p = codec.predict(before)
     rest = sent - p
-    if isinstance(codec, RotatedQuantizer):
-        axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
-        codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
-        codec.analysis[...] = jnp.asarray(rotation.into_groups(axes.analysis, astra.widths), jnp.float32)
-        rows = rotation.into_groups(axes.synthesis.T, astra.widths).transpose(1, 2, 0)
-        codec.synthesis[...] = jnp.asarray(rows, jnp.float32)
-    u = codec.axes(rest)
-    C, z, count = _kmeans(u, codec.codebook.shape[1], iterations, key)
-    residual = (u - lookup(C, z)).reshape(len(u), -1)
-    share = count / len(u)
+    if not isinstance(codec, RotatedQuantizer):
+        return p + _fit_codewords(codec, rest, iterations, key)
+    axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
+    codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
+    codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
+    codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
+    u = left = codec.axes(rest)
+    for number, (level, widths, _) in enumerate(codec.each()):
+        found = _fit_codewords(level, padded(left, widths), iterations, jax.random.fold_in(key, number))
+        left = left - unpadded(found, widths, codec.width)
+    return p + codec.from_coordinates(u - left)
+
+
+def _fit_codewords(codec: VectorQuantizer, y: Float[Array, "M W"], iterations: int, key: Any) -> Float[Array, "M W"]:
+    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for."""
+    C, z, count = _kmeans(codec.in_groups(y), codec.codewords, iterations, key)
+    estimate = lookup(C, z).reshape(y.shape)
+    share = count / len(y)
     codec.codebook[...], codec.count[...], codec.total[...] = C, share, C * share[..., None]
-    codec.residual_mean[...], codec.residual_var[...] = residual.mean(0), residual.var(0)
-    return p + codec.from_axes(lookup(C, z))
+    codec.residual_mean[...], codec.residual_var[...] = (y - estimate).mean(0), (y - estimate).var(0)
+    return estimate
 
 
 @partial(jax.jit, static_argnames=("K", "iterations"))
@@ -283,12 +298,13 @@ def main(args: Args) -> None:
         raise AstraError(f"--side-info {astra.side_info} is for decoders; this is a {source.family}: leave it out")
     batches = inputs(source, args)
     y = capture(source.model, batches, args.tokens, args.seed)
-    if args.codec == "rotated-pq":
-        astra = choose_widths(source, astra, y, batches[:TRIAL_BATCHES], args.seed)
+    if args.codec != "vq":
+        levels = doubling(args.groups) if args.codec == "nested-pq" else ()
+        astra = choose_widths(source, astra, levels, y, batches[:TRIAL_BATCHES], args.seed)
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
     errors = fit(model, y, args.iterations, args.seed)
-    used = usage(model.codec.count[...])
+    used = usage(model.codec.counts())
     report.table(
         "blocks",
         f"G={astra.groups}, K={astra.codewords}: {astra.token_bits} bits per token and block",

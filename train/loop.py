@@ -21,15 +21,16 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
-from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer
-from astra_jax.sharding import DATA
+from astra_jax.quantizer import Quantizer, RotatedQuantizer
+from astra_jax.sharding import DATA, Shards
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet, writing
+from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss
 
 
@@ -60,12 +61,23 @@ class Training:
     shards: Integers = (4,)
     """N: devices to train for; with several, one is drawn for every batch."""
     groups: Integers = ()
-    """m: of a rotated-pq codec, how many of its groups are used; of several numbers, one is drawn for every batch. By
+    """m: of a nested-pq codec, how many of its groups are used; of several numbers, one is drawn for every batch. By
     default all, always."""
+    cuts: Literal["even", "random"] = "even"
+    """Where a sequence is cut into shards: as evenly as can be, or in every batch each sequence at random, so that a
+    shard gets from one token to twice its even share. That costs computing, because all are padded to the latter."""
+    loss: float = 0.0
+    """Largest share of lost packets, of 1400 bytes, each lost on its own. The host draws for every batch a share from 0
+    to this, and what is lost."""
     noise: float = 1.0
     """lambda of Noise-Augmented Quantization; 0 turns the noise off, 1 is the paper's best."""
     commitment: float = 5e-4
     """beta: weight of the commitment loss."""
+    distillation: float = 0.0
+    """a: weight of the KL divergence of what the model says from what a teacher does: the model as it was when training
+    began, on one device, without codes. With a teacher every batch costs one more forward pass."""
+    hidden: float = 0.0
+    """b: weight of how far final states are from the teacher's: the mean square of the difference over theirs."""
     ema_decay: float = 0.99
     """How slowly codebooks and residual statistics follow the data."""
     revive_below: float = 0.02
@@ -75,7 +87,7 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; parameters and statistics stay float32."""
     seed: int = 0
-    """Seed of the data order, the noise and the drawn shard counts."""
+    """Seed of the data order, the noise, and of all that is drawn for a batch."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -87,6 +99,9 @@ class Training:
             "clip": (0, None),
             "noise": (0, None),
             "commitment": (0, None),
+            "distillation": (0, None),
+            "hidden": (0, None),
+            "loss": (0, 1),
             "ema_decay": (0, 1),
             "revive_below": (0, 1),
             "label_smoothing": (0, 1),
@@ -100,9 +115,17 @@ class Training:
             raise AstraError(f"--shards is {self.shards}; give one or more numbers of devices, such as 4")
         if self.groups and min(self.groups) < 1:
             raise AstraError(f"--groups is {self.groups}; give one or more numbers of groups, such as 1,8,32")
+        if self.has_teacher and self.trains == "codebooks":
+            raise AstraError("--trains codebooks learns from no teacher: leave out --distillation and --hidden")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is run."""
+        return self.distillation > 0 or self.hidden > 0
 
 
-# "input": images [B,h,w,c] or `Text`; "label": classes [B], where the task has any.
+# "input": images [B,h,w,c] or `Text`; "label": classes [B], where the task has any; "arrived": which codes arrive
+# [B,L,N,slots], where packets are lost.
 Batch = dict[str, Any]
 
 
@@ -161,43 +184,111 @@ def token_loss(
     losses: Float[Array, "B slots"], lengths: Int[Array, "B"], strategy: Any
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The mean loss of a token that has a predecessor, in nats, and its exponential, the perplexity."""
-    tokens = strategy.tokens()
-    counts = tokens.valid & (tokens.position + 1 < lengths[:, None])  # the last token predicts nothing that is known
-    mean = jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    mean = mean_of(losses, predicts(lengths, strategy))
     return mean, {"perplexity": jnp.exp(mean)}
 
 
+def predicts(lengths: Int[Array, "B"], strategy: Any) -> Bool[Array, "B slots"]:
+    """Which slots hold a token whose successor is known: all but the last of a sequence."""
+    tokens = strategy.tokens()
+    return tokens.valid & (tokens.position + 1 < lengths[:, None])
+
+
+def mean_of(values: Float[Array, "*rows"], counts: Bool[Array, "*rows"]) -> Float[Array, ""]:
+    """The mean of the values that count."""
+    return jnp.sum(jnp.where(counts, values, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+
+
+class Final(NamedTuple):
+    """What a model comes to: what its head reads, for every slot or pooled, and what the head makes of it."""
+
+    features: Float[Array, "*rows D"]
+    logits: Float[Array, "*rows _"]
+
+
+class Watched(nnx.Module):
+    """A model that reports, before what its strategy does, its `Final`. So a head is run once for all who ask."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def to_tokens(self, inputs: Any) -> Any:
+        return self.model.to_tokens(inputs)
+
+    def __call__(self, tokens: Any, strategy: Any) -> tuple[Float[Array, "*rows _"], tuple[Final, Any]]:
+        features, reports = self.model.features(tokens, strategy)
+        logits = self.model.logits(features)
+        return logits, (Final(features, logits), reports)
+
+
 def run_task(
-    model: Any, batch: Batch, N: int, noise: Noise, smoothing: float
-) -> tuple[Float[Array, ""], dict[str, Array], Any]:
-    """The loss of a model on N virtual shards, its measures, and the strategy's reports."""
-    model = NextTokenLoss(model) if model.per_token else model
-    shards = model.shards(N, batch["input"])
-    strategy = Virtual(shards, noise) if N > 1 else Single(shards)
-    output, seen = model(shards.scatter(model.to_tokens(batch["input"])), strategy)
+    model: Any, batch: Batch, strategy: Single | Virtual, smoothing: float
+) -> tuple[Float[Array, ""], dict[str, Array], Final, Any]:
+    """The loss of a model, its measures, what it comes to, and the strategy's reports."""
+    watched = NextTokenLoss(Watched(model)) if model.per_token else Watched(model)
+    output, (final, seen) = watched(strategy.shards.scatter(watched.to_tokens(batch["input"])), strategy)
     if model.per_token:
-        return *token_loss(output, batch["input"].lengths, strategy), seen
-    return *class_loss(output, batch["label"], smoothing), seen
+        return *token_loss(output, batch["input"].lengths, strategy), final, seen
+    return *class_loss(output, batch["label"], smoothing), final, seen
+
+
+def teach(teacher: Any, inputs: Any, shards: Shards) -> Final:
+    """What a teacher comes to on one device; of every token, where the head reads each, in the slots of `shards`."""
+    single = Single.of(teacher, 1, inputs)
+    features, _ = teacher.features(single.shards.scatter(teacher.to_tokens(inputs)), single)
+    if teacher.per_token:
+        features = shards.scatter(features)  # before the head: states are narrower than logits
+    return Final(features, teacher.logits(features))
+
+
+def distances(
+    ours: Final, theirs: Final, counts: Bool[Array, "*rows"], valid: Bool[Array, "*rows"]
+) -> dict[str, Float[Array, ""]]:
+    """How far a model is from its teacher.
+
+    Args:
+      counts: the rows that the task's loss counts.
+      valid: the rows that are there at all.
+
+    Returns:
+      `kl`: the mean over the rows that count of KL(teacher || ours) in nats. `hidden`: of all that are there, the mean
+      square of the difference of features over that of the teacher's, as `train.calibrate.distance` has it.
+    """
+    kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(ours.logits), jax.nn.log_softmax(theirs.logits))
+
+    a, b = ours.features.astype(jnp.float32), theirs.features.astype(jnp.float32)
+
+    def squares(x: Float[Array, "*rows D"]) -> Float[Array, ""]:
+        return jnp.sum(jnp.where(valid[..., None], x**2, 0.0))
+
+    return {"kl": mean_of(kl, counts), "hidden": squares(a - b) / jnp.maximum(squares(b), 1e-12)}
 
 
 def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One training step for N shards: (state, batch) -> (state, metrics)."""
+    """One training step for N shards: (state, batch, the teacher's parameters, if there is one) -> (state, metrics)."""
     tx, rate = optimizer(training), learning_rate(training)
 
-    def loss(params: Any, codecs: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
+    def loss(params: Any, codecs: Any, batch: Batch, key: Array, teacher: Any) -> tuple[Array, Any]:
         model = nnx.merge(graphdef, params, codecs)
-        m = jax.random.choice(jax.random.fold_in(key, 1), jnp.asarray(training.groups)) if training.groups else None
-        task, measures, seen = run_task(model, batch, N, Noise(key, training.noise, m), training.label_smoothing)
+        strategy = strategy_of(model, training, N, batch, key)
+        task, measures, final, seen = run_task(model, batch, strategy, training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
         error = jnp.mean(seen.error) if N > 1 else jnp.float32(0)
+        if teacher is not None:
+            theirs = teach(nnx.merge(graphdef, teacher, codecs), batch["input"], strategy.shards)
+            counts = valid = jnp.ones(len(final.features), bool)
+            if model.per_token:
+                counts, valid = predicts(batch["input"].lengths, strategy), jnp.asarray(strategy.tokens().valid)
+            far = distances(final, theirs, counts, valid)
+            total = total + training.distillation * far["kl"] + training.hidden * far["hidden"]
+            measures = {**measures, **far}
         return total, (dict(loss=total, task=task, commitment=commitment, error=error, **measures), seen)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, dict[str, Array]]:
         params, codecs, opt_state, number = state
-        key = jax.random.fold_in(jax.random.key(training.seed), number)
-        arguments = (params, codecs, batch, key)
+        arguments = (params, codecs, batch, step_key(training, number), teacher)
         if training.trains == "codebooks":
             _, (metrics, seen) = loss(*arguments)
         else:
@@ -214,10 +305,10 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
     return step
 
 
-def check_groups(codec: VectorQuantizer, groups: tuple[int, ...]) -> None:
+def check_groups(codec: Quantizer, groups: tuple[int, ...]) -> None:
     """Raises AstraError for numbers of groups that the codec cannot be used with."""
     if groups and not isinstance(codec, RotatedQuantizer):
-        raise AstraError("--groups needs codes of which some groups would do: run `astra calibrate --codec rotated-pq`")
+        raise AstraError("--groups needs codes of which some groups would do: run `astra calibrate --codec nested-pq`")
     if groups and max(groups) > codec.groups:
         raise AstraError(f"--groups is {groups}; the checkpoint has {codec.groups}: give no more")
 
@@ -225,6 +316,74 @@ def check_groups(codec: VectorQuantizer, groups: tuple[int, ...]) -> None:
 def draw_shards(training: Training, step: int) -> int:
     """N of a step: the same for the same seed and step, whatever came before."""
     return int(np.random.default_rng((training.seed, step)).choice(training.shards))
+
+
+def step_key(training: Training, step: Any) -> Key[Array, ""]:
+    """The random key of a step, from which all is drawn that is drawn on the devices."""
+    return jax.random.fold_in(jax.random.key(training.seed), step)
+
+
+def draw_groups(training: Training, key: Key[Array, ""]) -> Int[Array, ""] | None:
+    """m of a step; None for all groups."""
+    return jax.random.choice(jax.random.fold_in(key, 1), jnp.asarray(training.groups)) if training.groups else None
+
+
+def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[Array, ""]) -> Single | Virtual:
+    """How a step runs its model: on one device, or on N virtual shards with what is drawn from its key."""
+    shards = model.shards(N, batch["input"])
+    if N == 1:
+        return Single(shards)
+    if training.cuts == "random":
+        B = len(jax.tree.leaves(batch["input"])[0])
+        shards = move_cuts(shards, jax.random.fold_in(key, 2), B)
+    there = jnp.moveaxis(batch["arrived"], 0, 1) if training.loss else None
+    return Virtual(shards, Noise(key, training.noise, draw_groups(training, key)), arrived=there)
+
+
+def with_room(shards: Shards) -> Shards:
+    """An even split with slots for whatever `move_cuts` makes of it: `2 S - 1`."""
+    return dataclasses.replace(shards, slots=2 * shards.S - 1)
+
+
+def move_cuts(shards: Shards, key: Key[Array, ""], B: int) -> Shards:
+    """An even split whose cuts are moved at random, in each of B sequences on its own.
+
+    Each cut moves by up to `(m - 1) // 2` tokens to either side, all such moves being as likely, where m is the least
+    that a shard of the sequence has in the even split. So every shard keeps 1 token and gets at most 2 m (m + 1, where
+    m is 0), all are as long on average as they were, and no cut has to know of the others (our choice).
+    """
+    even = jnp.broadcast_to(jnp.asarray(shards.lengths), (B, shards.N))
+    most = jnp.maximum(even.min(axis=-1, keepdims=True) - 1, 0) // 2
+    moves = jax.random.randint(key, (B, shards.N - 1), -most, most + 1)
+    ends = jnp.pad(moves, ((0, 0), (1, 1)))  # a sequence begins and ends where it did
+    return dataclasses.replace(with_room(shards), lengths=even + jnp.diff(ends))
+
+
+def draw_loss(
+    model: Any, training: Training, N: int, inputs: Any, step: int
+) -> tuple[float, Bool[np.ndarray, "B L N slots"]]:
+    """The share of packets that a step on N shards loses, and which codes arrive; on the host, by seed and step.
+
+    Packets are filled as on a link: with the codes of as many groups as the step uses, and with its padding.
+
+    Raises:
+      AstraError: a packet is too small for a token.
+    """
+    rng = np.random.default_rng((training.seed, step, 1))  # not what draws N
+    loss = Loss(float(rng.uniform(0, training.loss)))
+    shards = model.shards(N, inputs)
+    m = draw_groups(training, step_key(training, step))
+    astra = model.astra if m is None else model.astra.with_groups(int(m))
+    there = arrived(
+        loss,
+        with_room(shards) if training.cuts == "random" else shards,
+        astra.token_bits,
+        model.config.num_hidden_layers,
+        len(jax.tree.leaves(inputs)[0]),
+        rng,
+        silent=int(astra.side_info != "none"),
+    )
+    return loss.rate, np.moveaxis(there, 1, 0)
 
 
 @contextmanager
@@ -299,6 +458,8 @@ def train(
     graphdef, state = start(model, training)
     replicated = NamedSharding(mesh, P())
     state = jax.device_put(state, replicated)
+    # The model's own parameters, which no step donates; a resumed run has them from the same model.
+    teacher = jax.device_put(nnx.state(model, nnx.Param), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
     with ocp.CheckpointManager(
@@ -311,10 +472,12 @@ def train(
         steps = {N: make_step(graphdef, training, N) for N in sorted(set(training.shards))}
         with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
-                batch = jax.device_put(next(data), NamedSharding(mesh, P(DATA)))
-                N = draw_shards(training, done)
-                state, metrics = steps[N](state, batch)
-                values = {k: float(v) for k, v in metrics.items()}
+                batch, N, values = next(data), draw_shards(training, done), {}
+                if training.loss and N > 1:
+                    values["lost"], there = draw_loss(model, training, N, batch["input"], done)
+                    batch = {**batch, "arrived": there}
+                state, metrics = steps[N](state, jax.device_put(batch, NamedSharding(mesh, P(DATA))), teacher)
+                values |= {k: float(v) for k, v in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise AstraError(f"the loss is {values['loss']} at step {done}: try a lower --learning-rate")
                 journal.write({"step": done + 1, "shards": N, **values})

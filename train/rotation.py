@@ -78,19 +78,15 @@ def pack(bits: Float[np.ndarray, "W"], G: int) -> tuple[int, ...]:
     return tuple(int(n) for n in np.diff([*edges, alive]))
 
 
-def into_groups(a: Float[np.ndarray, "rows W"], widths: tuple[int, ...]) -> Float[np.ndarray, "rows G d"]:
-    """Columns in groups of these widths, padded with zeros to the widest."""
-    groups = np.split(a[:, : sum(widths)], np.cumsum(widths)[:-1], axis=1)
-    return np.stack([np.pad(g, [(0, 0), (0, max(widths) - g.shape[1])]) for g in groups], axis=1)
-
-
-def candidates(variances: Float[np.ndarray, "L W"], G: int, K: int) -> list[tuple[int, ...]]:
+def candidates(variances: Float[np.ndarray, "L W"], levels: tuple[int, ...], K: int) -> list[tuple[int, ...]]:
     """Widths of the groups that may be good, the same in all blocks, from the mean of the bits that each block gives
     its axes. Codewords of several axes make use of more of them than water-filling says, so that some are for `SPREADS`
-    times the bits that there are.
+    times the bits that there are. Every level divides the same axes.
 
     Args:
       variances: of all axes in every block.
+      levels: groups of each.
     """
-    total = G * np.log2(K)
-    return sorted({pack(np.mean([axis_bits(v, spread * total) for v in variances], axis=0), G) for spread in SPREADS})
+    total = sum(levels) * np.log2(K)
+    bits = (np.mean([axis_bits(v, spread * total) for v in variances], axis=0) for spread in SPREADS)
+    return sorted({tuple(width for G in levels for width in pack(b, G)) for b in bits})

@@ -13,7 +13,7 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Pooling, Shards
 from astra_jax.text import Text
 
@@ -114,7 +114,7 @@ class Bert(nnx.Module):
         self.head = nnx.Linear(D, config.num_labels, dtype=dtype, rngs=rngs) if classifier else None
 
     @property
-    def codec(self) -> VectorQuantizer | None:
+    def codec(self) -> Quantizer | None:
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
@@ -140,8 +140,8 @@ class Bert(nnx.Module):
         ids = jnp.stack([ids, jnp.broadcast_to(ids[:, :1], ids.shape)], axis=-1)
         return ids[:, 1:] if self._class_token else ids
 
-    def __call__(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
-        """Tokens of the shards that are here -> logits [B,C] or embeddings [B,D], and the reports of all blocks."""
+    def features(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
+        """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
         positions, kind = self.position[...] + self.token_type[...][0], self._class_token
         x = self.embed(tokens[..., 0])
         x = x + positions[strategy.positions() + (kind is not None)].astype(x.dtype)
@@ -149,10 +149,18 @@ class Bert(nnx.Module):
             cls = self.embed(tokens[:, 0, 1])
             x = strategy.prepend_class(cls + positions[0].astype(x.dtype), x)
         x, reports = scan_blocks(self.blocks, self.embed_norm(x), strategy)
-        pooled = strategy.pool(x, self.config.pooling)
+        return strategy.pool(x, self.config.pooling), reports
+
+    def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:
+        """Pooled states -> logits [B,C], or of a model without a classifier its embeddings [B,D], float32."""
         if self.head is not None and self.pooler is not None:
-            pooled = self.head(jnp.tanh(self.pooler(pooled)))
-        pooled = pooled.astype(jnp.float32)
+            features = self.head(jnp.tanh(self.pooler(features)))
+        features = features.astype(jnp.float32)
         if self.config.normalize:
-            pooled = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
-        return pooled, reports
+            features = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+        return features
+
+    def __call__(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B _"], Any]:
+        """Tokens of the shards that are here -> logits [B,C] or embeddings [B,D], and the reports of all blocks."""
+        features, reports = self.features(tokens, strategy)
+        return self.logits(features), reports

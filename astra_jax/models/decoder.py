@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from astra_jax.config import AstraConfig
 from astra_jax.models.blocks import block_at
 from astra_jax.predictor import SideInfo
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Shards
 from astra_jax.text import Text
 
@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         return self.config.task == "causal-lm"
 
     @property
-    def codec(self) -> VectorQuantizer | None:
+    def codec(self) -> Quantizer | None:
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
@@ -75,15 +75,17 @@ class Decoder(nnx.Module):
         """The token ids of a batch."""
         return jnp.asarray(text.ids)
 
-    def logits(self, states: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Final states -> logits of the next token, float32."""
+    def features(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "*rows D"], Any]:
+        """Token ids -> what the head reads, final states [B,S,D] or those of last tokens [B,D], and the reports."""
+        states, reports = self.states(ids, strategy)
+        return states if self.per_token else strategy.pool(states, "last"), reports
+
+    def logits(self, features: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
+        """Final states -> logits of the next token, or of the classes, float32."""
         head = self.embed.attend if self.head is None else self.head
-        return head(states).astype(jnp.float32)
+        return head(features).astype(jnp.float32)
 
     def __call__(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "..."], Any]:
         """Token ids -> logits [B,S,V] of every token that is here, or [B,C] of the classes; and the reports."""
-        states, reports = self.states(ids, strategy)
-        if self.per_token:
-            return self.logits(states), reports
-        assert self.head is not None
-        return self.head(strategy.pool(states, "last")).astype(jnp.float32), reports
+        features, reports = self.features(ids, strategy)
+        return self.logits(features), reports

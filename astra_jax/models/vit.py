@@ -13,7 +13,7 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
-from astra_jax.quantizer import VectorQuantizer
+from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Shards
 
 
@@ -92,7 +92,7 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(D, config.num_labels, dtype=dtype, rngs=rngs)
 
     @property
-    def codec(self) -> VectorQuantizer | None:
+    def codec(self) -> Quantizer | None:
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
@@ -110,13 +110,21 @@ class ViT(nnx.Module):
         patches = images.reshape(B, n, P, n, P, -1).swapaxes(2, 3)
         return patches.reshape(B, n * n, -1)
 
-    def __call__(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B C"], Any]:
-        """Patches of the shards that this device holds -> logits, and the strategy's reports of all blocks."""
+    def features(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
+        """Patches of the shards that this device holds -> what the head reads, and the strategy's reports."""
         positions = self.position[...]
         x = self.embed(patches)
         x = x + positions[1 + strategy.positions()].astype(x.dtype)
         x = strategy.prepend_class((self.cls[...] + positions[0]).astype(x.dtype), x)
         x, reports = scan_blocks(self.blocks, x, strategy)
         # The head reads the mean of the final class states (our choice: after the final norm).
-        logits = self.head(strategy.pool(self.norm(x), "class"))
-        return logits.astype(jnp.float32), reports
+        return strategy.pool(self.norm(x), "class"), reports
+
+    def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        """What the head makes of what it reads, float32."""
+        return self.head(features).astype(jnp.float32)
+
+    def __call__(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B C"], Any]:
+        """Patches of the shards that this device holds -> logits, and the strategy's reports of all blocks."""
+        features, reports = self.features(patches, strategy)
+        return self.logits(features), reports

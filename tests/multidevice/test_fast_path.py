@@ -24,7 +24,7 @@ def always(monkeypatch):
 
 
 TABLES, COUNTS = AstraConfig(groups=4, codewords=16), AstraConfig(groups=1, codewords=4)  # 4 are fewer than tokens
-ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+ROTATED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
 KV = dict(site="kv")
 
 

@@ -54,22 +54,23 @@ def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
 
 
 ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+NESTED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
 
 
 @pytest.mark.parametrize(
-    ("family", "N", "site"),
+    ("family", "astra", "N", "site"),
     [
-        ("tiny_vit", 4, HIDDEN),
-        ("tiny_gpt2", 3, HIDDEN),
-        ("tiny_llama", 4, KV),
-        pytest.param("tiny_llama", 2, HIDDEN, marks=pytest.mark.slow),
-        pytest.param("tiny_bert", 8, HIDDEN, marks=pytest.mark.slow),
-        pytest.param("tiny_vit", 2, KV, marks=pytest.mark.slow),
+        ("tiny_vit", ROTATED, 4, HIDDEN),
+        ("tiny_gpt2", NESTED, 3, HIDDEN),
+        ("tiny_llama", NESTED, 4, KV),
+        pytest.param("tiny_llama", ROTATED, 2, HIDDEN, marks=pytest.mark.slow),
+        pytest.param("tiny_bert", NESTED, 8, HIDDEN, marks=pytest.mark.slow),
+        pytest.param("tiny_vit", ROTATED, 2, KV, marks=pytest.mark.slow),
     ],
 )
-def test_a_rotated_codec(request, rank_coded, random_text, family, N, site):
+def test_codecs_with_axes_of_their_own(request, rank_coded, random_text, family, astra, N, site):
     inputs = rank_coded(2) if family == "tiny_vit" else random_text(23, 1, 2, 7, 24)
-    check(request.getfixturevalue(family)(dataclasses.replace(ROTATED, site=site)), inputs, N)
+    check(request.getfixturevalue(family)(dataclasses.replace(astra, site=site)), inputs, N)
 
 
 # Name -> fixture, class token, and values of the configuration.

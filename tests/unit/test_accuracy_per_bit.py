@@ -57,6 +57,7 @@ def args(place) -> Args:
         separator="===",
         test=(str(place / "test.txt"),),
         groups=(2, 1),
+        codecs=("vq", "nested-pq"),
         codewords=16,
         steps=2,
         batch_size=4,
@@ -89,8 +90,8 @@ def test_every_codec_and_number_of_groups_has_its_rows(rows):
         (None, "nothing of other devices", None),
     ]
     own = [(made, G) for G in (2, 1) for made in ("calibrated", "finetuned")]
-    nested = [(f"{made}, first of 2 groups", m) for made, m in (("calibrated", 1), ("finetuned", 1), ("finetuned", 2))]
-    assert found[3:] == [("vq", *row) for row in own] + [("rotated-pq", *row) for row in own + nested]
+    nested = [(made, m) for made in ("calibrated", "finetuned") for m in (1, 2)]
+    assert found[3:] == [("vq", *row) for row in own] + [("nested-pq", *row) for row in nested]
     for row in rows[3:]:
         assert row["N"] == 4 and row["bits"] == 4 * row["G"]
     assert [(row["N"], row["bits"]) for row in rows[:3]] == [(1, None), (1, None), (4, 0)]
@@ -111,10 +112,10 @@ def test_rows_are_what_eval_says_of_their_checkpoints(rows, args):
         ((None, "original", None), args.original, None),
         ((None, "original, trained 2 steps more", None), args.out / "control-2-steps", None),
         (("vq", "calibrated", 2), args.out / "calibrated-vq-G2", None),
-        (("vq", "finetuned", 1), args.out / "finetuned-vq-G1-2-steps", None),
-        (("rotated-pq", "finetuned", 1), args.out / "finetuned-rotated-pq-G1-2-steps", None),
-        (("rotated-pq", "calibrated, first of 2 groups", 1), args.out / "calibrated-rotated-pq-G2", 1),
-        (("rotated-pq", "finetuned, first of 2 groups", 1), args.out / "nested-rotated-pq-G1-2-2-steps", 1),
+        (("vq", "finetuned", 1), args.out / "finetuned-vq-G1-N4-2-steps", None),
+        (("nested-pq", "calibrated", 1), args.out / "calibrated-nested-pq-G2", 1),
+        (("nested-pq", "finetuned", 1), args.out / "finetuned-nested-pq-G1-2-N4-2-steps", 1),
+        (("nested-pq", "finetuned", 2), args.out / "finetuned-nested-pq-G1-2-N4-2-steps", None),
     ]:
         options = evaluate.Args(
             checkpoints=(folder,), data=args.test[0], separator="===", virtual=True, length=LENGTH, rates=()
@@ -127,9 +128,9 @@ def test_finetuning_is_for_the_devices_and_groups_of_the_rows(rows, args):
         return checkpoints.read_meta(args.out / name).history[-1]
 
     assert last("control-2-steps")["shards"] == [1]
-    assert last("finetuned-rotated-pq-G2-2-steps")["shards"] == [4] == last("nested-rotated-pq-G1-2-2-steps")["shards"]
-    assert last("finetuned-rotated-pq-G2-2-steps")["groups"] == []
-    assert last("nested-rotated-pq-G1-2-2-steps")["groups"] == [1, 2]
+    assert last("finetuned-vq-G2-N4-2-steps")["shards"] == [4] == last("finetuned-nested-pq-G1-2-N4-2-steps")["shards"]
+    assert last("finetuned-vq-G2-N4-2-steps")["groups"] == []
+    assert last("finetuned-nested-pq-G1-2-N4-2-steps")["groups"] == [1, 2]
     assert last("calibrated-vq-G2")["verb"] == "calibrate"
 
 
@@ -153,7 +154,7 @@ def test_the_page_and_the_plot(rows, args, monkeypatch):
     page = args.markdown.read_text()
     assert page.startswith("# Page\n" + MARKS.format("", "llama") + "| made by | codec | N | G | bits | perplexity | ")
     assert page.endswith(" |\n" + MARKS.format("end of ", "llama")) and "old" not in page
-    assert page.count("| rotated-pq | 4 | 2 | 8 |") == 3 and "| nothing of other devices | - | 4 | - | 0 |" in page
+    assert page.count("| nested-pq | 4 | 2 | 8 |") == 2 and "| nothing of other devices | - | 4 | - | 0 |" in page
     assert args.plot.stat().st_size > 10_000
     figures = []
     monkeypatch.setattr(plots, "FigureCanvasAgg", figures.append)
@@ -166,7 +167,7 @@ def test_the_page_and_the_plot(rows, args, monkeypatch):
         expected = sorted(
             [row["bits"], row[metric]] for row in rows if row["codec"] == "vq" and row["made by"] == "finetuned"
         )
-        assert lines["vq, finetuned"] == expected and len(lines) == 3 + 2 + 4
+        assert lines["vq, finetuned"] == expected and len(lines) == 3 + 2 + 2
         assert axes.get_ylabel() == metric
 
 
@@ -181,8 +182,8 @@ def test_a_second_run_does_nothing_again(rows, args, monkeypatch):
     assert json.loads(again.json.read_text())["rows"] == rows
     main(dataclasses.replace(again, groups=(1, 2), steps=0))
     fewer = json.loads(again.json.read_text())["rows"]
-    # One device, nothing of others; two of vq; two of rotated-pq, and the first group of two.
-    assert len(fewer) == 2 + 2 + 3 and all(row in rows for row in fewer)
+    # One device, nothing of others; two of vq; two of nested-pq.
+    assert len(fewer) == 2 + 2 + 2 and all(row in rows for row in fewer)
 
 
 def test_an_interrupted_run_goes_on(rows, args, monkeypatch):
@@ -192,10 +193,10 @@ def test_an_interrupted_run_goes_on(rows, args, monkeypatch):
         "train.recipes.kept.evaluate.main",
         lambda options, main=evaluate.main: (done.append((options.checkpoints[0].name, options.groups)), main(options)),
     )
-    (missing,) = args.out.glob("calibrated-rotated-pq-G2-N4-first1-*test.txt.json")
+    (missing,) = args.out.glob("calibrated-nested-pq-G2-N4-first1-*test.txt.json")
     missing.unlink()
     main(args)
-    assert done == [("calibrated-rotated-pq-G2", (1,))]
+    assert done == [("calibrated-nested-pq-G2", (1,))]
     assert json.loads(args.json.read_text())["rows"] == rows
 
 

@@ -66,7 +66,7 @@ def test_quantized_weights_have_the_tables_of_what_they_stand_for(tiny_vit, alwa
     same_sources(plain, fast, random_codes(plain, 5))
 
 
-ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+ROTATED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
 
 
 @pytest.mark.parametrize("site", ["hidden", "kv"])

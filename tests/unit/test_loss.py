@@ -126,6 +126,18 @@ def test_ragged_shards_send_the_same_slots():
     )
 
 
+@pytest.mark.parametrize("silent", [1, 2, 3])
+def test_blocks_that_send_nothing_have_no_packets(silent):
+    """The others lose what they would lose if they were all there are."""
+    shards, loss = Shards.split(12, 3), Loss(0.5, burst=3.0, packet=4)
+    found = arrived(loss, shards, 16, 3, 2, np.random.default_rng(0), silent)
+    assert found.shape == (3, 2, 3, 12) and found[:silent].all()
+    if silent < 3:
+        others = arrived(loss, shards, 16, 3 - silent, 2, np.random.default_rng(0))
+        np.testing.assert_array_equal(found[silent:], others)
+        assert not others.all()
+
+
 def test_a_loss_of_all_leaves_what_was_never_sent():
     shards = Shards.split(12, 3, "distributed")  # 4 tokens of a shard behind its class token, which stays at home
     pairs = by_sender(arrived(Loss(1.0, packet=4), shards, 8, 2, 3, np.random.default_rng(0)), shards)

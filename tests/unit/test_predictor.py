@@ -63,7 +63,7 @@ def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind
         base = tiny_gpt2(n_layer=3)
         source = checkpoints.Checkpoint("gpt2", base.config, None, None, None, {}, "float32", (), base)
         if codec == "rotated-pq":
-            astra = choose_widths(source, astra, y, [random_text(24)], 0)
+            astra = choose_widths(source, astra, (), y, [random_text(24)], 0)
         return [e.vector for e in fit(tiny_gpt2(astra, n_layer=3), y, 8, 0)]
 
     without, with_it = errors(plain), errors(dataclasses.replace(plain, predictor=kind))
@@ -128,7 +128,7 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
         AstraConfig(**values)
 
 
-def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
+def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
     model = tiny_gpt2()
@@ -157,6 +157,12 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
         assert virtual["perplexity"] == pytest.approx(sharded["perplexity"], rel=1e-4)
         assert virtual["bytes"] == sharded["bytes"]
     call("run", tuned, "--prompt", "w1 w2 w3 w4", "--devices", 2, "--max-new-tokens", 2)
-    capsys.readouterr()
-    assert main(["eval", str(tuned), *data, "--loss", "0.1"]) == 2
-    assert "leave out --loss" in capsys.readouterr().err
+    # The first block sends no codes, so that it has no packets to lose.
+    lossy = [
+        call("eval", tuned, *data, "--length", 32, "--limit", 1, "--packet", 4, "--seeds", 2, *loss)["rows"][0]
+        for loss in (["--loss", 0], ["--loss", 0.5], ["--loss", 0.5, "--lost", "masked"])
+    ]
+    assert [row["lost"] for row in lossy] == ["predicted", "predicted", "masked"]
+    nothing, predicted, masked = (row["perplexity"] for row in lossy)
+    assert nothing == pytest.approx(found[0][1]["perplexity"], rel=1e-5)
+    assert len({nothing, predicted, masked}) == 3

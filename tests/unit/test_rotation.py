@@ -1,6 +1,7 @@
 """The rotated codec: its axes against what they are for, groups that are a code by themselves, and the verbs."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 import checkpoints
 from astra_jax.cli import main
-from astra_jax.config import AstraConfig
+from astra_jax.config import AstraConfig, doubling
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
-from astra_jax.quantizer import RotatedQuantizer
+from astra_jax.quantizer import RotatedQuantizer, padded, unpadded
 from train import rotation
 from train.calibrate import choose_widths, distance, fit
 
@@ -104,8 +105,14 @@ def test_more_groups_than_axes():
 
 
 def test_groups_are_padded_with_zeros():
-    found = rotation.into_groups(np.arange(1.0, 17.0).reshape(2, 8), WIDTHS)
-    assert found[0].tolist() == [[1, 0, 0, 0], [2, 3, 0, 0], [4, 5, 6, 7]]
+    found = padded(jnp.arange(1.0, 17.0).reshape(2, 8), WIDTHS)
+    assert found[0].tolist() == [1, 0, 0, 0, 2, 3, 0, 0, 4, 5, 6, 7]
+    assert unpadded(found, WIDTHS, 8)[1].tolist() == [9, 10, 11, 12, 13, 14, 15, 0], "the last axis is in no group"
+
+
+def test_levels_double():
+    found = {G: doubling(G) for G in (1, 2, 4, 6, 32)}
+    assert found == {1: (1,), 2: (1, 1), 4: (1, 1, 2), 6: (1, 1, 2, 2), 32: (1, 1, 2, 4, 8, 16)}
 
 
 # The codec
@@ -120,7 +127,7 @@ def fitted(tiny_gpt2, random_text):
     source = checkpoints.Checkpoint("gpt2", plain.config, None, None, None, {}, "float32", (), tiny_gpt2())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotation, "SPREADS", (1.0,))  # activations that are not the model's do not tell which is best
-        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), y, [random_text(24, 20)], 0)
+        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (), y, [random_text(24, 20)], 0)
     made = checkpoints.with_codebooks(source, astra)
     errors = [fit(model, y, 8, 0) for model in (made.model, plain)]
     return made, astra, y, errors
@@ -149,8 +156,10 @@ def test_the_first_groups_are_a_coarser_code(fitted, tmp_path):
         x = jnp.asarray(y[1][None])
         z = part.encode(x)
         np.testing.assert_array_equal(z, whole.encode(x)[..., :m])
-        u = jnp.where(jnp.arange(4)[:, None] < m, whole.lookup(whole.encode(x)), 0)
-        np.testing.assert_allclose(part.decode(z), whole.from_axes(u), atol=1e-5)
+        np.testing.assert_allclose(part.decode(z), whole.decode(whole.encode(x), jnp.asarray(m)), atol=1e-5)
+        inside = np.arange(whole.width) < sum(astra.widths[:m])
+        u = jnp.where(inside, whole.coordinates(whole.encode(x)), 0)
+        np.testing.assert_allclose(part.decode(z), whole.from_coordinates(u), atol=1e-5)
         key = jax.random.key(0)
         masked = whole.straight_through(x, whole.encode(x), key, 0.0, jnp.asarray(m))
         np.testing.assert_allclose(masked, part.decode(z), atol=1e-5)
@@ -164,7 +173,7 @@ def test_the_first_groups_are_a_coarser_code(fitted, tmp_path):
         (dict(codec="rotated-pq", groups=2), "widths is \\[\\]; codec rotated-pq with 2 groups has 2"),
         (dict(groups=2, widths=(1, 1)), "codec vq with 2 groups has 0"),
         (dict(codec="rotated-pq", groups=1, widths=(0,)), "each a whole number of at least 1"),
-        (dict(codec="lattice"), "codec is 'lattice'; it must be one of vq, rotated-pq"),
+        (dict(codec="lattice"), "codec is 'lattice'; it must be one of vq, rotated-pq, nested-pq"),
     ],
 )
 def test_configurations_that_do_not_fit(unchecked, values, message):
@@ -180,15 +189,23 @@ def test_axes_that_do_not_fit_the_width():
         astra.with_groups(3)
 
 
+def test_levels_that_do_not_add_up(unchecked):
+    with pytest.raises(AstraError, match="levels is \\[1\\]; those of codec nested-pq with 2 groups have 2 together"):
+        AstraConfig(codec="nested-pq", groups=2, widths=(1, 1), levels=(1,))
+    with pytest.raises(AstraError, match="those of codec rotated-pq with 2 groups have 0 together"):
+        AstraConfig(codec="rotated-pq", groups=2, widths=(1, 1), levels=(1, 1))
+
+
 def test_training_leaves_axes_as_they_are_and_moves_codewords(fitted):
     made, _, y, _ = fitted
     codec = block_at(nnx.clone(made.model).blocks, 0).attention.codec
-    before = codec.codebook[...], codec.analysis[...]
+    (level,) = codec.levels
+    before = level.codebook[...], codec.analysis[...]
     x = jnp.asarray(y[0][None]) + 0.1
     codec.follow(codec.observe(x, codec.encode(x), jax.random.key(0), jnp.ones((1, x.shape[1]), bool)), 0.9, 0.0)
-    assert not np.allclose(codec.codebook[...], before[0])
+    assert not np.allclose(level.codebook[...], before[0])
     np.testing.assert_array_equal(codec.analysis[...], before[1])
-    padding = np.asarray(codec.codebook[...])[0, :, made.astra.widths[0] :]
+    padding = np.asarray(level.codebook[...])[0, :, made.astra.widths[0] :]
     assert not padding.any()
 
 
@@ -199,10 +216,74 @@ def test_the_distance_to_one_device(tiny_gpt2, random_text):
     assert found[0] == 0 < found[1]
 
 
+# Levels
+
+
+@pytest.fixture(scope="module")
+def nested(tiny_gpt2, random_text):
+    """A tiny model whose codes of 4 groups have levels of 1, 1 and 2, and what it was calibrated with."""
+    y = np.stack([skewed(W=16, seed=seed) for seed in range(2)]).astype(np.float32)
+    y = y / y.std()
+    source = checkpoints.Checkpoint("gpt2", tiny_gpt2().config, None, None, None, {}, "float32", (), tiny_gpt2())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rotation, "SPREADS", (1.0,))
+        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (1, 1, 2), y, [random_text(24, 20)], 0)
+    made = checkpoints.with_codebooks(source, astra)
+    fit(made.model, y, 8, 0)
+    return made, y
+
+
+def test_every_level_codes_what_those_before_it_left(nested):
+    made, y = nested
+    codec, x = block_at(made.model.blocks, 1).attention.codec, jnp.asarray(y[1])
+    assert made.astra.levels == (1, 1, 2) and [len(widths) for widths in codec.widths] == [1, 1, 2]
+    assert sum(codec.widths[0]) == sum(codec.widths[1]) == sum(codec.widths[2]) == codec.width
+    u = left = np.asarray(codec.axes(x))
+    z, codes = codec.encode(x), []
+    for level, widths, places in codec.each():
+        C, ends, estimate = np.asarray(level.codebook[...]), np.cumsum((0, *widths)), np.zeros_like(left)
+        for g, (start, end) in enumerate(itertools.pairwise(ends)):
+            distances = ((left[:, None, start:end] - C[g, :, : end - start]) ** 2).sum(-1)
+            codes.append(distances.argmin(-1))
+            estimate[:, start:end] = C[g, codes[-1], : end - start]
+        np.testing.assert_array_equal(z[:, places], np.stack(codes[places], axis=-1))
+        left = left - estimate
+    np.testing.assert_allclose(codec.coordinates(z), u - left, atol=1e-4)
+
+
+def test_the_first_level_is_as_good_as_a_codec_of_its_own(nested, tmp_path):
+    """And more groups are better ones."""
+    made, y = nested
+    checkpoints.save(tmp_path / "all", made)
+    alone = checkpoints.with_codebooks(made, dataclasses.replace(made.astra.with_groups(1), levels=(1,)))
+    first = fit(alone.model, y, 8, 0)
+    errors, x = [], jnp.asarray(y[1])
+    for m in (1, 2, 3, 4):
+        few = checkpoints.load(tmp_path / "all", groups=m)
+        part, whole = (block_at(model.blocks, 1).attention.codec for model in (few.model, made.model))
+        np.testing.assert_array_equal(part.encode(x), whole.encode(x)[..., :m])
+        np.testing.assert_allclose(
+            part.decode(part.encode(x)), whole.decode(whole.encode(x), jnp.asarray(m)), atol=1e-5
+        )
+        errors.append(float(jnp.mean((part.decode(part.encode(x)) - x) ** 2) / jnp.mean((x - x.mean(0)) ** 2)))
+    assert errors[0] == pytest.approx(first[1].vector, rel=0.05)
+    assert errors == sorted(errors, reverse=True) and errors[3] < 0.7 * errors[0]
+
+
+def test_noise_is_what_the_last_used_group_of_an_axis_leaves(nested):
+    codec = block_at(nested[0].model.blocks, 0).attention.codec
+    for m, used in ((1, 0), (2, 1), (4, 2)):
+        level, widths, _ = codec.each()[used]
+        xi = np.asarray(codec.noise(jax.random.key(0), (20_000, codec.width), jnp.asarray(m)))
+        std = unpadded(jnp.sqrt(level.residual_var[...]), widths, codec.width)
+        np.testing.assert_allclose(xi.std(0), std, rtol=0.05)
+
+
 # The verbs
 
 
-def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
+@pytest.mark.parametrize("codec", ["rotated-pq", pytest.param("nested-pq", marks=pytest.mark.slow)])
+def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys, codec):
     made, *_ = fitted
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
@@ -221,7 +302,7 @@ def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
 
     codes = tmp_path / "codes"
     call(
-        *("calibrate", tmp_path / "original", codes, *data, "--codec", "rotated-pq", "--groups", 4, "--codewords", 16),
+        *("calibrate", tmp_path / "original", codes, *data, "--codec", codec, "--groups", 4, "--codewords", 16),
     )
     found = call(
         *("eval", tmp_path / "original", codes, *data, "--virtual", "--groups", "1,2,4", "--length", 32, "--rates"),
@@ -236,4 +317,4 @@ def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
     assert main(["run", str(codes), "--prompt", "w1 w2", "--devices", "2", "--groups", "5"]) == 2
     assert "these codes have 4" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "original"), "--prompt", "w1 w2", "--groups", "1"]) == 2
-    assert "astra calibrate --codec rotated-pq" in capsys.readouterr().err
+    assert "astra calibrate --codec nested-pq" in capsys.readouterr().err

@@ -148,6 +148,7 @@ def test_a_loss_of_nothing_changes_nothing(done, place):
     assert alone["accuracy %"] == done["eval"]["rows"][0]["accuracy %"]
     assert all(row[column] == expected[column] for column in ("strategy", "N", "G", "bits", "bytes"))
     assert found["loss"] == {"rate": 0, "burst": None, "packet": 2}
+    assert (alone["lost"], row["lost"]) == (None, "masked") and "lost" not in expected
     assert [(one["checkpoint"], one["seed"]) for one in found["seeds"]] == [
         ("original", None),
         ("tuned", 0),
@@ -289,6 +290,8 @@ BAD = {
     "bursts one by one": ("eval {place}/tuned {data} --loss 0.1 --burst 2", "--loss-model burst"),
     "a model of no loss": ("eval {place}/tuned {data} --loss-model burst", "--loss-model .* give --loss"),
     "packets of no loss": ("eval {place}/tuned {data} --packet 99", "--packet .* give --loss"),
+    "what becomes of no loss": ("eval {place}/tuned {data} --lost masked", "--lost .* give --loss"),
+    "nothing is predicted": ("eval {place}/tuned {data} --loss 0.1 --lost predicted", "no predictor.*--lost masked"),
     "seeds of no loss": ("eval {place}/tuned {data} --seeds 2", "--seeds .* give --loss"),
     "loss within one device": ("eval {place}/tuned {data} --loss 0.1 --devices 1", "--loss is for several devices"),
     "loss of no exchange": ("eval {place}/tuned {data} --loss 0.1 --strategy single", "--loss is for several devices"),

@@ -2,19 +2,19 @@
 
     python -m train.recipes.accuracy_per_bit ORIGINAL OUT --data train.txt --test test.txt --plot plot.png
 
-Every codec and G is calibrated from the original and, with --steps, finetuned, and evaluated on virtual shards. Of
-the codec rotated-pq one checkpoint, that with the most groups, also shows what its first groups do alone; it is
-finetuned for all their numbers at once. Beside them stand the original on one device, the same trained for as many
-steps, and what is left where nothing of other devices arrives. A language model shows its perplexity on text files, a
-classifier its accuracy on parts of --data. What OUT already has is not made or evaluated again, so an interrupted run
-goes on where it was.
+Every codec and G is calibrated from the original and, with --steps, finetuned for each of --devices, and evaluated on
+virtual shards. Of the codec nested-pq there is one checkpoint alone, with the most groups, which shows what its first
+groups do for every other G; it is finetuned for all of them and all --devices at once. Beside them stand the original
+on one device, the same trained for as many steps, and what is left where nothing of other devices arrives. A language
+model shows its perplexity on text files, a classifier its accuracy on parts of --data. What OUT already has is not made
+or evaluated again, so an interrupted run goes on where it was.
 """
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import quote
 
 import tyro
@@ -22,7 +22,7 @@ import tyro
 import checkpoints
 from astra_jax.arguments import Integers, Texts
 from astra_jax.cli import guarded
-from astra_jax.config import Codec, Prediction, Site
+from astra_jax.config import Codec, Site, codec_and_predictor
 from astra_jax.console import Report, console, write_atomically
 from astra_jax.errors import AstraError
 from eval import evaluate, plots
@@ -56,10 +56,19 @@ class Args(DataArgs):
     """K: codewords per group."""
     site: Site = "hidden"
     """What is quantized."""
-    devices: int = 4
-    """N: devices to train for and to evaluate on."""
+    devices: Integers = (4,)
+    """N: devices to train for and to evaluate on, one after the other."""
     steps: int = 0
     """Finetuning steps of every checkpoint; 0 for calibration alone."""
+    distillation: float = 0.0
+    """Of finetuning as in `astra finetune`, but not of vq, which is trained as in the paper: weight of the KL
+    divergence from what the original says."""
+    hidden: float = 0.0
+    """The same: weight of how far final states are from the original's."""
+    cuts: Literal["even", "random"] = "even"
+    """The same: where a sequence is cut into shards."""
+    loss: float = 0.0
+    """The same: largest share of lost packets."""
     batch_size: int = 16
     """Texts or images per batch of the finetuning."""
     learning_rate: float = 3e-4
@@ -97,9 +106,7 @@ def check(args: Args) -> None:
     if not (args.codecs and args.groups):
         raise AstraError("--codecs and --groups are lists, such as --codecs vq,rotated-pq --groups 1,8,32")
     for name in args.codecs:
-        codec, predictor = parts(name)
-        if codec not in get_args(Codec) or predictor not in get_args(Prediction):
-            raise AstraError(f"--codecs has {name!r}: try vq, rotated-pq, vq+linear or rotated-pq+diagonal")
+        codec_and_predictor(name)
     if args.plot:
         plots.check_plot(args.plot)
     decisive = {name: value for name, value in vars(args).items() if name not in FREE}
@@ -114,16 +121,10 @@ def check(args: Args) -> None:
     write_atomically(kept, json.dumps(now, indent=2) + "\n")
 
 
-def parts(name: str) -> tuple[str, str]:
-    """The codec and the predictor that are meant by `CODEC` or `CODEC+PREDICTOR`."""
-    codec, _, predictor = name.partition("+")
-    return codec, predictor or "none"
-
-
 def quality(
     checkpoint: Path, N: int, args: Args, groups: int | None = None, loss: float | None = None
 ) -> dict[str, Any]:
-    """A checkpoint's G and bits, and its metric on every test; with its first `groups` alone, or under packet loss."""
+    """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` alone, or under packet loss."""
     metric = metric_of(args)
     found: dict[str, Any] = {}
     how = f"first{groups}-" * (groups is not None) + f"loss{loss}-" * (loss is not None)
@@ -143,13 +144,13 @@ def quality(
             **{**args.source(), **where},
         )
         (row,) = evaluated(result, options)
-        found |= {"G": row["G"], "bits": row["bits"], args.label(metric, test): row[metric]}
+        found |= {"N": N, "G": row["G"], "bits": row["bits"], args.label(metric, test): row[metric]}
     return found
 
 
 def calibrated_one(name: str, G: int, args: Args) -> Path:
     """The calibrated checkpoint of one codec and G. A predictor of a language model also knows the token ids."""
-    codec, predictor = parts(name)
+    codec, predictor = codec_and_predictor(name)
     text = predictor != "none" and metric_of(args) == "perplexity"
     return calibrated(
         calibrate.Args(
@@ -157,8 +158,8 @@ def calibrated_one(name: str, G: int, args: Args) -> Path:
             out=args.out / f"calibrated-{name}-G{G}",
             groups=G,
             codewords=args.codewords,
-            codec=cast(Codec, codec),
-            predictor=cast(Prediction, predictor),
+            codec=codec,
+            predictor=predictor,
             side_info="token-ids" if text else "none",
             site=args.site,
             length=args.length,
@@ -168,15 +169,19 @@ def calibrated_one(name: str, G: int, args: Args) -> Path:
     )
 
 
-def finetuned_one(checkpoint: Path, name: str, args: Args, N: int, groups: tuple[int, ...] = ()) -> Path:
-    """A checkpoint trained on N virtual shards, and with so many of its groups."""
+def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ...], **others: Any) -> Path:
+    """A checkpoint trained on so many virtual shards.
+
+    Args:
+      others: further fields of `Training`.
+    """
     training = Training(
         steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
-        shards=(N,),
-        groups=groups,
+        shards=shards,
         seed=args.seed,
+        **others,
     )
     out = args.out / f"{name}-{args.steps}-steps"
     options = finetune.Args(
@@ -187,41 +192,52 @@ def finetuned_one(checkpoint: Path, name: str, args: Args, N: int, groups: tuple
 
 def controls(args: Args) -> list[dict[str, Any]]:
     """Rows without codes: the original, trained for longer, and with nothing of other devices."""
-    rows = [{"made by": "original", "codec": None, "N": 1, **quality(args.original, 1, args)}]
+    rows = [{"made by": "original", "codec": None, **quality(args.original, 1, args)}]
     if args.steps:
-        longer = finetuned_one(args.original, "control", args, 1)
-        made = f"original, trained {args.steps} steps more"
-        rows.append({"made by": made, "codec": None, "N": 1, **quality(longer, 1, args)})
+        longer = finetuned_one(args.original, "control", args, (1,))
+        rows.append(
+            {"made by": f"original, trained {args.steps} steps more", "codec": None, **quality(longer, 1, args)}
+        )
     # Any codes will do, as none arrive.
-    alone = quality(calibrated_one("vq", min(args.groups), args), args.devices, args, loss=1.0)
-    none = {"G": None, "bits": 0}
-    rows.append({"made by": "nothing of other devices", "codec": None, "N": args.devices, **alone, **none})
-    return rows
+    coded = calibrated_one("vq", min(args.groups), args)
+    none = {"made by": "nothing of other devices", "codec": None}
+    return rows + [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
 
 
-def coded(codec: str, args: Args) -> list[dict[str, Any]]:
-    """Rows of one codec, for every G a checkpoint of its own; and of one checkpoint with its first groups alone."""
-    N, groups = args.devices, sorted(args.groups)
+def coded(name: str, args: Args) -> list[dict[str, Any]]:
+    """Rows of one codec: for every G and N a checkpoint of its own, or one for all, and its first G groups."""
     rows: list[dict[str, Any]] = []
+    further = {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "loss")}
 
-    def add(made: str, checkpoint: Path, groups: int | None = None) -> None:
-        rows.append({"made by": made, "codec": codec, "N": N, **quality(checkpoint, N, args, groups)})
+    def add(made: str, checkpoint: Path, N: int, groups: int | None = None) -> None:
+        rows.append({"made by": made, "codec": name, **quality(checkpoint, N, args, groups)})
 
+    if codec_and_predictor(name)[0] == "nested-pq":
+        groups = tuple(sorted(args.groups))
+        console.rule(f"{name}, the first of {groups[-1]} groups")
+        checkpoints = {"calibrated": calibrated_one(name, groups[-1], args)}
+        if args.steps:
+            out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}"
+            start = checkpoints["calibrated"]
+            checkpoints["finetuned"] = finetuned_one(start, out, args, args.devices, groups=groups, **further)
+        for made, checkpoint in checkpoints.items():
+            for N in args.devices:
+                for m in groups:
+                    add(made, checkpoint, N, m)
+        return rows
     for G in args.groups:
-        console.rule(f"{codec}, G={G}")
-        start = calibrated_one(codec, G, args)
-        add("calibrated", start)
-        if args.steps:
-            add("finetuned", finetuned_one(start, f"finetuned-{codec}-G{G}", args, N))
-    if parts(codec)[0] == "rotated-pq":
-        start, made = calibrated_one(codec, groups[-1], args), f"first of {groups[-1]} groups"
-        for m in groups[:-1]:
-            add(f"calibrated, {made}", start, m)
-        if args.steps:
-            nested = finetuned_one(start, f"nested-{codec}-G{'-'.join(map(str, groups))}", args, N, tuple(groups))
-            for m in groups:
-                add(f"finetuned, {made}", nested, m)
+        console.rule(f"{name}, G={G}")
+        start = calibrated_one(name, G, args)
+        for N in args.devices:
+            add("calibrated", start, N)
+            if args.steps:
+                plain = {} if name == "vq" else further
+                add("finetuned", finetuned_one(start, f"finetuned-{name}-G{G}-N{N}", args, (N,), **plain), N)
     return rows
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return "-".join(map(str, numbers))
 
 
 def against(row: dict[str, Any], original: dict[str, Any], args: Args) -> dict[str, Any]:
