@@ -148,7 +148,7 @@ def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], pa
     for (N, metric), axes in zip(itertools.product(Ns, metrics), panels.flat, strict=True):
         here = [row for row in rows if row["N"] in (1, N)]
         for number, row in enumerate(row for row in here if row["codec"] is None):
-            style = ("-", "--", ":")[number % 3]
+            style = ("-", "--", ":", "-.")[number % 4]
             axes.axhline(row[metric], color="black", linewidth=1, linestyle=style, label=row["made by"])
         for codec, how in dict.fromkeys((row["codec"], row["made by"]) for row in coded):
             line = [row for row in here if (row["codec"], row["made by"]) == (codec, how)]

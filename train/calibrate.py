@@ -159,16 +159,15 @@ def choose_widths(
 
 
 def distance(model: Any, batches: list[Any], N: int = TRIAL_SHARDS) -> float:
-    """How far what a model computes on N virtual shards is from what it computes on one device: the mean square of the
-    difference of final states (of a decoder) or outputs, over that of the latter."""
+    """How far what a model's head reads on N virtual shards is from what it reads on one device: the mean square of the
+    difference, over that of the latter."""
 
     @nnx.jit
     def squares(model: Any, batch: Any) -> tuple[Array, Array]:
         def run(strategy: Any) -> Array:
             shards, tokens = strategy.shards, model.to_tokens(batch)
-            if not isinstance(model, Decoder):
-                return model(shards.scatter(tokens), strategy)[0]
-            return shards.gather(model.states(shards.scatter(tokens), strategy)[0], tokens.shape[1])
+            features, _ = model.features(shards.scatter(tokens), strategy)
+            return shards.gather(features, tokens.shape[1]) if model.per_token else features
 
         exact = run(Single(model.shards(1, batch)))
         return jnp.sum((run(Virtual(model.shards(N, batch))) - exact) ** 2), jnp.sum(exact**2)

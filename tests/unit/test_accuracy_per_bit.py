@@ -200,6 +200,30 @@ def test_an_interrupted_run_goes_on(rows, args, monkeypatch):
     assert json.loads(args.json.read_text())["rows"] == rows
 
 
+@pytest.mark.slow
+def test_what_token_ids_say_without_any_codes(rows, args):
+    """With a predictor, every device knows the ids of all tokens, and predicts from there on."""
+    again = dataclasses.replace(args, codecs=("vq+diagonal",), groups=(1,), steps=0, plot=None, markdown=None)
+    main(again)
+    found = {row["made by"]: row for row in json.loads(args.json.read_text())["rows"]}
+    assert list(found) == ["original", "nothing of other devices", "token ids alone", "calibrated"]
+    coded = args.out / "calibrated-vq+diagonal-G1"
+    options = evaluate.Args(
+        checkpoints=(coded,),
+        data=args.test[0],
+        separator="===",
+        virtual=True,
+        length=LENGTH,
+        rates=(),
+        loss=1.0,
+        seeds=1,
+        lost="predicted",
+    )
+    expected = evaluate.measure(coded, options, print)["perplexity"]
+    assert found["token ids alone"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert found["token ids alone"]["bits"] == 0 and expected != found["nothing of other devices"]["perplexity"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -32,6 +32,7 @@ from eval.performance import (
     remote_attention,
     remote_rows,
     share_row,
+    slower,
     start_rows,
     start_seconds,
     torch_rows,

@@ -5,9 +5,10 @@
 Every codec and G is calibrated from the original and, with --steps, finetuned for each of --devices, and evaluated on
 virtual shards. Of the codec nested-pq there is one checkpoint alone, with the most groups, which shows what its first
 groups do for every other G; it is finetuned for all of them and all --devices at once. Beside them stand the original
-on one device, the same trained for as many steps, and what is left where nothing of other devices arrives. A language
-model shows its perplexity on text files, a classifier its accuracy on parts of --data. What OUT already has is not made
-or evaluated again, so an interrupted run goes on where it was.
+on one device, the same trained for as many steps, and what is left where nothing of other devices arrives, or, with a
+predictor, nothing but a text's token ids. A language model shows its perplexity on text files, a classifier its
+accuracy on parts of --data. What OUT already has is not made or evaluated again, so an interrupted run goes on where it
+was.
 """
 
 import dataclasses
@@ -191,17 +192,22 @@ def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ..
 
 
 def controls(args: Args) -> list[dict[str, Any]]:
-    """Rows without codes: the original, trained for longer, and with nothing of other devices."""
+    """Rows without codes: the original, trained for longer, and with nothing of other devices, or token ids alone."""
     rows = [{"made by": "original", "codec": None, **quality(args.original, 1, args)}]
     if args.steps:
         longer = finetuned_one(args.original, "control", args, (1,))
         rows.append(
             {"made by": f"original, trained {args.steps} steps more", "codec": None, **quality(longer, 1, args)}
         )
-    # Any codes will do, as none arrive.
-    coded = calibrated_one("vq", min(args.groups), args)
-    none = {"made by": "nothing of other devices", "codec": None}
-    return rows + [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
+    # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
+    lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args)}
+    predicting = [name for name in args.codecs if codec_and_predictor(name)[1] != "none"]
+    if predicting and metric_of(args) == "perplexity":
+        lost["token ids alone"] = calibrated_one(predicting[0], max(args.groups), args)
+    for made, coded in lost.items():
+        none = {"made by": made, "codec": None}
+        rows += [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
+    return rows
 
 
 def coded(name: str, args: Args) -> list[dict[str, Any]]:
