@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import checkpoints
 from astra_jax.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
@@ -196,6 +196,9 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
     """Finds the codecs of `model`, block after block, in place: predictors by least squares from the estimates of the
     block before, the axes of rotated ones, and codewords by k-means along these.
 
+    Predictors of nested codes are to serve every number of levels, with one set of weights: each token's estimates are
+    made of a number of its own, the same in all blocks (our choice).
+
     Args:
       y: from `capture`.
 
@@ -209,15 +212,17 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
     if M < K:
         raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
     states, errors, estimate = [], [], None
+    levels = len(model.astra.level_widths) if astra.rotated else 1
+    depth = jax.random.randint(jax.random.key(seed), (M, 1), 1, levels + 1)  # how many levels a token is sent with
     with progress("codewords", len(y)) as advance:
         for number, key in enumerate(jax.random.split(jax.random.key(seed), len(y))):
             attention = block_at(model.blocks, number).attention
             sent = attention.codec_input(jnp.asarray(y[number])).astype(jnp.float32)
             if number == 0 and astra.side_info == "token-ids":
-                estimate = sent
+                best = estimate = sent
             else:
-                estimate = _fit_block(attention, astra, estimate, sent, iterations, key)
-            errors.append(_errors(attention, estimate, sent))
+                best, estimate = _fit_block(attention, astra, estimate, sent, depth, iterations, key)
+            errors.append(_errors(attention, best, sent))
             states.append(nnx.state(attention.codec))
             advance(error=errors[-1].key_value)
     nnx.update(model.codec, jax.tree.map(lambda *blocks: jnp.stack(blocks), *states))
@@ -225,13 +230,20 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
 
 
 def _fit_block(
-    attention: Any, astra: AstraConfig, before: Any, sent: Array, iterations: int, key: Any
-) -> Float[Array, "M W"]:
-    """Finds the codec of one block, in place, and returns what receivers make of its codes.
+    attention: Any,
+    astra: AstraConfig,
+    before: Any,
+    sent: Float[Array, "M W"],
+    depth: Int[Array, "M 1"],
+    iterations: int,
+    key: Any,
+) -> tuple[Float[Array, "M W"], Float[Array, "M W"]]:
+    """Finds the codec of one block, in place, and returns what receivers make of all its codes, and of those that come.
 
     Args:
       before: the estimate of the block before; None in the first block, or without predictor.
       sent: what the codec is to quantize.
+      depth: how many levels of a token's codes come.
     """
     codec, p = attention.codec, jnp.zeros(sent.shape[1])
     if astra.predictor != "none":
@@ -243,16 +255,18 @@ def _fit_block(
             p = codec.predict(before)
     rest = sent - p
     if not isinstance(codec, RotatedQuantizer):
-        return p + _fit_codewords(codec, rest, iterations, key)
+        estimate = p + _fit_codewords(codec, rest, iterations, key)
+        return estimate, estimate
     axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
     codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
     codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
     codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
-    u = left = codec.axes(rest)
+    u = left = missing = codec.axes(rest)
     for number, (level, widths, _) in enumerate(codec.each()):
         found = _fit_codewords(level, padded(left, widths), iterations, jax.random.fold_in(key, number))
         left = left - unpadded(found, widths, codec.width)
-    return p + codec.from_coordinates(u - left)
+        missing = jnp.where(number < depth, left, missing)
+    return p + codec.from_coordinates(u - left), p + codec.from_coordinates(u - missing)
 
 
 def _fit_codewords(codec: VectorQuantizer, y: Float[Array, "M W"], iterations: int, key: Any) -> Float[Array, "M W"]:

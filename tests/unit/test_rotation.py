@@ -17,6 +17,7 @@ from astra_jax.cli import main
 from astra_jax.config import AstraConfig, doubling
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
+from astra_jax.predictor import Known
 from astra_jax.quantizer import RotatedQuantizer, padded, unpadded
 from train import rotation
 from train.calibrate import choose_widths, distance, fit
@@ -277,6 +278,27 @@ def test_noise_is_what_the_last_used_group_of_an_axis_leaves(nested):
         xi = np.asarray(codec.noise(jax.random.key(0), (20_000, codec.width), jnp.asarray(m)))
         std = unpadded(jnp.sqrt(level.residual_var[...]), widths, codec.width)
         np.testing.assert_allclose(xi.std(0), std, rtol=0.05)
+
+
+def test_a_predictor_serves_all_numbers_of_levels(nested, monkeypatch):
+    """It is found from estimates of one to all levels, and so is better for one than if it were found from all."""
+    made, y = nested
+    y = np.stack([y[0], (y[0] @ np.random.default_rng(0).normal(size=(16, 16))).astype(np.float32) + 0.1 * y[1]])
+    astra = dataclasses.replace(made.astra, predictor="linear")
+
+    def error_of_one_group() -> float:
+        model = checkpoints.with_codebooks(made, astra).model
+        fit(model, y, 8, 0)
+        first, second = (block_at(model.blocks, number).attention.codec for number in (0, 1))
+        p = first.predict(Known(None))
+        estimate = p + first.decode(first.encode(jnp.asarray(y[0]) - p), jnp.asarray(1))
+        p = second.predict(estimate)
+        estimate = p + second.decode(second.encode(jnp.asarray(y[1]) - p), jnp.asarray(1))
+        return float(jnp.mean((estimate - y[1]) ** 2) / y[1].var())
+
+    mixed = error_of_one_group()
+    monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.full(shape, high - 1))
+    assert mixed < 0.95 * error_of_one_group()
 
 
 # The verbs
