@@ -23,7 +23,7 @@ FEW, MORE = AstraConfig(groups=1, codewords=8), AstraConfig(groups=1, codewords=
 KV = dict(site="kv")
 
 
-@pytest.fixture(params=[True, False], ids=["tables", "plain"])
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["tables", "plain"])
 def fast_path(request, monkeypatch):
     """With tables of codewords, which pay also for models as small as those of tests, and without."""
     monkeypatch.setattr("astra_jax.fast_path.folding_pays", lambda *_: True)

@@ -68,6 +68,9 @@ def args(place) -> Args:
     )
 
 
+pytestmark = pytest.mark.slow  # all of them are about one run of the recipe, which takes a minute
+
+
 @pytest.fixture(scope="module", autouse=True)
 def untimed() -> Iterator[None]:
     """How long a pass takes is not in the table, and to measure it takes long."""
@@ -200,7 +203,6 @@ def test_an_interrupted_run_goes_on(rows, args, monkeypatch):
     assert json.loads(args.json.read_text())["rows"] == rows
 
 
-@pytest.mark.slow
 def test_what_token_ids_say_without_any_codes(rows, args):
     """With a predictor, every device knows the ids of all tokens, and predicts from there on."""
     again = dataclasses.replace(args, codecs=("vq+diagonal",), groups=(1,), steps=0, plot=None, markdown=None)

@@ -93,7 +93,13 @@ def test_distances_by_hand():
 
 @pytest.mark.parametrize(
     "family",
-    ["vit", "gpt2", "llama", "bert classifier", pytest.param("llama classifier", marks=pytest.mark.slow)],
+    [
+        "vit",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gpt2", "llama", "bert classifier", "llama classifier")
+        ),
+    ],
     indirect=True,
 )
 def test_with_exact_codes_nothing_is_far_from_the_teacher(family):
@@ -108,6 +114,7 @@ def test_with_exact_codes_nothing_is_far_from_the_teacher(family):
     assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_a_student_comes_closer(tiny_gpt2, random_text):
     """It begins with other parameters than the teacher's, which stay what they are."""
     weights = {"distillation": 30.0, "hidden": 30.0}

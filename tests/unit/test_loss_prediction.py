@@ -181,9 +181,9 @@ NOTHING, ALL = np.array(False), np.array(True)
 @pytest.mark.parametrize(
     ("family", "astra", "lost", "seed"),
     [
-        ("tiny_vit", LINEAR, "predicted", None),
+        pytest.param("tiny_vit", LINEAR, "predicted", None, marks=pytest.mark.slow),
         ("tiny_gpt2", IDS, "masked", None),
-        ("tiny_llama", dataclasses.replace(ROTATED, site="kv"), "predicted", 0),
+        pytest.param("tiny_llama", dataclasses.replace(ROTATED, site="kv"), "predicted", 0, marks=pytest.mark.slow),
     ],
     ids=["ViT", "GPT-2", "Llama, training"],
 )
