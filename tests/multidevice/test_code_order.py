@@ -68,6 +68,7 @@ def test_texts(request, random_text, fast_path, family, options, astra, N, data)
     check(request.getfixturevalue(family)(astra, **options), random_text(23, 1, 2, 7, 24), N, data, fast_path)
 
 
+@pytest.mark.slow
 def test_a_text_goes_on_in_the_same_way(tiny_gpt2, random_text, fast_path):
     model, text = tiny_gpt2(MORE), random_text(23, 1, 2, 7)
     kept = Generator(model, make_mesh(2, 2), fast_path)

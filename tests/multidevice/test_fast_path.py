@@ -60,7 +60,7 @@ def test_texts(request, random_text, family, options, astra, N, data):
     check(request.getfixturevalue(family)(astra, **options), random_text(23, 1, 2, 7, 24), N, data)
 
 
-@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_llama"])
+@pytest.mark.parametrize("family", ["tiny_gpt2", pytest.param("tiny_llama", marks=pytest.mark.slow)])
 def test_a_text_goes_on_in_the_same_way(request, random_text, family):
     model, text = request.getfixturevalue(family)(COUNTS), random_text(23, 1, 2, 7)
     fast, plain = (Generator(model, make_mesh(2, 2), fast_path) for fast_path in (True, False))
@@ -78,6 +78,7 @@ def test_the_same_codes_cross_the_link(tiny_vit, rank_coded, astra):
     assert found[0] == found[1] and len(found[0]) == 2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_float32_than_in_the_plain_form(tiny_gpt2, random_text):
     """A table is a product in float32 that is rounded once: an error of 1 % of the output's rms, 3 % allowed."""
     model, text, mesh = tiny_gpt2(COUNTS), random_text(24, 20), make_mesh(4)

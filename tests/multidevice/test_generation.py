@@ -49,9 +49,7 @@ def tokens(generator, text, sampling):
 
 EVERY = [*itertools.product(("tiny_gpt2", "tiny_llama"), ((1, 1), (2, 1), (4, 1), (2, 2)), ("hidden", "kv"))]
 FAST = [
-    ("tiny_gpt2", (1, 1), "hidden"),
     ("tiny_gpt2", (4, 1), "kv"),
-    ("tiny_llama", (2, 1), "kv"),
     ("tiny_llama", (2, 2), "hidden"),
 ]
 

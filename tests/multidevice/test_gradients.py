@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -12,6 +13,7 @@ from astra_jax.sharding import DATA, make_mesh
 from astra_jax.strategies import Noise, Virtual
 
 
+@pytest.mark.slow
 def test_gradients_of_a_sharded_batch_are_those_of_one_device(tiny_vit, rank_coded):
     model = tiny_vit(AstraConfig(groups=4, codewords=16))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)

@@ -83,6 +83,7 @@ def test_quantized_weights_in_a_loop(monkeypatch, tiny_vit, rank_coded):
     np.testing.assert_allclose(parallelize(model, make_mesh(3))(rank_coded(1)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_text_goes_on_in_the_same_way(monkeypatch, tiny_gpt2, random_text):
     model, text = tiny_gpt2(CODES), random_text(23, 1, 2, 7)
     stacked = Generator(model, make_mesh(2, 2))

@@ -130,6 +130,7 @@ def test_a_student_comes_closer(tiny_gpt2, random_text):
     assert log[-1]["kl"] < 0.5 * log[0]["kl"] and log[-1]["hidden"] < 0.5 * log[0]["hidden"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2"], indirect=True)
 def test_the_loss_has_the_distances_with_their_weights(family):
     model, batch = family

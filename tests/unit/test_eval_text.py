@@ -162,6 +162,7 @@ def test_classification_counts_right_answers(place):
     assert virtual["accuracy %"] == row["accuracy %"]
 
 
+@pytest.mark.slow
 def test_similarity_is_what_scipy_says_of_the_embeddings(place):
     (row,) = evaluate(place, "{place}/encoder --data {place}/test.tsv --devices 3 --batch-size 5")["rows"]
     pairs, checkpoint = read(place, "test.tsv"), checkpoints.load(place / "encoder")

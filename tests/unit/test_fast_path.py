@@ -39,8 +39,8 @@ def block(model, index=0):
 
 
 def random_codes(attention, R, B=2):
-    G, K, _ = attention.codec.codebook.shape
-    return jnp.asarray(np.random.default_rng(0).integers(0, K, (B, R, G)), jnp.uint16)
+    codec = attention.codec
+    return jnp.asarray(np.random.default_rng(0).integers(0, codec.codewords, (B, R, codec.groups)), jnp.uint16)
 
 
 def same_sources(plain, fast, codes):

@@ -229,6 +229,7 @@ def test_transformers_is_timed_beside_us(tmp_path, tiny):
     assert 0 < ours["least s"] <= ours["measured s"] and theirs["over transformers"] == 1
 
 
+@pytest.mark.slow
 def test_the_program_beside_transformers_runs_from_anywhere():
     done = subprocess.run(
         [sys.executable, performance.SIDE_BY_SIDE, "--help"], cwd="/", capture_output=True, text=True, env=os.environ

@@ -55,7 +55,7 @@ def activations(L=3, M=2000, D=16):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("codec", ["vq", "rotated-pq"])
+@pytest.mark.parametrize("codec", ["vq", pytest.param("rotated-pq", marks=pytest.mark.slow)])
 def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind):
     y, plain = activations(), AstraConfig(groups=2, codewords=16)
 
@@ -128,6 +128,7 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
         AstraConfig(**values)
 
 
+@pytest.mark.slow
 def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)

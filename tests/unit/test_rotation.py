@@ -304,7 +304,8 @@ def test_a_predictor_serves_all_numbers_of_levels(nested, monkeypatch):
 # The verbs
 
 
-@pytest.mark.parametrize("codec", ["rotated-pq", pytest.param("nested-pq", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["rotated-pq", "nested-pq"])
 def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys, codec):
     made, *_ = fitted
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))

@@ -89,6 +89,7 @@ def test_eval_finds_the_same_perplexity(place, made):
     assert fast["rows"][0]["bytes"] == plain["rows"][0]["bytes"]
 
 
+@pytest.mark.slow
 def test_eval_finds_the_same_accuracy(place, made):
     fast, plain = both(place, made, "eval", place / "vit", "--data", place / "pictures", "--batch-size", 4)
     assert fast["rows"][0]["accuracy %"] == plain["rows"][0]["accuracy %"]

@@ -152,6 +152,7 @@ def test_export_gives_back_the_tokenizer(done, place):
     )
 
 
+@pytest.mark.slow
 def test_a_classifier_of_text(place):
     data = ["--data", place / "train.csv"]
     call(place, "convert", place / "classifier", place / "c")
