@@ -20,11 +20,13 @@ lab: .venv/installed
 bench: .venv/installed-test
 	@$(BIN)/python -m eval.performance --markdown docs/performance.md
 
+# Two processes share the files. A file is never split, as its tests share what they load and compile.
 test: .venv/installed-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: .venv/installed-test
-	@$(BIN)/python -m pytest -m ""
+# Slow tests run one by one: several hosts of their own each, the lab, and limits of time.
+test-all: test
+	@$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed-lint
 	@$(BIN)/ruff check -q

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiling is most of what tests do: the same program is compiled once, also for the processes that tests start.
+# Compiling is most of what tests do: the same program is compiled once, also for the processes that tests start and for
+# tests that run beside each other. Whoever reads a program while another writes it is warned by JAX, and compiles it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Half of compiling is to make machine code fast, which tiny programs need not be. The optimized HLO stays the same.

@@ -7,9 +7,9 @@ import time
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def alone():
-    """Waits for the end of other test runs on this machine: there is one lab at a time."""
+    """Waits for other tests of the lab on this machine, of this run or another: there is one lab at a time."""
     if os.geteuid() != 0:
         pytest.skip("the lab makes network namespaces, which only root may")
     with socket.socket(socket.AF_UNIX) as lock:

