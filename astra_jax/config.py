@@ -9,11 +9,12 @@ from astra_jax.errors import AstraError
 Site = Literal["hidden", "kv"]
 ClassToken = Literal["distributed", "single"]
 Codec = Literal["vq", "rotated-pq", "nested-pq"]
-Prediction = Literal["none", "diagonal", "low-rank", "linear"]
+Prediction = Literal["none", "diagonal", "low-rank", "linear", "mlp"]
 SideInfo = Literal["none", "token-ids"]
 
 T = TypeVar("T")
 
+RANKS = {"low-rank": 16, "mlp": 128}  # of predictors that have one, where none is given (our choice)
 MAX_CODEWORDS = 65_536  # codes are uint16
 
 
@@ -35,7 +36,7 @@ class AstraConfig:
       levels: of `nested-pq` how many groups each level has.
       predictor: how a token's vector is predicted from the block before, so that codes say only what differs
         (`astra_jax.predictor.Predictor`, our choice).
-      rank: of the predictor `low-rank`.
+      rank: of the predictor `low-rank`; hidden units of `mlp`.
       side_info: `token-ids` lets every device know the first block's vectors of a text exactly, without codes.
 
     Raises:

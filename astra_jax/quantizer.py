@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt16
 from astra_jax import wire
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.predictor import Known, Predictor
+from astra_jax.predictor import Around, Known, Predictor
 
 TILE = 2**20  # scores that are held at once on a CPU: larger tiles leave the cache and run three to ten times slower
 
@@ -39,6 +39,7 @@ class Observation(NamedTuple):
       candidates: vectors of the batch, one for every codeword, to revive dead codewords with.
       commitment: mean over tokens of `||u - sg(u^)||^2`, which is differentiable.
       error: the same over the mean of `||u||^2`, a number between 0 (exact) and about 1.
+      surprise: mean over tokens of `||y - p||^2`, what a predictor did not expect, which its weights are trained by.
     """
 
     count: Float[Array, "*L G K"]  # type: ignore[assignment]  # hides tuple.count
@@ -48,6 +49,7 @@ class Observation(NamedTuple):
     candidates: Float[Array, "*L G K d"]
     commitment: Float[Array, "*L"]
     error: Float[Array, "*L"]
+    surprise: Float[Array, "*L"] | float = 0.0
 
 
 def _tiled_nearest(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> Int[Array, "M G"]:
@@ -145,16 +147,17 @@ class Quantizer(nnx.Module):
         """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes."""
         return 8 * wire.packed_bytes(S * self.groups, self.bits)
 
-    def predict(self, carry: Any) -> Any:
+    def predict(self, carry: Any, around: Around) -> Any:
         """What is expected before a block's codes arrive: [...,W], or [W] of any token; 0 without a predictor.
 
         Args:
           carry: the estimate of the block before; for the first block what is `Known`.
+          around: see `Predictor`.
         """
         if self.predictor is None:
             return 0.0
         if not isinstance(carry, Known):
-            return self.predictor(carry)
+            return self.predictor(carry, around)
         return self.predictor.bias[...] if carry.vectors is None else carry.vectors
 
     def decode(self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None) -> Float[Array, "*tokens W"]:
@@ -285,6 +288,7 @@ class Observations(NamedTuple):
     levels: tuple[Observation, ...]
     commitment: Float[Array, "*L"]
     error: Float[Array, "*L"]
+    surprise: Float[Array, "*L"] | float = 0.0
 
 
 class RotatedQuantizer(Quantizer):

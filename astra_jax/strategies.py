@@ -19,7 +19,7 @@ from astra_jax.attention import Source
 from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import run_stack
-from astra_jax.predictor import Known, SideInfo, is_exact
+from astra_jax.predictor import Known, SideInfo, around, is_exact
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
 
@@ -88,6 +88,7 @@ class Noise(NamedTuple):
 class Strategy:
     """What a model asks of a strategy, answered as where nothing is remote and every weight is whole.
 
+    tokens()                     attributes of every slot, class tokens included
     positions()                  place of every slot in the sequence, class tokens not included
     prepend_class(cls, x)        puts the class token at the head of every shard that is here
     start(codec, side_info)      what `exchange` is given in the first block as its carry
@@ -167,7 +168,7 @@ class Sharded(Strategy):
     def positions(self) -> Int[Table, "*B S"]:
         return self._mine(self.shards.index())
 
-    def prepend_class(self, cls: Float[Array, "*B D"], x: Float[Array, "B slots D"]) -> Float[Array, "B more D"]:
+    def prepend_class(self, cls: Shaped[Array, "*B D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
         B, _, D = x.shape
         shards = x.reshape(B, -1, self.shards.S, D)
         heads = jnp.broadcast_to(jnp.reshape(cls, (-1, 1, 1, D)), (B, shards.shape[1], 1, D))
@@ -249,7 +250,7 @@ class Virtual(Sharded):
             return ()
         if side_info is None:
             return Known(None)
-        vectors = side_info.vectors_of(side_info.ids, self.positions()).astype(jnp.float32)
+        vectors = side_info.vectors_of(side_info.ids, self.tokens().position).astype(jnp.float32)
         if self.arrived is None:
             return Known(vectors)
         B, slots, W = vectors.shape
@@ -258,8 +259,9 @@ class Virtual(Sharded):
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
         codec, tokens = need_codec(codec), self.tokens()
         predicts, exact = codec.predictor is not None, is_exact(carry)
-        p = jax.lax.stop_gradient(codec.predict(carry))  # [B,N,slots,W] where every shard has estimates of its own
-        y = y - (p[:, tokens.shard, np.arange(len(tokens.shard))] if jnp.ndim(p) == 4 else p)
+        expected = codec.predict(carry, self._around)  # [B,N,slots,W] where every shard has estimates of its own
+        p = jax.lax.stop_gradient(expected)
+        exactly, y = y, y - self._own(p)
         z = codec.encode(y)
         mask = visible(tokens, tokens, self.shards.causal) & jnp.asarray(tokens.shard[:, None] != tokens.shard)
         there = None
@@ -274,8 +276,26 @@ class Virtual(Sharded):
             return self._remote(carry if predicts else z, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
         noisy = y if exact else codec.straight_through(y, z, noise_key, self.noise.strength, self.noise.groups)
-        seen = codec.observe(y, z, revive_key, jnp.asarray(tokens.valid & tokens.sent))
+        sent = jnp.asarray(tokens.valid & tokens.sent)
+        seen = codec.observe(y, z, revive_key, sent)
+        if predicts:
+            unexpected = jnp.sum((jax.lax.stop_gradient(exactly) - self._own(expected)) ** 2, axis=-1)
+            seen = seen._replace(surprise=jnp.mean(unexpected, where=jnp.broadcast_to(sent, unexpected.shape)))
         return self._remote(p + _at_receivers(noisy, there) if predicts else noisy, mask), carry, seen
+
+    def _own(self, p: Any) -> Any:
+        """What each token's own shard expects of it."""
+        shard = self.tokens().shard
+        return p[:, shard, np.arange(len(shard))] if jnp.ndim(p) == 4 else p
+
+    def _around(self, estimate: Float[Array, "B *N slots W"]) -> Float[Array, "B *N slots W"]:
+        """What is around every token in its shard."""
+        tokens = self.shards.tokens()
+        there = jnp.asarray(tokens.valid & tokens.sent)  # [*B,N,S]
+        if there.ndim == 3 and estimate.ndim == 4:
+            there = there[:, None]  # at every receiver
+        shards = estimate.reshape(*estimate.shape[:-2], *there.shape[-2:], -1)
+        return around(shards, there, self.shards.causal).reshape(estimate.shape)
 
     def _remote(self, message: Shaped[Array, "B *N slots W"], mask: Bool[Array, "*#B slots slots"]) -> Remote:
         """All tokens as remote ones; where every shard has them in its own way, N times, of which a query sees one."""
@@ -376,7 +396,7 @@ class Astra(SplitTokens):
         codes, blocks = self.code_bits(need_codec(model.codec)), model.config.num_hidden_layers
         if model.astra.side_info == "none":
             return [Message("all-gather", codes, blocks), *self._pooled(model)]
-        ids = self.shards.S * 8 * _id_dtype(model.config.vocab_size).itemsize
+        ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
         first = Message("all-gather", ids, 1, in_blocks=False)
         return [first, Message("all-gather", codes, blocks - 1), *self._pooled(model)]
 
@@ -386,11 +406,18 @@ class Astra(SplitTokens):
             return self._remote(self._gather(codec, codec.encode(sent), self.peers.gather_others)), carry, None
         # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
         # all have the same ones to the last bit.
-        estimate = codec.predict(carry)
+        estimate = codec.predict(carry, self._around)
         if not is_exact(carry):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
             estimate = estimate + codec.decode(self._gather(codec, codec.encode(sent - mine), self.peers.gather))
         return self._remote(jnp.take(estimate, self.peers.others(), axis=0)), estimate, None
+
+    def _around(self, estimate: Float[Array, "N B sent W"]) -> Float[Array, "N B sent W"]:
+        """What is around every token in its shard."""
+        tokens, home = self.shards.tokens(), self.shards.home_slots
+        there = jnp.asarray(tokens.valid & tokens.sent)[..., home:]
+        there = jnp.broadcast_to(there, (estimate.shape[1], *there.shape[-2:])).swapaxes(0, 1)
+        return around(estimate, there, self.shards.causal)
 
     def _gather(self, codec: Quantizer, z: Any, gather: Any) -> Shaped[Array, "devices B sent G"]:
         """Codes [B,sent,G] of this device -> those of all that are gathered from."""
@@ -409,9 +436,10 @@ class Astra(SplitTokens):
             return ()
         if side_info is None:
             return Known(None)
-        ids = self.peers.gather(side_info.ids.astype(_id_dtype(side_info.vocabulary)))  # [N,B,S]
+        home = self.shards.home_slots
+        ids = self.peers.gather(side_info.ids[:, home:].astype(_id_dtype(side_info.vocabulary)))  # [N,B,S], S as sent
         N, B, S = ids.shape
-        position = jnp.moveaxis(jnp.broadcast_to(self.shards.index(), (B, N, S)), 1, 0)
+        position = jnp.moveaxis(jnp.broadcast_to(self.shards.tokens().position[..., home:], (B, N, S)), 1, 0)
         vectors = side_info.vectors_of(ids.reshape(N * B, S).astype(jnp.int32), position.reshape(N * B, S))
         return Known(vectors.astype(jnp.float32).reshape(N, B, S, -1))
 

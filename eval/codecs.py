@@ -30,12 +30,11 @@ from flax import nnx
 from astra_jax.arguments import Integers, Texts
 from astra_jax.cli import guarded
 from astra_jax.collectives import Alone
-from astra_jax.config import Site, codec_and_predictor, doubling
+from astra_jax.config import RANKS, AstraConfig, Site, codec_and_predictor, doubling
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import block_at
-from astra_jax.models.decoder import Decoder
 from astra_jax.strategies import Astra
 from eval.costs import Cost, check_split, cost
 from eval.devices import read_profile
@@ -62,11 +61,13 @@ class Args:
     """T; by default 1,024, or what the model takes."""
     groups: Integers = (1, 4, 16)
     """G, one after the other."""
-    codecs: Texts = ("vq", "rotated-pq", "nested-pq", "vq+diagonal", "vq+low-rank", "vq+linear")
+    codecs: Texts = ("vq", "rotated-pq", "nested-pq", "vq+diagonal", "vq+low-rank", "vq+linear", "vq+mlp")
     """Codecs, one after the other; with a predictor behind a plus sign."""
     axes: int | None = None
     """Axes that rotated codes are of, spread evenly over the groups; by default all. Calibration may choose fewer, and
     these cost less."""
+    rank: int | None = None
+    """Of the predictors low-rank and mlp, by default 16 and 128."""
     site: Site | None = None
     """What is quantized; by default what the checkpoint does, or hidden."""
     rates: Texts = ("10mbit",)
@@ -112,12 +113,13 @@ class Price:
         return self.cost.messages[0].bits // math.ceil(self.work.T / self.cost.setting.N)
 
 
-def with_codec(work: Workload, name: str, G: int, axes: int | None = None) -> Workload:
-    """A workload with this codec. With a predictor the devices of a decoder also tell each other the token ids.
+def with_codec(work: Workload, name: str, G: int, axes: int | None = None, rank: int | None = None) -> Workload:
+    """A workload with this codec. With a predictor the devices of a text model also tell each other the token ids.
 
     Args:
       name: `CODEC` or `CODEC+PREDICTOR`.
       axes: of rotated codes; None for all.
+      rank: of a predictor that has one; None for what calibration takes.
 
     Raises:
       AstraError: there is no such codec, or G or the axes do not fit the model.
@@ -134,7 +136,8 @@ def with_codec(work: Workload, name: str, G: int, axes: int | None = None) -> Wo
         widths=widths,
         levels=levels,
         predictor=predictor,
-        side_info="token-ids" if predictor != "none" and isinstance(model, Decoder) else "none",
+        rank=RANKS.get(predictor, AstraConfig.rank) if rank is None else rank,
+        side_info="token-ids" if predictor != "none" and work.family != "vit" else "none",
     )
     return dataclasses.replace(work, astra=astra)
 
@@ -271,7 +274,11 @@ def main(args: Args) -> None:
     profile = read_profile(args.device_profile) if args.device_profile else None
     work = open_workload(args.model, args.tokens, args.site, "float32")
     names, groups = list(dict.fromkeys(args.codecs)), sorted(set(args.groups))
-    every = [(name, with_codec(work, name, G, args.axes)) for G in groups for name in dict.fromkeys([BASE, *names])]
+    every = [
+        (name, with_codec(work, name, G, args.axes, args.rank))
+        for G in groups
+        for name in dict.fromkeys([BASE, *names])
+    ]
     for _, coded in every:
         check_split(coded, [Setting("astra", N, groups=coded.astra.groups)], (1.0,) * N)
     speed = profile.flops_per_second if profile else measured_speeds(work, [ONE])["single", None]

@@ -14,27 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import checkpoints
-from astra_jax.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
+from astra_jax.config import RANKS, AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
-from astra_jax.models.decoder import Decoder
-from astra_jax.predictor import Known, Predictor
-from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, unpadded, usage
+from astra_jax.predictor import Around, Known, Predictor, around
+from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
-from eval.data import DataArgs, batches
+from eval.data import DataArgs
 from train import rotation
 from train.data import sequences
 from train.kmeans import assign, kmeans, lookup
-from train.prediction import regress
+from train.prediction import regress, train_mlp
 
-TOKENS_AT_ONCE = 8192
-TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS, TRIAL_BATCHES = 4, 8192, 4, 2
+TOKENS_AT_ONCE = 2048
+SPARE = 2  # of so many tokens that the model sees one is clustered: more texts differ more, but take longer
+TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS, TRIAL_BATCHES = 4, 4096, 2, 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,10 @@ class Args(DataArgs):
     `nested-pq` does, too, and its first groups are a good code by themselves, for links that carry less."""
     predictor: Prediction = "none"
     """Let codes say how a token differs from what is expected of it after the block before, by a linear map or parts of
-    one. Costs computing, on every device for all tokens."""
-    rank: int = 16
-    """Of the predictor low-rank."""
+    one, or by a small network that also sees a mean of the tokens around (`mlp`: says most, and takes longest to
+    find). Costs computing, on every device for all tokens."""
+    rank: int | None = None
+    """Of the predictor low-rank, by default 16; of mlp its hidden units, by default 128."""
     side_info: SideInfo = "none"
     """Of a text, send the token ids once, so that the first block needs no codes; with a predictor."""
     site: Site = "hidden"
@@ -80,37 +81,58 @@ class Args(DataArgs):
 def inputs(checkpoint: Checkpoint, args: Args) -> list[Any]:
     """Batches of what the model takes: images, or `Text` of equal length."""
     if checkpoint.family == "vit":
-        return [images for images, _ in batches(args.open(), checkpoint.processor, 32, limit=args.samples)]
+        data = args.open()
+        rows = np.random.default_rng(args.seed).permutation(len(data))[: args.samples]
+        parts = np.split(rows, range(32, len(rows), 32))
+        return [checkpoint.processor([data[int(i)]["image"] for i in part]) for part in parts]
     text, _ = sequences(checkpoint, args, args.length)
     rows = np.random.default_rng(args.seed).permutation(len(text.ids))[: args.samples]
     size = max(1, TOKENS_AT_ONCE // text.ids.shape[1])
     return [Text(text.ids[part], text.lengths[part]) for part in np.split(rows, range(size, len(rows), size))]
 
 
-def capture(model: Any, batches: list[Any], tokens: int, seed: int) -> Float[np.ndarray, "L M D"]:
-    """The inputs of every block's projections, for up to `tokens` random tokens of the batches that would be sent."""
+def capture(model: Any, batches: list[Any], tokens: int, seed: int, S: int = 1) -> Float[np.ndarray, "L M D"]:
+    """The inputs of every block's projections, for up to `tokens` random tokens of the batches that would be sent.
+
+    The model sees no more batches than hold `SPARE` times as many.
+
+    Args:
+      S: tokens come in shards of so many that follow each other in a sequence.
+    """
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def run(state: Any, batch: Any) -> tuple[Array, Array]:
+    def run(state: Any, batch: Any) -> Array:
         model = nnx.merge(graphdef, state)
         shards = model.shards(1, batch)
-        strategy = Single(shards, capture=True)
-        y = model(shards.scatter(model.to_tokens(batch)), strategy)[1]  # [L,B,S,D]
-        # Replicas of the class token and padding are not among the codes that training has to serve.
-        sent = jnp.broadcast_to(strategy.tokens().valid & strategy.tokens().sent, y.shape[1:3])
-        return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32), sent.reshape(-1)
+        y = model(shards.scatter(model.to_tokens(batch)), Single(shards, capture=True))[1]  # [L,B,S,D]
+        return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32)
 
+    places = [_in_shards(_sent(model, batch), S) for batch in batches]
+    there = np.cumsum([len(of_batch) for of_batch in places])
+    there = there[: 1 + np.searchsorted(there, SPARE * tokens // S)]
     rng = np.random.default_rng(seed)
-    rows = [len(jax.tree.leaves(batch)[0]) for batch in batches]
     kept = []
-    with progress("activations", len(batches)) as advance:
-        for batch, share in zip(batches, np.diff(np.round(np.cumsum([0, *rows]) / sum(rows) * tokens)), strict=True):
-            y, sent = run(state, batch)
-            chosen = rng.permutation(np.flatnonzero(sent))[: int(share)]
-            kept.append(np.asarray(y)[:, np.sort(chosen)])
+    shares = np.diff(np.round(there / there[-1] * min(tokens // S, there[-1])), prepend=0)
+    with progress("activations", len(there)) as advance:
+        for batch, of_batch, share in zip(batches, places, shares, strict=False):
+            chosen = rng.permutation(len(of_batch))[: int(share)]
+            kept.append(np.asarray(run(state, batch))[:, of_batch[np.sort(chosen)].reshape(-1)])
             advance()
     return np.concatenate(kept, axis=1)
+
+
+def _sent(model: Any, batch: Any) -> Bool[np.ndarray, "B S"]:
+    """Which tokens training has to serve codes for: no replicas of the class token, and no padding."""
+    tokens = Single(model.shards(1, batch)).tokens()
+    sent = np.asarray(tokens.valid & tokens.sent)
+    return np.broadcast_to(sent, (len(jax.tree.leaves(batch)[0]), sent.shape[-1]))
+
+
+def _in_shards(sent: Bool[np.ndarray, "B T"], S: int) -> Int[np.ndarray, "shards S"]:
+    """The places of tokens that are sent, among B T, in shards of S neighbours; a sequence's last few are left out."""
+    rows = (np.flatnonzero(row) + number * sent.shape[1] for number, row in enumerate(sent))
+    return np.concatenate([row[: len(row) // S * S].reshape(-1, S) for row in rows])
 
 
 def choose_widths(
@@ -124,7 +146,8 @@ def choose_widths(
     """The configuration of a codec with axes of its own: how many of them every group gets.
 
     Of several splits it takes the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
-    one computes, measured with fewer tokens and iterations. The error of keys and values alone does not tell: a few
+    one computes, measured with fewer tokens and iterations, from the one with the fewest axes on until one is worse
+    than one before. The error of keys and values alone does not tell: a few
     tokens that all others attend to can be far off without being seen in it.
 
     Args:
@@ -134,6 +157,9 @@ def choose_widths(
       y: from `capture`.
       batches: some inputs of the model.
     """
+    predictor = astra.predictor
+    if predictor == "mlp":  # whose linear part will do for this
+        astra = dataclasses.replace(astra, predictor="linear")
     blocks = checkpoints.with_codebooks(source, AstraConfig(groups=1, site=astra.site)).model.blocks
     variances, before = [], None
     with progress("axes", len(y)) as advance:
@@ -141,21 +167,21 @@ def choose_widths(
             attention = block_at(blocks, number).attention
             sent = rest = np.asarray(attention.codec_input(jnp.asarray(y[number])))
             if astra.predictor != "none" and before is not None:  # from exact vectors: estimates are not there yet
-                rest = sent - np.asarray(_predictor(astra, before, sent)(jnp.asarray(before)))
+                rest = sent - np.asarray(_predictor(astra, before, sent)(jnp.asarray(before), jnp.asarray))
             variances.append(rotation.principal_axes(rest, rotation.key_value_metric(attention)).variance)
             before = sent
             advance()
     splits = rotation.candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
     codec: Codec = "nested-pq" if levels else "rotated-pq"
     tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
-    if len(tries) == 1:
-        return tries[0]
-    distances = []
-    for one in tries:
+    distances = [0.0] * (len(tries) == 1)
+    for one in tries[len(distances) :]:
         model = checkpoints.with_codebooks(source, one).model
-        fit(model, y[:, :TRIAL_TOKENS], TRIAL_ITERATIONS, seed)
+        fit(model, y[:, : max(TRIAL_TOKENS, 2 * astra.codewords)], TRIAL_ITERATIONS, seed)
         distances.append(distance(model, batches))
-    return tries[int(np.argmin(distances))]
+        if distances[-1] > min(distances):
+            break
+    return dataclasses.replace(tries[int(np.argmin(distances))], predictor=predictor)
 
 
 def distance(model: Any, batches: list[Any], N: int = TRIAL_SHARDS) -> float:
@@ -179,9 +205,19 @@ def distance(model: Any, batches: list[Any], N: int = TRIAL_SHARDS) -> float:
 def _predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> Predictor:
     """A predictor of y from x."""
     predictor = Predictor(astra, x.shape[1])
-    for name, value in regress(astra.predictor, astra.rank, x, y).items():
-        getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
+    _set(predictor, regress(astra.predictor, astra.rank, x, y))
     return predictor
+
+
+def _set(predictor: Predictor, values: dict[str, Float[np.ndarray, "..."]]) -> None:
+    for name, value in values.items():
+        getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
+
+
+def _around(S: int, causal: bool, x: Float[Array, "M W"]) -> Float[Array, "M W"]:
+    """What is around every token in its shard of S."""
+    shards = x.reshape(-1, S, x.shape[-1])
+    return around(shards, jnp.ones(shards.shape[:2], bool), causal).reshape(x.shape)
 
 
 class Errors(NamedTuple):
@@ -192,15 +228,16 @@ class Errors(NamedTuple):
     key_value: float
 
 
-def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -> list[Errors]:
-    """Finds the codecs of `model`, block after block, in place: predictors by least squares from the estimates of the
-    block before, the axes of rotated ones, and codewords by k-means along these.
+def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S: int = 1) -> list[Errors]:
+    """Finds the codecs of `model`, block after block, in place: predictors from the estimates of the block before, the
+    axes of rotated ones, and codewords by k-means along these.
 
-    Predictors of nested codes are to serve every number of levels, with one set of weights: each token's estimates are
+    Predictors of nested codes are to serve every number of levels, with one set of weights: each shard's estimates are
     made of a number of its own, the same in all blocks (our choice).
 
     Args:
       y: from `capture`.
+      S: tokens of a shard in y.
 
     Returns:
       Every block's errors.
@@ -213,7 +250,8 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
         raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
     states, errors, estimate = [], [], None
     levels = len(model.astra.level_widths) if astra.rotated else 1
-    depth = jax.random.randint(jax.random.key(seed), (M, 1), 1, levels + 1)  # how many levels a token is sent with
+    depth = jax.random.randint(jax.random.key(seed), (M // S, 1), 1, levels + 1)  # levels that a shard is sent with
+    depth = jnp.repeat(depth, S, axis=0)
     with progress("codewords", len(y)) as advance:
         for number, key in enumerate(jax.random.split(jax.random.key(seed), len(y))):
             attention = block_at(model.blocks, number).attention
@@ -221,7 +259,8 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int) -
             if number == 0 and astra.side_info == "token-ids":
                 best = estimate = sent
             else:
-                best, estimate = _fit_block(attention, astra, estimate, sent, depth, iterations, key)
+                near = partial(_around, S, model.shards(1).causal)
+                best, estimate = _fit_block(attention, astra, estimate, near, sent, depth, iterations, key)
             errors.append(_errors(attention, best, sent))
             states.append(nnx.state(attention.codec))
             advance(error=errors[-1].key_value)
@@ -233,6 +272,7 @@ def _fit_block(
     attention: Any,
     astra: AstraConfig,
     before: Any,
+    around: Around,
     sent: Float[Array, "M W"],
     depth: Int[Array, "M 1"],
     iterations: int,
@@ -242,6 +282,7 @@ def _fit_block(
 
     Args:
       before: the estimate of the block before; None in the first block, or without predictor.
+      around: see `Predictor`.
       sent: what the codec is to quantize.
       depth: how many levels of a token's codes come.
     """
@@ -249,52 +290,80 @@ def _fit_block(
     if astra.predictor != "none":
         if before is None:
             codec.predictor.bias[...] = sent.mean(0)
-            p = codec.predict(Known(None))
+            p = codec.predict(Known(None), around)
         else:
             codec.predictor = _predictor(astra, np.asarray(before), np.asarray(sent))
-            p = codec.predict(before)
+            if astra.predictor == "mlp":
+                seen, target = np.concatenate([before, around(before)], axis=1), np.asarray(sent)
+                metric = rotation.key_value_metric(attention)
+                _set(codec.predictor, train_mlp(astra.rank, seen, target, metric, key))
+            p = codec.predict(before, around)
     rest = sent - p
     if not isinstance(codec, RotatedQuantizer):
-        estimate = p + _fit_codewords(codec, rest, iterations, key)
+        widths = (codec.width // codec.groups,) * codec.groups
+        estimate = p + _fit_codewords(codec, np.asarray(rest), widths, iterations, key)
         return estimate, estimate
     axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
     codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
     codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
     codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
-    u = left = missing = codec.axes(rest)
+    u = left = missing = np.asarray(codec.axes(rest))
     for number, (level, widths, _) in enumerate(codec.each()):
-        found = _fit_codewords(level, padded(left, widths), iterations, jax.random.fold_in(key, number))
-        left = left - unpadded(found, widths, codec.width)
-        missing = jnp.where(number < depth, left, missing)
-    return p + codec.from_coordinates(u - left), p + codec.from_coordinates(u - missing)
+        left = left - _fit_codewords(level, left, widths, iterations, jax.random.fold_in(key, number))
+        missing = np.where(number < np.asarray(depth), left, missing)
+    best, estimate = (p + codec.from_coordinates(jnp.asarray(u - rest)) for rest in (left, missing))
+    return best, estimate
 
 
-def _fit_codewords(codec: VectorQuantizer, y: Float[Array, "M W"], iterations: int, key: Any) -> Float[Array, "M W"]:
-    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for."""
-    C, z, count = _kmeans(codec.in_groups(y), codec.codewords, iterations, key)
-    estimate = lookup(C, z).reshape(y.shape)
-    share = count / len(y)
-    codec.codebook[...], codec.count[...], codec.total[...] = C, share, C * share[..., None]
-    codec.residual_mean[...], codec.residual_var[...] = (y - estimate).mean(0), (y - estimate).var(0)
+def _fit_codewords(
+    codec: VectorQuantizer, y: Float[np.ndarray, "M A"], widths: tuple[int, ...], iterations: int, key: Any
+) -> Float[np.ndarray, "M A"]:
+    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for.
+
+    One group after the other, padded with zeros to few different widths: padding all to the widest is several times
+    the work where widths differ, and a program for every width takes its time to compile.
+
+    Args:
+      widths: how many axes every group has, one behind the other. Axes behind the last group are in none.
+    """
+    C, share, estimate = np.zeros(codec.codebook.shape, np.float32), np.zeros(codec.count.shape), np.zeros_like(y)
+    places = zip(np.cumsum(widths), widths, jax.random.split(key, len(widths)), strict=True)
+    for g, (end, width, group_key) in enumerate(places):
+        axes = slice(end - width, end)
+        u = np.pad(y[:, None, axes], ((0, 0), (0, 0), (0, _rounded(width) - width)))
+        *found, count = map(np.asarray, _kmeans(u, codec.codewords, iterations, group_key))
+        C[g, :, :width], estimate[:, axes] = (part[..., :width] for part in found)
+        share[g] = count / len(y)
+    codec.codebook[...], codec.count[...], codec.total[...] = map(jnp.float32, (C, share, C * share[..., None]))
+    rest = y - estimate
+    codec.residual_mean[...], codec.residual_var[...] = padded(jnp.stack([rest.mean(0), rest.var(0)]), widths)
     return estimate
 
 
+def _rounded(width: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is no less."""
+    step = max(1, 1 << (width - 1).bit_length() >> 2)
+    return -(-width // step) * step
+
+
 @partial(jax.jit, static_argnames=("K", "iterations"))
-def _kmeans(u: Float[Array, "M G d"], K: int, iterations: int, key: Any) -> tuple[Array, Array, Array]:
-    """Codewords, the codes of all vectors, and how often each was chosen."""
+def _kmeans(u: Float[Array, "M 1 d"], K: int, iterations: int, key: Any) -> tuple[Array, Array, Array]:
+    """Codewords of one group [K,d], those that all vectors are nearest to [M,d], and how many are to each [K]."""
     C, _ = kmeans(u, K, iterations, key)
     z, count, _ = assign(u, C)
-    return C, z, count
+    return C[0], lookup(C, z)[:, 0], count[0]
 
 
 def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M W"]) -> Errors:
-    def error(estimate: Array, exact: Array) -> float:
-        return float(jnp.mean((exact - estimate) ** 2) / jnp.mean((exact - exact.mean(0)) ** 2))
+    metric = rotation.key_value_metric(attention)
 
-    def key_value(sent: Array) -> Array:
-        return sent if attention.site == "kv" else jnp.concatenate([attention.k(sent), attention.v(sent)], axis=-1)
+    def squares(x: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "2"]:
+        """Of vectors, and of what they add to keys and values."""
+        moments = x.T @ x
+        return np.array([np.trace(moments), (moments * metric).sum()])
 
-    return Errors(error(estimate, sent), error(key_value(estimate), key_value(sent)))
+    exact = np.asarray(sent)
+    return Errors(*map(float, squares(exact - np.asarray(estimate)) / squares(exact - exact.mean(0))))
 
 
 def main(args: Args) -> None:
@@ -303,20 +372,23 @@ def main(args: Args) -> None:
     astra = AstraConfig(
         *(args.groups, args.codewords, args.site, args.class_token),
         predictor=args.predictor,
-        rank=args.rank,
+        rank=RANKS.get(args.predictor, AstraConfig.rank) if args.rank is None else args.rank,
         side_info=args.side_info,
     )
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
-    if astra.side_info != "none" and not isinstance(source.model, Decoder):
-        raise AstraError(f"--side-info {astra.side_info} is for decoders; this is a {source.family}: leave it out")
+    if astra.side_info != "none" and source.family == "vit":
+        raise AstraError(f"--side-info {astra.side_info} is for texts; this is a {source.family}: leave it out")
     batches = inputs(source, args)
-    y = capture(source.model, batches, args.tokens, args.seed)
+    S = 1
+    if astra.predictor == "mlp":  # which looks at the tokens around: as long as shards of the trials
+        S = max(1, int(np.median(_sent(source.model, batches[0]).sum(1))) // TRIAL_SHARDS)
+    y = capture(source.model, batches, args.tokens, args.seed, S)
     if args.codec != "vq":
         levels = doubling(args.groups) if args.codec == "nested-pq" else ()
-        astra = choose_widths(source, astra, levels, y, batches[:TRIAL_BATCHES], args.seed)
+        astra = choose_widths(source, astra, levels, y, batches[-TRIAL_BATCHES:], args.seed)
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
-    errors = fit(model, y, args.iterations, args.seed)
+    errors = fit(model, y, args.iterations, args.seed, S)
     used = usage(model.codec.counts())
     report.table(
         "blocks",

@@ -26,12 +26,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
+from astra_jax.predictor import Prediction
 from astra_jax.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.sharding import DATA, Shards
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet, writing
 from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss
+
+BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Training:
     noise: float = 1.0
     """lambda of Noise-Augmented Quantization; 0 turns the noise off, 1 is the paper's best."""
     commitment: float = 5e-4
-    """beta: weight of the commitment loss."""
+    """beta: weight of the commitment loss, and of what a predictor does not expect."""
     distillation: float = 0.0
     """a: weight of the KL divergence of what the model says from what a teacher does: the model as it was when training
     began, on one device, without codes. With a teacher every batch costs one more forward pass."""
@@ -159,7 +162,7 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 def start(model: Any, training: Training) -> tuple[Any, TrainState]:
     """Splits a model into its graph and the state that training changes."""
-    graphdef, params, codecs = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    graphdef, params, codecs = nnx.split(model, BY_GRADIENT, ...)  # type: ignore[misc]
 
     @jax.jit  # one program instead of many small ones
     def fresh(params: Any, codecs: Any) -> TrainState:
@@ -274,6 +277,10 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
         task, measures, final, seen = run_task(model, batch, strategy, training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
+        if N > 1 and model.codec.predictor is not None:
+            surprise = jnp.mean(seen.surprise)
+            total = total + training.commitment * surprise
+            measures = {**measures, "surprise": surprise}
         error = jnp.mean(seen.error) if N > 1 else jnp.float32(0)
         if teacher is not None:
             theirs = teach(nnx.merge(graphdef, teacher, codecs), batch["input"], strategy.shards)
@@ -298,7 +305,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
         if N > 1:
             model = nnx.merge(graphdef, params, codecs)
             model.codec.follow(seen, training.ema_decay, training.revive_below)
-            codecs = nnx.split(model, nnx.Param, ...)[2]  # type: ignore[misc]
+            codecs = nnx.split(model, BY_GRADIENT, ...)[2]  # type: ignore[misc]
         metrics["learning_rate"] = rate(number // training.accumulate)
         return TrainState(params, codecs, opt_state, number + 1), metrics
 
@@ -459,7 +466,7 @@ def train(
     replicated = NamedSharding(mesh, P())
     state = jax.device_put(state, replicated)
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
-    teacher = jax.device_put(nnx.state(model, nnx.Param), replicated) if training.has_teacher else None
+    teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
     with ocp.CheckpointManager(

@@ -1,15 +1,22 @@
-"""The weights of a predictor: least squares from the estimates of one block to what the next one sees."""
+"""The weights of a predictor, from the estimates of one block to what the next one sees: least squares, and for an
+`mlp` some training that starts there."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+import optax
+from jaxtyping import Array, Float, Key
 
 RIDGE = 1e-3  # of the mean variance, added to all variances, so that few tokens do not make wild weights (our choice)
+STEPS, BATCH, RATE = 1000, 1024, 3e-3  # of the training of an `mlp` (our choice)
 
 
 def regress(
     kind: str, rank: int, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]
 ) -> dict[str, Float[np.ndarray, "..."]]:
-    """The variables of a `Predictor` that predicts y from x best in the mean square.
+    """The variables of a `Predictor` that predicts y from x best in the mean square; of an `mlp` its linear part.
 
     `low-rank` is the diagonal and, of the best linear predictor of what that leaves, the directions in which its
     predictions vary most (reduced-rank regression).
@@ -17,21 +24,81 @@ def regress(
     x, y = x.astype(np.float64), y.astype(np.float64)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
-    ridge = RIDGE * (x**2).mean() + 1e-12
 
-    def linear(target: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "W W"]:
-        covariance = x.T @ x / len(x) + ridge * np.eye(x.shape[1])
-        return np.linalg.solve(covariance, x.T @ target / len(x))
-
-    if kind == "linear":
-        weight = linear(y)
+    if kind in ("linear", "mlp"):
+        weight = _solve(x, y)
         return {"weight": weight, "bias": mean_y - mean_x @ weight}
-    scale = (x * y).mean(0) / ((x**2).mean(0) + ridge)
+    scale = (x * y).mean(0) / ((x**2).mean(0) + _ridge(x))
     found = {"scale": scale, "bias": mean_y - mean_x * scale}
     if kind == "low-rank":
-        weight = linear(y - x * scale)
+        weight = _solve(x, y - x * scale)
         predicted = x @ weight
         directions = np.linalg.eigh(predicted.T @ predicted)[1][:, -rank:]
         found |= {"down": weight @ directions, "up": directions.T}
         found["bias"] = found["bias"] - mean_x @ found["down"] @ found["up"]
     return found
+
+
+def _ridge(x: Float[np.ndarray, "M _"]) -> float:
+    return RIDGE * (x**2).mean() + 1e-12
+
+
+def _solve(x: Float[np.ndarray, "M U"], y: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "U W"]:
+    """The weights of the best linear prediction of y from x, both centred."""
+    covariance = x.T @ x / len(x) + _ridge(x) * np.eye(x.shape[1])
+    return np.linalg.solve(covariance, x.T @ y / len(x))
+
+
+def train_mlp(
+    rank: int,
+    seen: Float[np.ndarray, "M _"],
+    y: Float[np.ndarray, "M W"],
+    metric: Float[np.ndarray, "W W"],
+    key: Key[Array, ""],
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """The variables of a `Predictor` of kind `mlp`: the mean of `(y - p) metric (y - p)^T` is made small by Adam.
+
+    Hidden units start as random ones, whose part is found by least squares.
+
+    Args:
+      seen: the estimate of every token, and what is around it.
+    """
+    W = y.shape[1]
+    mean, scale = seen.mean(0), seen.std(0) + 1e-6
+    seen = (seen - mean) / scale
+    linear = regress("linear", rank, seen[:, :W], y)["weight"]
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    down = rng.normal(size=(seen.shape[1], rank)) / np.sqrt(seen.shape[1])
+    hidden = np.maximum(seen @ down, 0)
+    rest = y - seen[:, :W] @ linear
+    up = _solve((hidden - hidden.mean(0)).astype(np.float64), rest - rest.mean(0))
+    bias = rest.mean(0) - hidden.mean(0) @ up
+    weights = {"weight": linear, "bias": bias, "down": down, "offset": np.zeros(rank), "up": up}
+    root = np.linalg.cholesky(metric + 1e-6 * np.trace(metric) / len(metric) * np.eye(len(metric)))
+    norm = np.mean(((y - y.mean(0)) @ root) ** 2) + 1e-12
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (weights, seen, y, root / np.sqrt(norm)))
+    found = jax.tree.map(np.asarray, _adam(*arrays, key))
+    found["down"] = found["down"] / scale[:, None]
+    found["offset"] = found["offset"] - mean @ found["down"]
+    found["weight"] = found["weight"] / scale[:W, None]
+    found["bias"] = found["bias"] - mean[:W] @ found["weight"]
+    return found
+
+
+@jax.jit
+def _adam(weights: Any, seen: Array, y: Array, root: Array, key: Key[Array, ""]) -> Any:
+    """The weights after `STEPS` batches of random tokens."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+
+    def loss(weights: Any, x: Array, y: Array) -> Array:
+        hidden = jax.nn.relu(x @ weights["down"] + weights["offset"])
+        p = x[:, : y.shape[1]] @ weights["weight"] + weights["bias"] + hidden @ weights["up"]
+        return jnp.mean(((y - p) @ root) ** 2)
+
+    def step(state: tuple[Any, Any], key: Key[Array, ""]) -> tuple[tuple[Any, Any], None]:
+        weights, moments = state
+        rows = jax.random.randint(key, (min(BATCH, len(y)),), 0, len(y))
+        updates, moments = optimizer.update(jax.grad(loss)(weights, seen[rows], y[rows]), moments, weights)
+        return (optax.apply_updates(weights, updates), moments), None
+
+    return jax.lax.scan(step, (weights, optimizer.init(weights)), jax.random.split(key, STEPS))[0][0]

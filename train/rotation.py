@@ -41,7 +41,8 @@ def principal_axes(y: Float[np.ndarray, "M W"], metric: Float[np.ndarray, "W W"]
     """The principal axes of vectors under a metric."""
     y = y.astype(np.float64)
     mean = y.mean(0)
-    covariance = np.cov(y, rowvar=False, bias=True)
+    centred = y - mean
+    covariance = centred.T @ centred / len(y)  # of a matrix with itself, for which BLAS does half the work
     squares, basis = np.linalg.eigh(metric)
     root = (basis * np.sqrt(np.clip(squares, 0, None))) @ basis.T
     variance, turned = np.linalg.eigh(root @ covariance @ root)

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.models.blocks import scan_blocks, stack_blocks
+from astra_jax.models.blocks import scan_blocks, stack_blocks, token_ids
 from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.predictor import SideInfo
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Pooling, Shards
 from astra_jax.text import Text
@@ -140,15 +141,22 @@ class Bert(nnx.Module):
         ids = jnp.stack([ids, jnp.broadcast_to(ids[:, :1], ids.shape)], axis=-1)
         return ids[:, 1:] if self._class_token else ids
 
+    def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
+        """The input of the first block: of tokens with these ids at these positions, class tokens included."""
+        x = self.embed(ids)
+        return self.embed_norm(x + (self.position[...] + self.token_type[...][0])[positions].astype(x.dtype))
+
+    def side_info(self, ids: Int[Array, "B S"]) -> SideInfo | None:
+        """What devices tell each other of these tokens; None where no use is made of that."""
+        return token_ids(self, ids, lambda block, x: x)
+
     def features(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
-        positions, kind = self.position[...] + self.token_type[...][0], self._class_token
-        x = self.embed(tokens[..., 0])
-        x = x + positions[strategy.positions() + (kind is not None)].astype(x.dtype)
-        if kind:
-            cls = self.embed(tokens[:, 0, 1])
-            x = strategy.prepend_class(cls + positions[0].astype(x.dtype), x)
-        x, reports = scan_blocks(self.blocks, self.embed_norm(x), strategy)
+        ids = tokens[..., 0]
+        if self._class_token:
+            ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
+        x = self.embedded(ids, strategy.tokens().position)
+        x, reports = scan_blocks(self.blocks, x, strategy, self.side_info(ids))
         return strategy.pool(x, self.config.pooling), reports
 
     def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from astra_jax.predictor import SideInfo
 from astra_jax.weights import dequantized, is_quantized
@@ -114,9 +114,29 @@ def _block_of(xs: Any, number: int) -> Any:
 
 
 def block_at(blocks: Any, index: int) -> Any:
-    """Block `index` of a stack, as a module of its own (a copy)."""
+    """Block `index` of a stack, as a module of its own (a copy), its weights in full precision."""
     graphdef, state = nnx.split(blocks)
-    return nnx.merge(graphdef, _block_of(state, index))
+    return nnx.merge(graphdef, dequantized(_block_of(state, index)))
+
+
+def token_ids(model: Any, ids: Int[Array, "B S"], projected: Callable[[Any, Any], Any]) -> SideInfo | None:
+    """What a text's model tells devices of the tokens that are here; None where no use is made of that.
+
+    What the first block's codec sees depends on ids and positions alone.
+
+    Args:
+      model: `embedded(ids, positions)` is the input of its first block.
+      ids: of the slots that are here, class tokens included.
+      projected: a block and its input -> the input of its projections: normalised before attention, or as it is.
+    """
+    if model.astra is None or model.astra.side_info == "none":
+        return None
+    first = block_at(model.blocks, 0)
+
+    def vectors_of(ids: Array, positions: Any) -> Array:
+        return first.attention.codec_input(projected(first, model.embedded(ids, positions)))
+
+    return SideInfo(ids, model.config.vocab_size, vectors_of)
 
 
 def scan_blocks(

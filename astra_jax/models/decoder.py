@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.config import AstraConfig
-from astra_jax.models.blocks import block_at
+from astra_jax.models.blocks import token_ids
 from astra_jax.predictor import SideInfo
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Shards
@@ -34,15 +34,8 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def side_info(self, ids: Int[Array, "B S"]) -> SideInfo | None:
-        """What the first block's codec sees depends on ids and positions alone; None where no use is made of that."""
-        if self.astra is None or self.astra.side_info == "none":
-            return None
-        first = block_at(self.blocks, 0)
-
-        def vectors_of(ids: Array, positions: Any) -> Array:
-            return first.attention.codec_input(first.norm1(self.embedded(ids, positions)))
-
-        return SideInfo(ids, self.config.vocab_size, vectors_of)
+        """What devices tell each other of these tokens; None where no use is made of that."""
+        return token_ids(self, ids, lambda block, x: block.norm1(x))
 
     def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
         """Token ids of the slots that are here -> final states, normalised, and the strategy's reports."""

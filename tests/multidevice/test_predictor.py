@@ -13,7 +13,8 @@ from astra_jax.config import AstraConfig
 from astra_jax.generate import Generator, Sampling
 from astra_jax.models.blocks import block_at
 from astra_jax.sharding import SEQ, make_mesh
-from astra_jax.strategies import Astra
+from astra_jax.strategies import Astra, Virtual
+from astra_jax.weights import quantize_weights
 from eval.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_sharded_equals_virtual import check
@@ -21,8 +22,23 @@ from tests.multidevice.test_sharded_equals_virtual import check
 LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
 IDS = dataclasses.replace(LINEAR, predictor="low-rank", rank=3, side_info="token-ids")
 ROTATED = dataclasses.replace(LINEAR, codec="rotated-pq", widths=(1, 2, 3, 4), predictor="diagonal")
+MLP = dataclasses.replace(LINEAR, predictor="mlp", rank=5)
 KV = dict(site="kv")
+SINGLE = dict(class_token="single")
 LAYERS = {"tiny_gpt2": "n_layer"}
+CLASS = ("tiny_bert", "class")
+
+
+def three_blocks(request, family, astra):
+    """A model in which estimates build on each other; `family` is a fixture, or one and how states are pooled.
+
+    Predictors are small, lest estimates grow from block to block, and rounding with them.
+    """
+    fixture, *pooling = (family,) if isinstance(family, str) else family
+    options = {LAYERS.get(fixture, "num_hidden_layers"): 3, **({"pooling": pooling[0]} if pooling else {})}
+    model = request.getfixturevalue(fixture)(astra, **options)
+    nnx.update(model.codec.predictor, jax.tree.map(lambda weights: 0.3 * weights, nnx.state(model.codec.predictor)))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -32,6 +48,18 @@ LAYERS = {"tiny_gpt2": "n_layer"}
         ("tiny_vit", dataclasses.replace(ROTATED, class_token="single"), 3),
         ("tiny_gpt2", IDS, 4),
         ("tiny_llama", dataclasses.replace(IDS, **KV), 2),
+        ("tiny_bert", dataclasses.replace(IDS, **KV), 2),
+        ("tiny_vit", MLP, 3),
+        ("tiny_gpt2", dataclasses.replace(MLP, side_info="token-ids"), 4),
+        pytest.param("tiny_bert", MLP, 3, marks=pytest.mark.slow),
+        pytest.param("tiny_vit", dataclasses.replace(MLP, class_token="single"), 4, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", dataclasses.replace(MLP, **KV), 2, marks=pytest.mark.slow),
+        (CLASS, IDS, 3),
+        (CLASS, dataclasses.replace(IDS, **SINGLE, **KV), 4),
+        pytest.param("tiny_bert", IDS, 4, marks=pytest.mark.slow),
+        pytest.param(CLASS, dataclasses.replace(IDS, **KV), 2, marks=pytest.mark.slow),
+        pytest.param(CLASS, dataclasses.replace(IDS, **SINGLE), 3, marks=pytest.mark.slow),
+        pytest.param(CLASS, dataclasses.replace(ROTATED, side_info="token-ids"), 4, marks=pytest.mark.slow),
         pytest.param("tiny_llama", ROTATED, 8, marks=pytest.mark.slow),
         pytest.param("tiny_bert", LINEAR, 3, marks=pytest.mark.slow),
         pytest.param("tiny_gpt2", dataclasses.replace(ROTATED, side_info="token-ids"), 3, marks=pytest.mark.slow),
@@ -39,41 +67,85 @@ LAYERS = {"tiny_gpt2": "n_layer"}
     ids=str,
 )
 def test_it_is_the_same_model_as_on_virtual_shards(request, rank_coded, random_text, family, astra, N):
-    """Texts of different lengths, some shards empty; three blocks, so that estimates build on each other."""
-    model = request.getfixturevalue(family)(astra, **{LAYERS.get(family, "num_hidden_layers"): 3})
-    check(model, rank_coded(2) if family == "tiny_vit" else random_text(23, 1, 2, 7, 24), N)
+    """Texts of different lengths, some shards empty."""
+    inputs = rank_coded(2) if family == "tiny_vit" else random_text(23, 1, 2, 7, 24)
+    check(three_blocks(request, family, astra), inputs, N)
 
 
-def test_every_device_has_the_same_estimates_to_the_last_bit(tiny_gpt2, random_text):
-    model, text, mesh = tiny_gpt2(LINEAR, n_layer=3), random_text(24, 20), make_mesh(4)
-    y = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 24, 16)), jnp.float32)
+@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_bert"])
+def test_weights_of_few_bits(request, random_text, family):
+    """Keys and values that all devices compute of token ids are those of the quantized weights."""
+    model = three_blocks(request, family, dataclasses.replace(IDS, **KV))
+    check(quantize_weights(model, "int8"), random_text(23, 1, 7), 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "astra"),
+    [
+        ("tiny_gpt2", LINEAR),
+        ("tiny_gpt2", IDS),
+        ("tiny_gpt2", MLP),
+        (CLASS, MLP),
+        ("tiny_bert", dataclasses.replace(IDS, **KV)),
+        (CLASS, IDS),
+        (CLASS, dataclasses.replace(IDS, **SINGLE)),
+    ],
+    ids=str,
+)
+def test_every_device_has_the_same_estimates_to_the_last_bit(request, random_text, family, astra):
+    """And what the first block sees, where token ids are known: of all slots but those that stay at home."""
+    model, text, mesh = three_blocks(request, family, astra), random_text(24, 20), make_mesh(4)
+    strategy, W = Astra(model.shards(4, text)), model.codec.predictor.bias.shape[-1]
+    shards, rng = strategy.shards, np.random.default_rng(0)
+    slots = shards.class_slots + shards.S
+    y = jnp.asarray(rng.normal(size=(3, 2, 4 * slots, W)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, model.config.vocab_size, (2, 4 * slots)))
     states = [nnx.split(block_at(model.blocks, n).attention.codec) for n in range(3)]
-    strategy = Astra(model.shards(4, text))
 
-    def one_device(y):
-        carry, found = strategy.start(model.codec, None), []
+    def one_device(y, ids):
+        carry, found = strategy.start(model.codec, model.side_info(ids)), []
         for block, parts in zip(y, states, strict=True):
             _, carry, _ = strategy.exchange(nnx.merge(*parts), block, carry, 0)
             found.append(carry)
         return jnp.stack(found)[None]
 
-    run = jax.shard_map(one_device, mesh=mesh, in_specs=P(None, None, SEQ), out_specs=P(SEQ), check_vma=False)
-    of_device = np.asarray(jax.jit(run)(y))  # [device,L,N,B,S,W]
-    assert of_device.shape == (4, 3, 4, 2, 6, 16)
+    run = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(P(None, None, SEQ), P(None, SEQ)), out_specs=P(SEQ), check_vma=False
+    )
+    of_device = np.asarray(jax.jit(run)(y, ids))  # [device,L,N,B,S,W]
+    assert of_device.shape == (4, 3, 4, 2, shards.sent_slots, W)
     np.testing.assert_array_equal(of_device, np.broadcast_to(of_device[:1], of_device.shape))
     assert np.abs(of_device[0, 2]).max() > 0
+    if astra.side_info == "token-ids":
+        known = Virtual(shards).start(model.codec, model.side_info(ids)).vectors.reshape(2, 4, slots, W)
+        expected = known.swapaxes(0, 1)[:, :, shards.home_slots :]
+        np.testing.assert_allclose(of_device[0, 0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("astra", [LINEAR, IDS], ids=["linear", "token ids"])
-def test_what_is_sent(tiny_gpt2, random_text, astra):
-    """With token ids the first block sends none; `messages` itself compares with the compiled program."""
-    model = tiny_gpt2(astra, n_layer=3)
+@pytest.mark.parametrize(
+    ("family", "astra", "S"),
+    [
+        ("tiny_gpt2", LINEAR, 6),
+        ("tiny_gpt2", IDS, 6),
+        ("tiny_bert", IDS, 6),
+        (CLASS, IDS, 6),
+        (CLASS, dataclasses.replace(IDS, **SINGLE), 7),
+    ],
+    ids=str,
+)
+def test_what_is_sent(request, random_text, family, astra, S):
+    """With token ids the first block sends none; `messages` itself compares with the compiled program.
+
+    A class token that is sent is one of S. An encoder's devices also add up the state of the sequence.
+    """
+    model = three_blocks(request, family, astra)
     sent = messages(model, 4, random_text(24), Astra.of)
-    codes = 8 * 6 * 4 * 4 // 8
+    codes, pooled = 8 * S * 4 * 4 // 8, [] if model.per_token else [(32 * 16, 1, False)]
+    found = [(m.bits, m.times, m.in_blocks) for m in sent]
     if astra.side_info == "none":
-        assert [(m.bits, m.times) for m in sent] == [(codes, 3)]
+        assert found == [(codes, 3, True), *pooled]
     else:
-        assert [(m.bits, m.times, m.in_blocks) for m in sent] == [(6 * 16, 1, False), (codes, 2, True)]
+        assert found == [(S * 16, 1, False), (codes, 2, True), *pooled]
 
 
 @pytest.mark.parametrize(("family", "astra"), [("tiny_gpt2", IDS), ("tiny_llama", dataclasses.replace(ROTATED, **KV))])

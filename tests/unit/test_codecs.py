@@ -37,11 +37,11 @@ def tiny(monkeypatch, tiny_gpt2):
 
 
 def opened(name):
-    return dataclasses.replace(open_workload(name, T, None, "float32"), astra=AstraConfig(codewords=K, rank=RANK))
+    return dataclasses.replace(open_workload(name, T, None, "float32"), astra=AstraConfig(codewords=K))
 
 
 def priced(name, G, model="tiny"):
-    return price(with_codec(opened(model), name, G, A if "pq" in name else None), name, N, 1e6)
+    return price(with_codec(opened(model), name, G, A if "pq" in name else None, RANK), name, N, 1e6)
 
 
 LAYERS = 2 * SLOTS * (4 * D * D + 2 * D * F)  # queries, keys, values, output and MLP of one's own tokens
@@ -56,6 +56,7 @@ BLOCKS = {
     ("vq+diagonal", 1): LAYERS + ATTENTION + PROJECTION + NEAREST,
     ("vq+low-rank", 2): LAYERS + ATTENTION + PROJECTION + NEAREST + 2 * N * S * 2 * D * RANK,
     ("vq+linear", 2): LAYERS + ATTENTION + PROJECTION + NEAREST + LINEAR,
+    ("vq+mlp", 2): LAYERS + ATTENTION + PROJECTION + NEAREST + LINEAR + 2 * N * S * 3 * D * RANK,
     ("rotated-pq", 2): LAYERS + ATTENTION + READOUT + ANALYSIS + NEAREST_AXES,
     ("nested-pq", 4): LAYERS + ATTENTION + READOUT + ANALYSIS + 3 * NEAREST_AXES,  # levels of 1, 1 and 2 groups
     ("rotated-pq+linear", 2): LAYERS + ATTENTION + PROJECTION + ANALYSIS + NEAREST_AXES + SYNTHESIS + LINEAR,

@@ -20,6 +20,7 @@ from astra_jax.strategies import Noise, Virtual
 
 LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
 IDS = dataclasses.replace(LINEAR, predictor="low-rank", rank=3, side_info="token-ids")
+MLP = dataclasses.replace(LINEAR, predictor="mlp", rank=5)
 ROTATED = dataclasses.replace(LINEAR, codec="rotated-pq", widths=(1, 2, 3, 4), predictor="diagonal")
 
 # --- block by block -----------------------------------------------------------------------------------------------
@@ -80,14 +81,32 @@ def _exchange(graphdef, states, y, there, split, exact, lost, noise):
     return found
 
 
-def by_hand(codecs, y, there, own, exact):
+def around_by_hand(x, shards):
+    """What is around every slot of x [B,slots,W] in its shard, one by one."""
+    valid, sent = (np.broadcast_to(a, (B, N, a.shape[-1])).reshape(B, -1) for a in shards.tokens()[2:])
+    x, found, S = np.asarray(x), np.zeros_like(x), shards.class_slots + shards.S
+    for b, s in np.ndindex(x.shape[:2]):
+        here = [t for t in range(s // S * S, (s // S + 1) * S) if valid[b, t] and sent[b, t]]
+        if shards.causal:
+            found[b, s] = sum((0.2 * 0.8 ** (s - t) * x[b, t] for t in here if t <= s), np.zeros(x.shape[-1]))
+        elif here:
+            found[b, s] = np.mean([x[b, t] for t in here], axis=0)
+    return found
+
+
+def by_hand(codecs, y, there, split, exact):
     """The estimates [L,B,N,slots,W] that every shard holds, one by one."""
+    shards, own = split_of(split)
     y, held = np.asarray(y), np.zeros((L, B, N, len(own), W), np.float32)
+
+    def around(x):
+        return jnp.asarray(around_by_hand(x, shards))
+
     for block, codec in enumerate(codecs):
         if block == 0:
             expected = np.broadcast_to(y[0] if exact else codec.predictor.bias[...], (N, B, len(own), W))
         else:
-            expected = np.stack([codec.predictor(jnp.asarray(held[block - 1, :, r])) for r in range(N)])
+            expected = np.stack([codec.predictor(jnp.asarray(held[block - 1, :, r]), around) for r in range(N)])
         # The token's own shard knows nothing of what others have lost.
         mine = np.stack([expected[r, :, m] for m, r in enumerate(own)], axis=1)
         said = np.asarray(codec.decode(codec.encode(jnp.asarray(y[block] - mine))))
@@ -100,13 +119,16 @@ def by_hand(codecs, y, there, own, exact):
 @pytest.mark.parametrize("lost", ["masked", "predicted"])
 @pytest.mark.parametrize(
     ("astra", "split", "exact"),
-    [(LINEAR, "class token", False), (IDS, "text", True), (ROTATED, "text", False)],
-    ids=["class token", "token ids", "rotated"],
+    [
+        *((LINEAR, "class token", False), (IDS, "text", True), (ROTATED, "text", False)),
+        *((MLP, "class token", False), (MLP, "text", True)),
+    ],
+    ids=["class token", "token ids", "rotated", "around, class token", "around, text"],
 )
 def test_a_query_meets_what_its_shard_holds(codecs, astra, split, exact, lost):
     """It sees every token at most once, as its shard has it, at its place in the sequence."""
     parts, (y, there), (shards, own) = codecs(astra), draw(split), split_of(split)
-    held = by_hand(parts, y, there, own, exact)
+    held = by_hand(parts, y, there, split, exact)
     tokens = [np.broadcast_to(np.reshape(a, (-1, len(own))), (B, len(own))) for a in shards.tokens()]
     _, position, valid, sent = tokens
     for block, (remote, _, _) in enumerate(exchange(parts, y, there, split, exact, lost)):

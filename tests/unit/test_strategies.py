@@ -1,5 +1,7 @@
 """Virtual shards, the reference of every sharded path, against the equations and against one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,19 +160,50 @@ def run_text(model, text, N):
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 
+CODES = AstraConfig(groups=4, codewords=16)
+IDS = AstraConfig(groups=4, codewords=16, predictor="diagonal", side_info="token-ids")
+
+
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("tiny_gpt2", {}), ("tiny_llama", {}), ("tiny_bert", {"pooling": "class"})],
+    ("family", "options", "astra"),
+    [
+        ("tiny_gpt2", {}, CODES),
+        ("tiny_llama", {}, CODES),
+        ("tiny_bert", {"pooling": "class"}, CODES),
+        ("tiny_bert", {"pooling": "class"}, IDS),
+        ("tiny_bert", {"pooling": "class"}, dataclasses.replace(IDS, class_token="single")),
+    ],
+    ids=str,
 )
-def test_a_text_is_computed_as_if_it_were_alone(request, random_text, family, options):
+def test_a_text_is_computed_as_if_it_were_alone(request, random_text, family, options, astra):
     """Whatever stands beside it in a batch, and whatever both are padded to."""
-    model = request.getfixturevalue(family)(AstraConfig(groups=4, codewords=16), **options)
+    model = request.getfixturevalue(family)(astra, **options)
     text = random_text(23, 1, 2, 7)
     together = run_text(model, text, 4)
     for b, length in enumerate(text.lengths):
         alone = Text(np.pad(text.ids[b : b + 1], [(0, 0), (0, 8)]), text.lengths[b : b + 1])
         row = slice(length) if model.per_token else ...
         np.testing.assert_allclose(run_text(model, alone, 4)[0][row], together[b][row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["hidden", "kv"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("tiny_gpt2", {"n_layer": 1}),
+        ("tiny_llama", {"num_hidden_layers": 1}),
+        ("tiny_bert", {"num_hidden_layers": 1}),
+        ("tiny_bert", {"num_hidden_layers": 1, "pooling": "class"}),
+    ],
+    ids=str,
+)
+def test_with_token_ids_one_block_loses_nothing(request, random_text, family, options, site):
+    """Of a class token that is sent; what replicas of it see is less."""
+    model = request.getfixturevalue(family)(dataclasses.replace(IDS, site=site, class_token="single"), **options)
+    text = random_text(23, 1, 2, 7)
+    alone, sharded = (run_text(model, text, N) for N in (1, 4))
+    real = np.arange(24) < text.lengths[:, None] if model.per_token else ...
+    np.testing.assert_allclose(sharded[real], alone[real], rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("class_token", ["distributed", "single"])

@@ -102,6 +102,11 @@ def metric_of(args: Args) -> str:
     return metric
 
 
+def is_text(args: Args) -> bool:
+    """Whether the model reads texts, of which token ids can be sent."""
+    return checkpoints.read_meta(args.original).family != "vit"
+
+
 def check(args: Args) -> None:
     """Raises AstraError, before any work, for options that do not fit, or do not fit what OUT already has."""
     if not (args.codecs and args.groups):
@@ -150,9 +155,9 @@ def quality(
 
 
 def calibrated_one(name: str, G: int, args: Args) -> Path:
-    """The calibrated checkpoint of one codec and G. A predictor of a language model also knows the token ids."""
+    """The calibrated checkpoint of one codec and G. A predictor of a text model also knows the token ids."""
     codec, predictor = codec_and_predictor(name)
-    text = predictor != "none" and metric_of(args) == "perplexity"
+    text = predictor != "none" and is_text(args)
     return calibrated(
         calibrate.Args(
             checkpoint=args.original,
@@ -202,7 +207,7 @@ def controls(args: Args) -> list[dict[str, Any]]:
     # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
     lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args)}
     predicting = [name for name in args.codecs if codec_and_predictor(name)[1] != "none"]
-    if predicting and metric_of(args) == "perplexity":
+    if predicting and is_text(args):
         lost["token ids alone"] = calibrated_one(predicting[0], max(args.groups), args)
     for made, coded in lost.items():
         none = {"made by": made, "codec": None}
