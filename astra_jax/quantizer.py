@@ -39,7 +39,7 @@ class Observation(NamedTuple):
       candidates: vectors of the batch, one for every codeword, to revive dead codewords with.
       commitment: mean over tokens of `||u - sg(u^)||^2`, which is differentiable.
       error: the same over the mean of `||u||^2`, a number between 0 (exact) and about 1.
-      surprise: mean over tokens of `||y - p||^2`, what a predictor did not expect, which its weights are trained by.
+      surprise: mean over tokens of `||u||^2`, or with a predictor of `||y - p||^2`, differentiable in its weights.
     """
 
     count: Float[Array, "*L G K"]  # type: ignore[assignment]  # hides tuple.count
@@ -49,7 +49,7 @@ class Observation(NamedTuple):
     candidates: Float[Array, "*L G K d"]
     commitment: Float[Array, "*L"]
     error: Float[Array, "*L"]
-    surprise: Float[Array, "*L"] | float = 0.0
+    surprise: Float[Array, "*L"]
 
 
 def _tiled_nearest(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> Int[Array, "M G"]:
@@ -256,6 +256,7 @@ class VectorQuantizer(Quantizer):
             candidates=vectors[draw].transpose(1, 0, 2),
             commitment=commitment,
             error=jax.lax.stop_gradient(commitment) / jnp.maximum(power, 1e-12),
+            surprise=power,
         )
 
     def follow(self, seen: Observation, decay: float, revive_below: float) -> None:
@@ -288,7 +289,7 @@ class Observations(NamedTuple):
     levels: tuple[Observation, ...]
     commitment: Float[Array, "*L"]
     error: Float[Array, "*L"]
-    surprise: Float[Array, "*L"] | float = 0.0
+    surprise: Float[Array, "*L"]
 
 
 class RotatedQuantizer(Quantizer):
@@ -385,7 +386,7 @@ class RotatedQuantizer(Quantizer):
         commitment, power = (jnp.einsum("bsa,bs->", a**2, weight) for a in (rest, jax.lax.stop_gradient(u)))
         tokens = jnp.maximum(weight.sum(), 1.0)
         error = jax.lax.stop_gradient(commitment) / jnp.maximum(power, 1e-12 * tokens)
-        return Observations(tuple(seen), commitment / tokens, error)
+        return Observations(tuple(seen), commitment / tokens, error, power / tokens)
 
     def follow(self, seen: Observations, decay: float, revive_below: float) -> None:
         """Moves the codebooks of all levels (in place); see `VectorQuantizer.follow`. The axes stay."""

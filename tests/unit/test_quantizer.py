@@ -152,6 +152,7 @@ def observation(rng, *L, G=2, K=4, d=3):
         "candidates": rng.normal(size=(*L, G, K, d)),
         "commitment": rng.random(L),
         "error": rng.random(L),
+        "surprise": rng.random(L),
     }
     return Observation(**{name: jnp.asarray(value, jnp.float32) for name, value in draw.items()})
 
