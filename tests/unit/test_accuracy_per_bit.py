@@ -208,7 +208,7 @@ def test_what_token_ids_say_without_any_codes(rows, args):
     again = dataclasses.replace(args, codecs=("vq+diagonal",), groups=(1,), steps=0, plot=None, markdown=None)
     main(again)
     found = {row["made by"]: row for row in json.loads(args.json.read_text())["rows"]}
-    assert list(found) == ["original", "nothing of other devices", "token ids alone", "calibrated"]
+    assert list(found) == ["original", "nothing of other devices", "token ids alone, diagonal", "calibrated"]
     coded = args.out / "calibrated-vq+diagonal-G1"
     options = evaluate.Args(
         checkpoints=(coded,),
@@ -222,8 +222,10 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         lost="predicted",
     )
     expected = evaluate.measure(coded, options, print)["perplexity"]
-    assert found["token ids alone"]["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert found["token ids alone"]["bits"] == 0 and expected != found["nothing of other devices"]["perplexity"]
+    assert found["token ids alone, diagonal"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert (
+        found["token ids alone, diagonal"]["bits"] == 0 and expected != found["nothing of other devices"]["perplexity"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,8 @@ def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ..
 
 
 def controls(args: Args) -> list[dict[str, Any]]:
-    """Rows without codes: the original, trained for longer, and with nothing of other devices, or token ids alone."""
+    """Rows without codes: the original, trained for longer, and with nothing of other devices, or token ids alone
+    and what a predictor makes of them."""
     rows = [{"made by": "original", "codec": None, **quality(args.original, 1, args)}]
     if args.steps:
         longer = finetuned_one(args.original, "control", args, (1,))
@@ -206,9 +207,10 @@ def controls(args: Args) -> list[dict[str, Any]]:
         )
     # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
     lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args)}
-    predicting = [name for name in args.codecs if codec_and_predictor(name)[1] != "none"]
-    if predicting and is_text(args):
-        lost["token ids alone"] = calibrated_one(predicting[0], max(args.groups), args)
+    for name in args.codecs:
+        made = f"token ids alone, {codec_and_predictor(name)[1]}"
+        if not made.endswith("none") and is_text(args) and made not in lost:
+            lost[made] = calibrated_one(name, max(args.groups), args)
     for made, coded in lost.items():
         none = {"made by": made, "codec": None}
         rows += [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
