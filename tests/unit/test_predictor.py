@@ -202,7 +202,8 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
 
 
 @pytest.mark.slow
-def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer):
+@pytest.mark.parametrize(("codec", "predictor"), [("rotated-pq", "linear"), ("nested-pq", "mlp")])
+def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
     model = tiny_gpt2()
@@ -218,8 +219,8 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer):
 
     codes, tuned = tmp_path / "codes", tmp_path / "tuned"
     rows = call(
-        *("calibrate", tmp_path / "original", codes, *data, *few, "--codec", "rotated-pq"),
-        *("--predictor", "linear", "--side-info", "token-ids"),
+        *("calibrate", tmp_path / "original", codes, *data, *few, "--codec", codec),
+        *("--predictor", predictor, "--side-info", "token-ids"),
     )["blocks"]
     assert rows[0]["of keys and values"] == 0 < rows[1]["of keys and values"] < 1
     call("finetune", codes, tuned, *data, "--steps", 2, "--groups", "1,4", "--batch-size", 4, "--length", 32)
@@ -243,8 +244,8 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("class_token", ["distributed", "single"])
-def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_token):
+@pytest.mark.parametrize(("class_token", "predictor"), [("distributed", "mlp"), ("single", "linear")])
+def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_token, predictor):
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{n}" for n in rng.integers(0, 40, rng.integers(3, 30))) for _ in range(48)]
     rows = "".join(f"{text},{('no', 'yes')[number % 2]}\n" for number, text in enumerate(texts))
@@ -263,7 +264,7 @@ def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_to
 
     blocks = call(
         *("calibrate", tmp_path / "original", codes, *data, "--groups", "4", "--codewords", "16"),
-        *("--predictor", "linear", "--side-info", "token-ids", "--class-token", class_token),
+        *("--predictor", predictor, "--side-info", "token-ids", "--class-token", class_token),
     )["blocks"]
     assert blocks[0]["of keys and values"] == 0 < blocks[1]["of keys and values"] < 1
     call("finetune", codes, tuned, *data, "--steps", 2, "--batch-size", 4)
