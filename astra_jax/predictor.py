@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from astra_jax.config import AstraConfig
+from astra_jax.errors import AstraError
 
 DECAY = 0.8  # of a decoder's mean over the tokens before: about the last five count (our choice)
 
@@ -80,11 +81,17 @@ class Predictor(nnx.Module):
     Args:
       config: which kind, and the rank of `down` and `up`.
       width: W, of what the codec quantizes.
+
+    Raises:
+      AstraError: `low-rank` has more directions than vectors have.
     """
 
     def __init__(self, config: AstraConfig, width: int):
         kind, rank = config.predictor, config.rank
         linear, has_rank, mlp = kind in ("linear", "mlp"), kind in ("low-rank", "mlp"), kind == "mlp"
+
+        if kind == "low-rank" and rank > width:
+            raise AstraError(f"rank is {rank}; that of low-rank is at most {width}, the quantized width: try 16")
 
         def zeros(*shape: int) -> Prediction:
             return Prediction(jnp.zeros(shape, jnp.float32))

@@ -147,8 +147,8 @@ def choose_widths(
 
     Of several splits it takes the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
     one computes, measured with fewer tokens and iterations, from the one with the fewest axes on until one is worse
-    than one before. The error of keys and values alone does not tell: a few
-    tokens that all others attend to can be far off without being seen in it.
+    than one before. The error of keys and values alone does not tell: a few tokens that all others attend to can be far
+    off without being seen in it.
 
     Args:
       source: without codebooks.
@@ -174,8 +174,10 @@ def choose_widths(
     splits = rotation.candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
     codec: Codec = "nested-pq" if levels else "rotated-pq"
     tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
-    distances = [0.0] * (len(tries) == 1)
-    for one in tries[len(distances) :]:
+    if len(tries) == 1:
+        return dataclasses.replace(tries[0], predictor=predictor)
+    distances: list[float] = []
+    for one in tries:
         model = checkpoints.with_codebooks(source, one).model
         fit(model, y[:, : max(TRIAL_TOKENS, 2 * astra.codewords)], TRIAL_ITERATIONS, seed)
         distances.append(distance(model, batches))

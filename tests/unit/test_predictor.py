@@ -48,6 +48,12 @@ def test_the_more_weights_the_better():
     np.testing.assert_allclose(np.mean((y - predicted("low-rank", x, y, 8)) ** 2), errors[2], rtol=0.05)
 
 
+def test_more_directions_than_there_are():
+    with pytest.raises(AstraError, match="rank is 5; that of low-rank is at most 4, the quantized width"):
+        Predictor(AstraConfig(predictor="low-rank", rank=5), 4)
+    Predictor(AstraConfig(predictor="mlp", rank=5), 4)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_is_around_a_token(causal):
     """Of 40 tokens, which is more than the running mean remembers."""
@@ -148,7 +154,7 @@ def test_the_first_block(tiny_gpt2, known):
     "codec", [{}, dict(codec="nested-pq", groups=2, widths=(8, 8), levels=(1, 1))], ids=["vq", "nested"]
 )
 def test_training_predicts_better(tiny_gpt2, random_text, codec, kind):
-    """Weights of predictors learn from what they did not expect, and from nothing else; they change no gradient."""
+    """Weights of predictors learn from what they did not expect."""
     astra = AstraConfig(**{"groups": 4, "codewords": 16, "predictor": kind, "side_info": "token-ids", **codec})
     model, text = tiny_gpt2(astra, n_layer=3), random_text(24, 20)
     predictor = nnx.state(model.codec.predictor)
@@ -173,19 +179,26 @@ def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
     model, text = tiny_gpt2(astra, n_layer=3), random_text(24, 20)
     shards = model.shards(4, text)
 
-    graphdef, parameters, codecs = nnx.split(model, nnx.Param, ...)
+    graphdef, parameters, predictors, codecs = nnx.split(model, nnx.Param, Prediction, ...)
 
     @jax.jit
-    def loss(parameters):
-        noisy = Virtual(shards, Noise(jax.random.key(0), 1.0))
-        out, seen = nnx.merge(graphdef, parameters, codecs)(shards.scatter(model.to_tokens(text)), noisy)
-        return jnp.mean(out**2), seen
+    def gradients(trained):
+        def run(trained):
+            noisy = Virtual(shards, Noise(jax.random.key(0), 1.0))
+            return nnx.merge(graphdef, *trained, codecs)(shards.scatter(model.to_tokens(text)), noisy)
 
-    (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(parameters)
-    leaves = jax.tree.leaves(grads)
-    assert all(np.isfinite(grad).all() for grad in leaves) and any(np.abs(grad).max() > 0 for grad in leaves)
+        seen = run(trained)[1]
+        of_task = jax.grad(lambda trained: jnp.mean(run(trained)[0] ** 2) + jnp.mean(run(trained)[1].commitment))(
+            trained
+        )
+        return seen, of_task, jax.grad(lambda trained: jnp.mean(run(trained)[1].surprise))(trained)
+
+    seen, of_task, of_surprise = gradients((parameters, predictors))
     assert seen.count.shape == (3, 4, 16) and np.allclose(seen.count.sum(-1), 44)
-    assert not any("predictor" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads))
+    sizes = [[np.abs(grad).max() for grad in jax.tree.leaves(part)] for part in (*of_task, *of_surprise)]
+    assert np.isfinite(np.concatenate(sizes)).all()
+    assert max(sizes[0]) > 0 == max(sizes[1])  # the task changes the model alone,
+    assert max(sizes[2]) == 0 < max(sizes[3])  # and what was not expected predictors alone
 
 
 @pytest.mark.parametrize(

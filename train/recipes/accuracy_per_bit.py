@@ -208,8 +208,9 @@ def controls(args: Args) -> list[dict[str, Any]]:
     # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
     lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args)}
     for name in args.codecs:
-        made = f"token ids alone, {codec_and_predictor(name)[1]}"
-        if not made.endswith("none") and is_text(args) and made not in lost:
+        predictor = codec_and_predictor(name)[1]
+        made = f"token ids alone, {predictor}"
+        if predictor != "none" and is_text(args) and made not in lost:
             lost[made] = calibrated_one(name, max(args.groups), args)
     for made, coded in lost.items():
         none = {"made by": made, "codec": None}
