@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import unstacked
+from astra_jax.near import Near
 from astra_jax.sharding import DATA, SEQ, put
 from astra_jax.strategies import STRATEGIES, Astra, Order, Sharded, Single, part_size
 
@@ -43,9 +44,9 @@ class Program:
         return self.run.lower(self.state, inputs)
 
 
-def make_of(name: str, order: Order = "kept") -> Make:
-    """What makes the strategy of this name of `STRATEGIES`; `order` is that in which ASTRA sends codes (`Astra`)."""
-    return partial(Astra.of, order=order) if name == "astra" else STRATEGIES[name].of
+def make_of(name: str, order: Order = "kept", near: Near | None = None) -> Make:
+    """What makes the strategy of this name of `STRATEGIES`; `order` and `near` are of ASTRA's codes (`Astra`)."""
+    return partial(Astra.of, order=order, near=near) if name == "astra" else STRATEGIES[name].of
 
 
 def make_for(mesh: Mesh, make: Make) -> Make:
@@ -78,7 +79,7 @@ def place(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True)
     Args:
       fast_path: whether what `astra_jax.fast_path` computes in advance is among the weights, where that pays.
     """
-    if fast_path and isinstance(make_for(mesh, make)(model, mesh.shape[SEQ]), Astra):
+    if fast_path and make_for(mesh, make)(model, mesh.shape[SEQ]).folds:
         model = fold(model, mesh.devices.flat[0].platform)
     where = shardings(model, mesh, make)
     graphdef, state = nnx.split(model)

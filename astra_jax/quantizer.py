@@ -14,6 +14,8 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.predictor import Around, Known, Predictor
 
+Groups = int | Int[Array, ""]  # how many of the first groups count
+
 TILE = 2**20  # scores that are held at once on a CPU: larger tiles leave the cache and run three to ten times slower
 
 
@@ -109,9 +111,7 @@ class Quantizer(nnx.Module):
         """z, the codes of a vector."""
         raise NotImplementedError
 
-    def coordinates(
-        self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None
-    ) -> Float[Array, "*tokens A"]:
+    def coordinates(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*tokens A"]:
         """The coordinates that codes stand for; with `groups` of the first so many alone."""
         raise NotImplementedError
 
@@ -143,9 +143,12 @@ class Quantizer(nnx.Module):
         """Moves codebooks and statistics towards what was observed (in place; stacked blocks work alike)."""
         raise NotImplementedError
 
-    def wire_bits(self, S: int) -> int:
-        """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes."""
-        return 8 * wire.packed_bytes(S * self.groups, self.bits)
+    def wire_bits(self, S: int, groups: int | None = None) -> int:
+        """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes.
+
+        With `groups` of so many of the G groups.
+        """
+        return 8 * wire.packed_bytes(S * (groups or self.groups), self.bits)
 
     def predict(self, carry: Any, around: Around) -> Any:
         """What is expected before a block's codes arrive: [...,W], or [W] of any token; 0 without a predictor.
@@ -160,7 +163,7 @@ class Quantizer(nnx.Module):
             return self.predictor(carry, around)
         return self.predictor.bias[...] if carry.vectors is None else carry.vectors
 
-    def decode(self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None) -> Float[Array, "*tokens W"]:
+    def decode(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*tokens W"]:
         """y^, what the codes stand for; with `groups` only the first so many, as for whoever gets no more of them."""
         return self.from_coordinates(self.coordinates(z, groups))
 
@@ -208,9 +211,7 @@ class VectorQuantizer(Quantizer):
         """C[g, z_g]."""
         return jax.vmap(lambda C, k: C[k], in_axes=(0, -1), out_axes=-2)(self.codebook[...], z.astype(jnp.int32))
 
-    def coordinates(
-        self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None
-    ) -> Float[Array, "*tokens W"]:
+    def coordinates(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*tokens W"]:
         return self._first(self.lookup(z).reshape(*z.shape[:-1], self.width), groups)
 
     def noise(
@@ -219,7 +220,7 @@ class VectorQuantizer(Quantizer):
         xi = self.residual_mean[...] + jnp.sqrt(self.residual_var[...]) * jax.random.normal(key, shape)
         return self._first(xi, groups)
 
-    def _first(self, u: Float[Array, "*tokens W"], groups: Int[Array, ""] | None) -> Float[Array, "*tokens W"]:
+    def _first(self, u: Float[Array, "*tokens W"], groups: Groups | None) -> Float[Array, "*tokens W"]:
         """The same with zeros behind the first `groups` groups."""
         return u if groups is None else jnp.where(jnp.arange(self.width) < groups * (self.width // self.groups), u, 0)
 
@@ -344,9 +345,7 @@ class RotatedQuantizer(Quantizer):
             rest = rest - unpadded(level.coordinates(codes[-1]), widths, self.width)
         return jnp.concatenate(codes, axis=-1)
 
-    def coordinates(
-        self, z: UInt16[Array, "*tokens G"], groups: Int[Array, ""] | None = None
-    ) -> Float[Array, "*tokens A"]:
+    def coordinates(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*tokens A"]:
         u: Any = 0.0
         for level, widths, places in self.each():
             first = None if groups is None else groups - places.start

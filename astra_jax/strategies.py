@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt16
 
 from astra_jax import wire
 from astra_jax.attention import Source
 from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import run_stack
+from astra_jax.near import Near
 from astra_jax.predictor import Known, SideInfo, around, is_exact
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import SEQ, Pooling, Shards, Table, Tokens
@@ -50,7 +51,7 @@ class Message(NamedTuple):
       in_blocks: False for what is sent once, before the first block or after the last.
     """
 
-    kind: Literal["all-gather", "all-reduce", "all-to-all"]
+    kind: Literal["all-gather", "all-reduce", "all-to-all", "collective-permute"]
     bits: int
     times: int
     in_blocks: bool = True
@@ -131,6 +132,11 @@ class Sharded(Strategy):
 
     splits_tokens: ClassVar[bool] = False  # whether a device holds its own shard alone, or all tokens
     unstacks: ClassVar[bool] = True  # whether weights of the blocks may come as an array for each (`Unstacked`)
+
+    @property
+    def folds(self) -> bool:
+        """Whether attention gets codes, for which `astra_jax.fast_path` has tables, and no vectors."""
+        return False
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "Sharded":
@@ -235,6 +241,7 @@ class Virtual(Sharded):
       lost: what becomes of a token in a block in which its code did not arrive (our choice: the paper does not say what
         stands in for it). `masked` takes it out of that block's softmax. `predicted` puts there what the receiver
         expected of it; without a predictor it is masked all the same.
+      near: see `Astra`; with it all codes arrive, and there is no noise.
 
     With a predictor and `arrived` every shard has its own estimates of all tokens. A token's codes are about what its
     own shard expects, which does not hear of losses; others add them to what they expect. Attention gets N copies of
@@ -244,6 +251,7 @@ class Virtual(Sharded):
     noise: Noise | None = None
     arrived: Bool[Array, "L B N slots"] | None = None
     lost: Literal["masked", "predicted"] = "predicted"
+    near: Near | None = None
 
     def start(self, codec: Quantizer | None, side_info: SideInfo | None) -> Any:
         if codec is None or codec.predictor is None:
@@ -270,8 +278,13 @@ class Virtual(Sharded):
             if self.lost == "masked" or not predicts:
                 mask = mask & there[:, tokens.shard]
         if predicts:
-            decoded = codec.decode(z, self.noise and self.noise.groups)
+            decoded = codec.decode(z, self.near.far_groups if self.near else self.noise and self.noise.groups)
             carry = p if exact else jax.lax.stop_gradient(p + _at_receivers(decoded, there))
+        if self.near and not exact:
+            assert self.arrived is None and self.noise is None
+            near = jnp.asarray(self.near.table(self.shards.N))[:, tokens.shard, None]  # [N,slots,1]
+            said = jnp.where(near, codec.decode(z)[:, None], codec.decode(z, self.near.far_groups)[:, None])
+            return self._remote(said + (p[:, None] if jnp.ndim(p) == 3 else p), mask), carry, None
         if self.noise is None:
             return self._remote(carry if predicts else z, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
@@ -371,16 +384,24 @@ class Astra(SplitTokens):
       shards, peers: see `SplitTokens`.
       order: whether the codes of a shard are sent in the order of its tokens (`kept`), or in any order where that takes
         fewer bytes (`free`, our choice): attention cannot tell, because tokens with the same code are the same to it.
+      near: which devices get all groups of each other's codes, and how many the others; None where all get all.
     """
 
     order: Order = dataclasses.field(default="kept", kw_only=True)
+    near: Near | None = dataclasses.field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept") -> "Astra":
+    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept", near: Near | None = None) -> "Astra":
         codec, shards = need_codec(model.codec), model.shards(N, inputs)
         if order == "free":
             check_order_free(codec, model.blocks.attention.rotary is not None, shards)
-        return cls(shards, order=order)
+        if near:
+            near.check(codec, N)
+        return cls(shards, order=order, near=near)
+
+    @property
+    def folds(self) -> bool:
+        return self.near is None
 
     def sorts(self, codec: Quantizer) -> bool:
         """Whether codes are sent sorted, because their order is free and that takes fewer bytes."""
@@ -390,27 +411,52 @@ class Astra(SplitTokens):
     def code_bits(self, codec: Quantizer) -> int:
         """Bits of the codes that one device sends in one block, for one sequence."""
         S = self.shards.sent_slots
-        return 8 * wire.multiset_bytes(S, codec.codewords) if self.sorts(codec) else codec.wire_bits(S)
+        if self.sorts(codec):
+            return 8 * wire.multiset_bytes(S, codec.codewords)
+        return codec.wire_bits(S, self.near.far_groups if self.near else None)
 
     def messages(self, model: Any) -> list[Message]:
-        codes, blocks = self.code_bits(need_codec(model.codec)), model.config.num_hidden_layers
-        if model.astra.side_info == "none":
-            return [Message("all-gather", codes, blocks), *self._pooled(model)]
-        ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
-        first = Message("all-gather", ids, 1, in_blocks=False)
-        return [first, Message("all-gather", codes, blocks - 1), *self._pooled(model)]
+        codec, blocks, first = need_codec(model.codec), model.config.num_hidden_layers, []
+        if model.astra.side_info != "none":
+            ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
+            first, blocks = [Message("all-gather", ids, 1, in_blocks=False)], blocks - 1
+        codes = [Message("all-gather", self.code_bits(codec), blocks)]
+        if self.near:
+            rest = codec.wire_bits(self.shards.sent_slots, codec.groups - self.near.far_groups)
+            codes.append(Message("collective-permute", rest, blocks * len(self.near.steps())))
+        return [*first, *codes, *self._pooled(model)]
 
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
         codec, sent = need_codec(codec), y[:, self.shards.home_slots :]
         if codec.predictor is None:
-            return self._remote(self._gather(codec, codec.encode(sent), self.peers.gather_others)), carry, None
+            z = codec.encode(sent)
+            if not self.near:
+                return self._remote(self._gather(codec, z, self.peers.gather_others)), carry, None
+            return self._remote(self._others(self._said(codec, z)[0])), carry, None
         # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
         # all have the same ones to the last bit.
-        estimate = codec.predict(carry, self._around)
+        seen = estimate = codec.predict(carry, self._around)
         if not is_exact(carry):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
-            estimate = estimate + codec.decode(self._gather(codec, codec.encode(sent - mine), self.peers.gather))
-        return self._remote(jnp.take(estimate, self.peers.others(), axis=0)), estimate, None
+            here, everywhere = self._said(codec, codec.encode(sent - mine))
+            seen, estimate = estimate + here, estimate + everywhere
+        return self._remote(self._others(seen)), estimate, None
+
+    def _others(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "others *shape"]:
+        return jnp.take(x, self.peers.others(), axis=0)
+
+    def _said(self, codec: Quantizer, z: UInt16[Array, "B sent G"]) -> tuple[Array, Array]:
+        """Codes of this device -> what those of all devices stand for [N,B,sent,W]: here, and as far as all know it."""
+        if not self.near:
+            everywhere = codec.decode(self._gather(codec, z, self.peers.gather))
+            return everywhere, everywhere
+        m, steps = self.near.far_groups, self.near.steps()
+        first = self._gather(codec, z[..., :m], self.peers.gather)
+        rest = self._gather(codec, z[..., m:], partial(self.peers.gather_near, steps=steps))
+        near = jnp.asarray(self.near.table(self.shards.N))[self.peers.index(), :, None, None, None]
+        everywhere = codec.decode(jnp.pad(first, [(0, 0)] * 3 + [(0, z.shape[-1] - m)]), m)
+        here = codec.decode(jnp.concatenate([first, rest], axis=-1))
+        return jnp.where(near, here, everywhere), everywhere
 
     def _around(self, estimate: Float[Array, "N B sent W"]) -> Float[Array, "N B sent W"]:
         """What is around every token in its shard."""

@@ -26,10 +26,11 @@ from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.hosts import Hosts
 from astra_jax.lifeline import Policy
+from astra_jax.near import near_of, near_on
 from astra_jax.parallel import Make, make_of, parallelize, shardings
 from astra_jax.preflight import pair_rows
 from astra_jax.preprocess import decode_image
-from astra_jax.sharding import SEQ
+from astra_jax.sharding import SEQ, hosts_of
 from astra_jax.strategies import Astra, Order
 from astra_jax.text import Text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
@@ -54,6 +55,10 @@ class Setup:
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
     groups: int | None = None
     """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
+    near: str | None = None
+    """Which hosts (on one machine: devices) have fast links between them, such as 0,1/2,3: they get all groups."""
+    far_groups: int | None = None
+    """With --near: devices that are not near get only the first so many groups of the codes (docs/near.md)."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -136,10 +141,15 @@ class Answerer:
 
     def __init__(self, setup: Setup, report: Report):
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
-        self.make = make_of(setup.strategy, setup.code_order)
+        near = near_of(setup.near, setup.far_groups)
+        if near and setup.strategy != "astra":
+            raise AstraError(f"--near is about codes, which strategy {setup.strategy} does not send: leave it out")
+        if near and setup.on_failure == "shrink":
+            raise AstraError("--near names hosts by numbers, which change with --on-failure shrink: use fail or single")
         self.mesh = cluster.open_mesh(
             setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
         )
+        self.make = make_of(setup.strategy, setup.code_order, near and near_on(near, hosts_of(self.mesh)))
         self.here = cluster.membership()
         if self.here:
             report.data["pairs"] = pair_rows(self.here.findings.pairs)

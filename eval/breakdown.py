@@ -25,7 +25,7 @@ from jax.profiler import ProfileData, ProfileOptions
 from astra_jax import cluster
 
 # Names that XLA gives to what `astra_jax.collectives` calls.
-_COLLECTIVE = re.compile(r"(all[-_]gather|psum|all[-_]reduce|all[-_]to[-_]all)")
+_COLLECTIVE = re.compile(r"(all[-_]gather|psum|all[-_]reduce|all[-_]to[-_]all|permute)")
 _SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 

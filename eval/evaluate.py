@@ -31,8 +31,9 @@ from astra_jax.config import AstraConfig
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
+from astra_jax.near import Near, near_of, near_on
 from astra_jax.parallel import make_of, parallelize
-from astra_jax.sharding import make_mesh, parse_devices
+from astra_jax.sharding import hosts_of, make_mesh, parse_devices
 from astra_jax.strategies import Astra, Order, Single, Virtual
 from astra_jax.text import Text, longest
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
@@ -78,6 +79,10 @@ class Args(DataArgs):
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
     groups: Integers = ()
     """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
+    near: str | None = None
+    """Which devices (on several machines: hosts) have fast links between them, such as 0,1/2,3: they get all groups."""
+    far_groups: int | None = None
+    """With --near: devices that are not near get only the first so many groups of the codes (docs/near.md)."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
@@ -159,6 +164,8 @@ def check_simulation(args: Args) -> Args:
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
     if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
         raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
+    if near_of(args.near, args.far_groups) and (args.loss is not None or args.strategy not in ("auto", "astra")):
+        raise AstraError("--near is for strategy astra where no packets are lost: leave out --loss and --strategy")
     if args.loss is not None and args.code_order == "free":
         raise AstraError("--loss: packets hold whole tokens, which codes in any order do not: leave out --code-order")
     wanted += ["--virtual"] * args.virtual
@@ -231,7 +238,7 @@ def example(checkpoint: Checkpoint, length: int) -> Any:
     return Text(jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost"))
+@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost", "near"))
 def run_virtual(
     graphdef: Any,
     state: Any,
@@ -240,6 +247,7 @@ def run_virtual(
     speeds: tuple[float, ...],
     there: Bool[Array, "L B N slots"] | None = None,
     lost: Literal["masked", "predicted"] = "predicted",
+    near: Near | None = None,
 ) -> Array:
     """Inputs -> outputs of a model on one device with N virtual shards, of which `there` tells what codes arrived.
 
@@ -247,7 +255,7 @@ def run_virtual(
     """
     model = nnx.merge(graphdef, state)
     tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
-    strategy = Virtual(shards, arrived=there, lost=lost) if N > 1 else Single(shards)
+    strategy = Virtual(shards, arrived=there, lost=lost, near=near) if N > 1 else Single(shards)
     out = model(shards.scatter(tokens), strategy)[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
@@ -278,6 +286,7 @@ class Trial:
     strategy: str
     say: Callable[[str], None]
     loss: Loss | None
+    near: Near | None
 
     @property
     def speeds(self) -> tuple[float, ...]:
@@ -291,10 +300,11 @@ class Trial:
         alone = self.N == 1 and jax.distributed.is_initialized()
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
-            return parallelize(model, mesh, make_of(self.strategy, self.args.code_order), self.args.fast_path == "on")
+            make = make_of(self.strategy, self.args.code_order, self.near)
+            return parallelize(model, mesh, make, self.args.fast_path == "on")
         graphdef, state = nnx.split(model)
         if seed is None:
-            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds)
+            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, near=self.near)
         loss, astra, L = self.loss, self.checkpoint.astra, self.checkpoint.config.num_hidden_layers
         assert loss is not None and astra is not None
         number, silent = itertools.count(), int(astra.side_info != "none")
@@ -461,17 +471,22 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
     images = takes_images(checkpoint)
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
-    make, fast_path = make_of(strategy, args.code_order), args.fast_path == "on"
+    near = near_of(args.near, args.far_groups) if astra and N > 1 else None
+    if near and not args.virtual:
+        near = near_on(near, hosts_of(make_mesh(N, devices_of(args)[0])))
+    make, fast_path = make_of(strategy, args.code_order, near), args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
-    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss)
+    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, near)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     inputs = example(checkpoint, T)
-    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order) if astra else None
+    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order, near=near) if astra else None
     sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)
-    # How long a device of another speed would take is not known here.
-    compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
+    # How long a device of another speed would take is not known here, nor over links of several rates.
+    compute = None if N > 1 and (args.speeds or near) else compute_seconds(model, N, inputs, make, fast_path=fast_path)
     bits: float | None = astra.token_bits if astra else None
+    if near and astra:
+        bits = near.far_groups * astra.bits
     if coded and coded.sorts(model.codec):
         bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {
@@ -479,6 +494,7 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
         "strategy": strategy,
         "N": N,
         "G": astra.groups if astra else None,
+        **({"far G": near.far_groups if near else None} if args.near else {}),
         "T": T,
         **({"lost": lost_of(astra, args) if astra else None} if args.loss is not None else {}),
         **reached,

@@ -3,9 +3,9 @@
 A forward pass is computation and exchanges, one after the other: all devices compute, then each waits until it has
 what the others sent. What it waits for is a multiple of the bits of one device, by how messages are counted:
 
-    counting   all-gather   all-reduce      all-to-all
-    once       1            1               (N - 1) / N
-    each       N - 1        2 (N - 1) / N   (N - 1) / N
+    counting   all-gather   all-reduce      all-to-all    collective-permute
+    once       1            1               (N - 1) / N   1
+    each       N - 1        2 (N - 1) / N   (N - 1) / N   1
 
 `once` is the paper's convention: a device waits for the volume of one shard, as on a medium where all hear all. `each`
 is unicast, as between hosts (docs/lab.md): what is for all goes to every other device by itself or once round a ring,
@@ -84,8 +84,8 @@ def link_bits(message: Message, N: int, counting: Counting) -> float:
     """Bits that a device waits for in one exchange among N: the table in the module's docstring; 0 for N = 1."""
     if N == 1:
         return 0.0
-    once = {"all-gather": 1.0, "all-reduce": 1.0, "all-to-all": (N - 1) / N}
-    each = {"all-gather": N - 1.0, "all-reduce": 2 * (N - 1) / N, "all-to-all": (N - 1) / N}
+    once = {"all-gather": 1.0, "all-reduce": 1.0, "all-to-all": (N - 1) / N, "collective-permute": 1.0}
+    each = {"all-gather": N - 1.0, "all-reduce": 2 * (N - 1) / N, "all-to-all": (N - 1) / N, "collective-permute": 1.0}
     return message.bits * (once if counting == "once" else each)[message.kind]
 
 

@@ -16,7 +16,7 @@ from astra_jax.collectives import Alone, Peers
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import unstacked
 from astra_jax.sharding import SEQ
-from astra_jax.strategies import Astra, Single, part
+from astra_jax.strategies import Single, part
 
 _EXCHANGES = 12  # in a row, as in a model of so many blocks
 
@@ -87,7 +87,7 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
             return Single.of(model, 1, inputs)
         return dataclasses.replace(make(model, N, inputs), peers=Alone(N))
 
-    if fast_path and isinstance(strategy_for(inputs), Astra):
+    if fast_path and strategy_for(inputs).folds:
         model = fold(model)
     graphdef, state = nnx.split(model)
     work = forward(model, graphdef)

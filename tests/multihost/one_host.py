@@ -1,4 +1,6 @@
-"""One of several hosts, as a process: python one_host.py COORDINATOR HOSTS HOST CHECKPOINT OUT
+"""One of several hosts, as a process: python one_host.py COORDINATOR HOSTS HOST CHECKPOINT OUT [NEAR]
+
+NEAR says which hosts are near each other, as `--near` does; the others get one group of codes.
 
 Writes to OUT what a model makes of fixed inputs: logits, and of a language model also the tokens that it goes on with.
 """
@@ -12,7 +14,9 @@ import checkpoints
 from astra_jax.cluster import open_mesh
 from astra_jax.generate import Generator, Sampling
 from astra_jax.hosts import Hosts
-from astra_jax.parallel import parallelize, shardings
+from astra_jax.near import Near, near_of, near_on
+from astra_jax.parallel import make_of, parallelize, shardings
+from astra_jax.sharding import hosts_of
 from astra_jax.text import Text
 
 
@@ -26,18 +30,20 @@ def inputs_for(checkpoint: checkpoints.Checkpoint) -> np.ndarray | Text:
     return Text(ids, np.array([24, 9], np.int32))
 
 
-def answer(path: Path, mesh) -> dict[str, np.ndarray]:
+def answer(path: Path, mesh, near: Near | None = None) -> dict[str, np.ndarray]:
     """What the checkpoint makes of its inputs on a mesh."""
-    checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh))
+    make = make_of("astra", near=near)
+    checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh, make))
     inputs = inputs_for(checkpoint)
-    found = {"logits": np.asarray(parallelize(checkpoint.model, mesh)(inputs))}
+    found = {"logits": np.asarray(parallelize(checkpoint.model, mesh, make)(inputs))}
     if checkpoint.model.per_token:
-        generator = Generator(checkpoint.model, mesh)
+        generator = Generator(checkpoint.model, mesh, make=make)
         found["tokens"] = np.array(list(generator.tokens(inputs, 8, Sampling())))
     return found
 
 
 if __name__ == "__main__":
-    coordinator, hosts, host, path, out = sys.argv[1:]
+    coordinator, hosts, host, path, out, *named = sys.argv[1:]
     mesh = open_mesh(None, Hosts(coordinator, int(hosts), int(host)))
-    np.savez(out, **answer(Path(path), mesh))
+    near = near_of(named[0], 1) if named else None
+    np.savez(out, **answer(Path(path), mesh, near and near_on(near, hosts_of(mesh))))
