@@ -432,13 +432,13 @@ class Astra(SplitTokens):
             z = codec.encode(sent)
             if not self.near:
                 return self._remote(self._gather(codec, z, self.peers.gather_others)), carry, None
-            return self._remote(self._others(self._said(codec, z)[0])), carry, None
+            return self._remote(self._others(codec.from_coordinates(self._said(codec, z)[0]))), carry, None
         # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
         # all have the same ones to the last bit.
         seen = estimate = codec.predict(carry, self._around)
         if not is_exact(carry):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
-            here, everywhere = self._said(codec, codec.encode(sent - mine))
+            here, everywhere = map(codec.from_coordinates, self._said(codec, codec.encode(sent - mine)))
             seen, estimate = estimate + here, estimate + everywhere
         return self._remote(self._others(seen)), estimate, None
 
@@ -446,16 +446,17 @@ class Astra(SplitTokens):
         return jnp.take(x, self.peers.others(), axis=0)
 
     def _said(self, codec: Quantizer, z: UInt16[Array, "B sent G"]) -> tuple[Array, Array]:
-        """Codes of this device -> what those of all devices stand for [N,B,sent,W]: here, and as far as all know it."""
+        """Codes of this device -> the coordinates that those of all devices stand for [N,B,sent,A]: as far as they came
+        here, and as far as they came to every device."""
         if not self.near:
-            everywhere = codec.decode(self._gather(codec, z, self.peers.gather))
+            everywhere = codec.coordinates(self._gather(codec, z, self.peers.gather))
             return everywhere, everywhere
         m, steps = self.near.far_groups, self.near.steps()
         first = self._gather(codec, z[..., :m], self.peers.gather)
         rest = self._gather(codec, z[..., m:], partial(self.peers.gather_near, steps=steps))
         near = jnp.asarray(self.near.table(self.shards.N))[self.peers.index(), :, None, None, None]
-        everywhere = codec.decode(jnp.pad(first, [(0, 0)] * 3 + [(0, z.shape[-1] - m)]), m)
-        here = codec.decode(jnp.concatenate([first, rest], axis=-1))
+        everywhere = codec.coordinates(jnp.pad(first, [(0, 0)] * 3 + [(0, z.shape[-1] - m)]), m)
+        here = codec.coordinates(jnp.concatenate([first, rest], axis=-1))
         return jnp.where(near, here, everywhere), everywhere
 
     def _around(self, estimate: Float[Array, "N B sent W"]) -> Float[Array, "N B sent W"]:

@@ -74,7 +74,7 @@ class Args:
     what: Annotated[Literal["run"], tyro.conf.Positional]
     """Run COMMAND on every host at once; the exit code is that of host 0."""
     rate: str
-    """Rate of every host's link, in both directions, such as 10mbit."""
+    """Rate of every host's link, in both directions, such as 10mbit; or of each, such as 100mbit,100mbit,10mbit."""
     command: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND")] = ()
     """What every host runs. {host}, {hosts} and {coordinator} in it are replaced."""
     hosts: int = 4
@@ -121,7 +121,7 @@ class Lab:
 
     Args:
       hosts: N.
-      rate: bits per second of every link, in each direction.
+      rate: bits per second of every link, in each direction; or of each host's.
       cpu: cores a host may use, such as 0.4, counted anew every 5 ms. At the kernel's default of 100 ms hosts stop
         for so long, out of step, that barriers between them hide what is gained by splitting. None for no limit.
       loss: share of the packets arriving at a host that are lost, each on its own.
@@ -131,15 +131,19 @@ class Lab:
         lab is running: they would slow each other down.
     """
 
-    def __init__(self, hosts: int, rate: float, cpu: float | None = None, loss: float = 0.0):
+    def __init__(self, hosts: int, rate: float | Sequence[float], cpu: float | None = None, loss: float = 0.0):
         if not 1 <= hosts <= MOST_HOSTS:
             raise AstraError(f"the lab cannot have {hosts} hosts: choose 1 to {MOST_HOSTS}")
-        _check_rate(rate)
+        rates = tuple(rate) if isinstance(rate, Sequence) else (rate,) * hosts
+        if len(rates) != hosts:
+            raise AstraError(f"{len(rates)} rates were given for {hosts} hosts: give one for all, or one for each")
+        for one in rates:
+            _check_rate(one)
         if cpu is not None and not cpu >= LEAST_QUOTA / PERIOD:
             raise AstraError(f"a share of {cpu:g} of a core is too little: Linux gives {LEAST_QUOTA / PERIOD} or more")
         if not 0 <= loss < 1:
             raise AstraError(f"a loss of {loss:.0%} of the packets leaves no link: choose 0% to less than 100%")
-        self.hosts, self.rate, self.cpu, self.loss = hosts, rate, cpu, loss
+        self.hosts, self.rates, self.cpu, self.loss = hosts, rates, cpu, loss
         self._pin: list[list[str]] = [[]] * hosts  # of every host, what comes before a command to give it its core
         self._machines: list[subprocess.Popen[str]] = []  # of every host its first process, then that of the switch
         self._started: list[subprocess.Popen[Any]] = []
@@ -296,7 +300,7 @@ class Lab:
         self._within(self.hosts, "ip", "link", "set", f"host{host}", "master", "switch", "up")
         self._within(host, "ip", "address", "add", f"{self.address(host)}/24", "dev", "eth0")
         self._within(host, "ip", "link", "set", "eth0", *(("gso_max_segs", "1") if self.loss else ()), "up")
-        self.set_rate(host, self.rate)
+        self.set_rate(host, self.rates[host])
         if self.loss:
             lost = f'iifname "eth0" numgen random mod 1000000 < {round(self.loss * 1e6)} drop'
             chain = f"chain input {{ type filter hook input priority 0; {lost}; }}"
@@ -469,7 +473,8 @@ def main(args: Args) -> None:
     if not args.command:
         raise AstraError("there is nothing to run: give a command after --, such as -- hostname")
     report = Report("lab", args.json)
-    with Lab(args.hosts, parse_rate(args.rate), args.cpu, parse_loss(args.loss)) as lab:
+    rates = [parse_rate(rate) for rate in args.rate.split(",")]
+    with Lab(args.hosts, rates[0] if len(rates) == 1 else rates, args.cpu, parse_loss(args.loss)) as lab:
         ended = lab.run(args.command)
     columns = ("exit code", "seconds", "bytes sent", "bytes received")
     rows = [{"host": host, **dict(zip(columns, end, strict=True))} for host, end in enumerate(ended)]

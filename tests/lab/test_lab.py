@@ -205,6 +205,12 @@ def test_a_link_carries_its_rate_in_both_directions(nothing_left):
         assert throughput(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
 
 
+def test_links_can_differ(nothing_left):
+    with Lab(3, [100e6, 100e6, 10e6]) as lab:
+        assert throughput(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
+        assert throughput(lab, 0, 2, bits=7e6) == pytest.approx(10e6, rel=0.1)
+
+
 def test_small_messages_do_not_go_faster_than_the_rate():
     """A token bucket that is too large would let the codes of a block through at once, every time. They come in 16 ms:
     to a receiver that the machine wakes late, as it has other work, they only seem to be faster."""

@@ -12,11 +12,11 @@ from astra_jax.generate import Generator, Sampling
 from astra_jax.near import Near
 from astra_jax.parallel import make_of, parallelize
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Noise, Virtual
+from astra_jax.strategies import Astra, Noise, Virtual
 from eval.hlo import collectives_in
 from eval.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
-from tests.multidevice.test_predictor import three_blocks
+from tests.multidevice.test_predictor import estimates, three_blocks
 from tests.multidevice.test_sharded_equals_virtual import real, run_virtual
 
 NESTED = AstraConfig(groups=4, codewords=16, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))
@@ -68,6 +68,16 @@ def test_who_is_near_sees_all_groups_and_who_is_far_the_first(tiny_gpt2, random_
     few = model(slots, Virtual(shards, noise=Noise(jax.random.key(0), 0.0, jnp.int32(2))))[0]
     np.testing.assert_allclose(found[:, :16], run_virtual(model, text, 3)[:, :16], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found[:, 16:], few[:, 16:], rtol=1e-5, atol=1e-5)
+
+
+def test_who_has_more_groups_expects_no_better(request, random_text):
+    """Every device has the same estimates of all tokens to the last bit, whoever is near: else codes would mislead."""
+    model, text, mesh = three_blocks(request, "tiny_gpt2", LINEAR), random_text(24, 20), make_mesh(4)
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 24, 16)), jnp.float32)
+    of_device = estimates(model, Astra(model.shards(4, text), near=ONE_SLOW), mesh, y, jnp.zeros((2, 24), jnp.int32))
+    np.testing.assert_array_equal(of_device, np.broadcast_to(of_device[:1], of_device.shape))
+    everyone = estimates(model, Astra(model.shards(4, text)), mesh, y, jnp.zeros((2, 24), jnp.int32))
+    assert np.abs(of_device[0, 2] - everyone[0, 2]).max() > 1e-3
 
 
 def test_where_all_are_near_it_is_as_with_all_groups(tiny_vit, rank_coded):

@@ -79,6 +79,24 @@ def test_weights_of_few_bits(request, random_text, family):
     check(quantize_weights(model, "int8"), random_text(23, 1, 7), 3)
 
 
+def estimates(model, strategy, mesh, y, ids):
+    """What every device expects of all: of what the codecs of three blocks see [L,B,slots,W] and token ids [B,slots],
+    an array [device,L,N,B,S,W]."""
+    states = [nnx.split(block_at(model.blocks, n).attention.codec) for n in range(3)]
+
+    def one_device(y, ids):
+        carry, found = strategy.start(model.codec, model.side_info(ids)), []
+        for block, parts in zip(y, states, strict=True):
+            _, carry, _ = strategy.exchange(nnx.merge(*parts), block, carry, 0)
+            found.append(carry)
+        return jnp.stack(found)[None]
+
+    run = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(P(None, None, SEQ), P(None, SEQ)), out_specs=P(SEQ), check_vma=False
+    )
+    return np.asarray(jax.jit(run)(y, ids))
+
+
 @pytest.mark.parametrize(
     ("family", "astra"),
     [
@@ -100,19 +118,7 @@ def test_every_device_has_the_same_estimates_to_the_last_bit(request, random_tex
     slots = shards.class_slots + shards.S
     y = jnp.asarray(rng.normal(size=(3, 2, 4 * slots, W)), jnp.float32)
     ids = jnp.asarray(rng.integers(0, model.config.vocab_size, (2, 4 * slots)))
-    states = [nnx.split(block_at(model.blocks, n).attention.codec) for n in range(3)]
-
-    def one_device(y, ids):
-        carry, found = strategy.start(model.codec, model.side_info(ids)), []
-        for block, parts in zip(y, states, strict=True):
-            _, carry, _ = strategy.exchange(nnx.merge(*parts), block, carry, 0)
-            found.append(carry)
-        return jnp.stack(found)[None]
-
-    run = jax.shard_map(
-        one_device, mesh=mesh, in_specs=(P(None, None, SEQ), P(None, SEQ)), out_specs=P(SEQ), check_vma=False
-    )
-    of_device = np.asarray(jax.jit(run)(y, ids))  # [device,L,N,B,S,W]
+    of_device = estimates(model, strategy, mesh, y, ids)
     assert of_device.shape == (4, 3, 4, 2, shards.sent_slots, W)
     np.testing.assert_array_equal(of_device, np.broadcast_to(of_device[:1], of_device.shape))
     assert np.abs(of_device[0, 2]).max() > 0

@@ -51,6 +51,8 @@ def test_loss_without_a_sign_is_refused(text):
         (dict(hosts=101), "cannot have 101 hosts"),
         (dict(rate=0.0), "0 bits per second cannot be made: choose 1kbit to 10gbit"),
         (dict(rate=float("nan")), "nan bits per second"),
+        (dict(rate=[10e6, 0.0]), "0 bits per second"),
+        (dict(rate=[10e6] * 3), "3 rates were given for 2 hosts: give one for all"),
         (dict(cpu=0.1), "a share of 0.1 of a core is too little: Linux gives 0.2 or more"),
         (dict(cpu=float("nan")), "a share of nan"),
         (dict(loss=1.0), "a loss of 100% of the packets leaves no link: choose 0% to less than 100%"),
