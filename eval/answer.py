@@ -58,7 +58,7 @@ class Setup:
     near: str | None = None
     """Which hosts (on one machine: devices) have fast links between them, such as 0,1/2,3: they get all groups."""
     far_groups: int | None = None
-    """With --near: devices that are not near get only the first so many groups of the codes (docs/accuracy-per-bit.md)."""
+    """With --near: how many of the first groups all others get (docs/accuracy-per-bit.md)."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -82,7 +82,7 @@ class Args(DataArgs):
     near: str | None = None
     """Which devices (on several machines: hosts) have fast links between them, such as 0,1/2,3: they get all groups."""
     far_groups: int | None = None
-    """With --near: devices that are not near get only the first so many groups of the codes (docs/accuracy-per-bit.md)."""
+    """With --near: how many of the first groups all others get (docs/accuracy-per-bit.md)."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
