@@ -15,8 +15,19 @@ from jaxtyping import Array
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import unstacked
 from astra_jax.near import Near
+from astra_jax.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel, part_size
 from astra_jax.sharding import DATA, SEQ, put
-from astra_jax.strategies import STRATEGIES, Astra, Order, Sharded, Single, part_size
+from astra_jax.strategies import Astra, Order, Sharded, Single
+
+# What several devices can run, by the name of a command line. `of` makes one for a model.
+STRATEGIES: dict[str, type[Sharded]] = {
+    "single": Single,
+    "astra": Astra,
+    "sp": SequenceParallel,
+    "tp": TensorParallel,
+    "bp-ag": BlockParallel,
+    "bp-sp": BlockSequenceParallel,
+}
 
 # (model, N, inputs) -> strategy, such as `Astra.of`.
 Make = Callable[..., Sharded]

@@ -33,8 +33,8 @@ from astra_jax.config import Site
 from astra_jax.console import Report, progress, write_atomically
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
-from astra_jax.parallel import Make, make_of
-from astra_jax.strategies import STRATEGIES, Order
+from astra_jax.parallel import STRATEGIES, Make, make_of
+from astra_jax.strategies import Order
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from eval import plots
 from eval.costs import Cost, check_speeds, check_split, cost, fastest, share_flops

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from astra_jax.errors import AstraError
-from astra_jax.strategies import STRATEGIES, Message
+from astra_jax.parallel import STRATEGIES
+from astra_jax.strategies import Message
 from eval.flops import flops
 from eval.timing import share
 from eval.workload import Setting, Workload

@@ -564,6 +564,11 @@ def main(args: Args) -> None:
             "unequal devices are not timed here",
             speeds=list(args.speeds),
         )
+    if args.near:
+        report.say(
+            f"bits of the first {args.far_groups} groups, which all get; devices that are near ({args.near}) get all "
+            "groups; what exchanges take over links of different rates is not predicted here"
+        )
     if args.plot:
         plots.metric_and_latency(rows, METRICS[task], what.removesuffix(" of T tokens"), args.rates, args.plot)
         report.say(f"plot: {args.plot}", plot=str(args.plot))

@@ -15,8 +15,9 @@ from jaxtyping import Array
 from astra_jax.collectives import Alone, Peers
 from astra_jax.fast_path import fold
 from astra_jax.models.blocks import unstacked
+from astra_jax.rivals import part
 from astra_jax.sharding import SEQ
-from astra_jax.strategies import Single, part
+from astra_jax.strategies import Single
 
 _EXCHANGES = 12  # in a row, as in a model of so many blocks
 

@@ -16,8 +16,8 @@ import checkpoints
 from astra_jax.config import AstraConfig, Site
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
-from astra_jax.parallel import Make
-from astra_jax.strategies import STRATEGIES, BlockParallel
+from astra_jax.parallel import STRATEGIES, Make
+from astra_jax.rivals import BlockParallel
 from astra_jax.text import Text
 from checkpoints.keys import build
 from eval.presets import PRESETS

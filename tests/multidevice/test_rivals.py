@@ -11,16 +11,10 @@ from flax import nnx
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
-from astra_jax.parallel import parallelize
+from astra_jax.parallel import STRATEGIES, parallelize
+from astra_jax.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel
 from astra_jax.sharding import SEQ, make_mesh
-from astra_jax.strategies import (
-    STRATEGIES,
-    BlockParallel,
-    BlockSequenceParallel,
-    SequenceParallel,
-    Single,
-    TensorParallel,
-)
+from astra_jax.strategies import Single
 from checkpoints.keys import build
 from eval.traffic import messages
 

@@ -8,9 +8,9 @@ from flax import nnx
 from astra_jax.config import AstraConfig
 from astra_jax.generate import Generator, Sampling
 from astra_jax.models.blocks import Unstacked, unstacked
-from astra_jax.parallel import parallelize, place
+from astra_jax.parallel import STRATEGIES, parallelize, place
+from astra_jax.rivals import BlockParallel
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import STRATEGIES, BlockParallel
 from astra_jax.weights import quantize_weights
 from eval.perplexity import NextTokenLoss
 from eval.traffic import sent_bits

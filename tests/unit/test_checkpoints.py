@@ -31,8 +31,8 @@ from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
 from astra_jax.parallel import shardings
+from astra_jax.rivals import TensorParallel
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import TensorParallel
 from checkpoints import configs, huggingface, store
 from checkpoints.info import parameters
 from checkpoints.keys import FAMILIES, Key, build, flat_state, model_tensors, with_state

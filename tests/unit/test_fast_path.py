@@ -15,8 +15,9 @@ from astra_jax.config import AstraConfig
 from astra_jax.fast_path import fold, folding_pays
 from astra_jax.models.vit import ViTConfig
 from astra_jax.parallel import place
+from astra_jax.rivals import SequenceParallel
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Astra, Remote, SequenceParallel
+from astra_jax.strategies import Astra, Remote
 from astra_jax.weights import dequantized, quantize_weights
 from checkpoints.keys import build
 from eval.flops import flops

@@ -16,8 +16,9 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.generate import Generator, Sampling
 from astra_jax.parallel import parallelize
+from astra_jax.rivals import TensorParallel
 from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Single, TensorParallel, Virtual
+from astra_jax.strategies import Single, Virtual
 from astra_jax.weights import dequantized, is_quantized, quantize_weights, weight_bytes
 
 ASTRA = AstraConfig(groups=4, codewords=16)

@@ -11,7 +11,7 @@ from flax import nnx
 import checkpoints
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.strategies import STRATEGIES
+from astra_jax.parallel import STRATEGIES
 from eval.costs import check_split
 from eval.presets import PRESETS
 from eval.workload import ONE, Setting, open_workload, settings
