@@ -60,6 +60,13 @@ def test_it_is_the_same_model_as_on_virtual_shards(request, rank_coded, random_t
     assert np.abs(found - real(model, inputs, run_virtual(model, inputs, N))).max() > 1e-4
 
 
+@pytest.mark.slow
+def test_batches_on_rows_of_devices(tiny_vit, rank_coded):
+    model, images = tiny_vit(NESTED), rank_coded(3)
+    found = parallelize(model, make_mesh(4, 2), make_of("astra", near=ONE_SLOW))(images)
+    np.testing.assert_allclose(found, virtual(model, images, 4, ONE_SLOW), rtol=1e-5, atol=1e-5)
+
+
 def test_who_is_near_sees_all_groups_and_who_is_far_the_first(tiny_gpt2, random_text):
     """In one block: shard 1 sees shard 0 as with all groups, shard 2 both as with the first two alone."""
     model, text = tiny_gpt2(NESTED, n_layer=1), random_text(24)
