@@ -11,6 +11,7 @@ import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from astra_jax.errors import AstraError
 
@@ -81,11 +82,12 @@ def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    # As `Text`: brackets in names, such as test[:100], are no markup.
+    table = Table(title=Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD)
     for column in rows[0] if rows else []:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        table.add_column(Text(column), justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table
 
 

@@ -94,6 +94,11 @@ def nearest(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> Int[Array, "M
         return jax.lax.platform_dependent(y, C, cpu=_tiled_nearest, default=_dense_nearest).astype(jnp.int32)
 
 
+def lookup(C: Float[Array, "G K d"], z: Shaped[Array, "*tokens G"]) -> Float[Array, "*tokens G d"]:
+    """C[g, z_g], the codewords that codes stand for."""
+    return jax.vmap(lambda codewords, k: codewords[k], in_axes=(0, -1), out_axes=-2)(C, z.astype(jnp.int32))
+
+
 class Quantizer(nnx.Module):
     """What all codecs have in common: how many codes a token has, and what is expected of it before they arrive.
 
@@ -207,12 +212,8 @@ class VectorQuantizer(Quantizer):
         y = self.in_groups(y)
         return nearest(y.reshape(-1, *y.shape[-2:]), self.codebook[...]).reshape(y.shape[:-1]).astype(jnp.uint16)
 
-    def lookup(self, z: UInt16[Array, "*tokens G"]) -> Float[Array, "*tokens G d"]:
-        """C[g, z_g]."""
-        return jax.vmap(lambda C, k: C[k], in_axes=(0, -1), out_axes=-2)(self.codebook[...], z.astype(jnp.int32))
-
     def coordinates(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*tokens W"]:
-        return self._first(self.lookup(z).reshape(*z.shape[:-1], self.width), groups)
+        return self._first(lookup(self.codebook[...], z).reshape(*z.shape[:-1], self.width), groups)
 
     def noise(
         self, key: Key[Array, ""], shape: tuple[int, ...], groups: Int[Array, ""] | None = None

@@ -438,8 +438,9 @@ class Astra(SplitTokens):
         seen = estimate = codec.predict(carry, self._around)
         if not is_exact(carry):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
-            here, everywhere = map(codec.from_coordinates, self._said(codec, codec.encode(sent - mine)))
-            seen, estimate = estimate + here, estimate + everywhere
+            here, everywhere = self._said(codec, codec.encode(sent - mine))
+            said = codec.from_coordinates(everywhere)
+            seen, estimate = estimate + (codec.from_coordinates(here) if self.near else said), estimate + said
         return self._remote(self._others(seen)), estimate, None
 
     def _others(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "others *shape"]:

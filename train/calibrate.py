@@ -22,14 +22,14 @@ from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
 from astra_jax.predictor import Around, Known, Predictor, around
-from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
+from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, lookup, padded, usage
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
 from eval.data import DataArgs
 from train import rotation
 from train.data import sequences
-from train.kmeans import assign, kmeans, lookup
+from train.kmeans import assign, kmeans
 from train.prediction import regress, train_mlp
 
 TOKENS_AT_ONCE = 2048

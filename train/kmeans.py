@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from astra_jax.quantizer import nearest
+from astra_jax.quantizer import lookup, nearest
 
 AT_ONCE = 1024  # vectors whose scores with all codewords are held at once: more leave a CPU's cache
 PARTS, ENOUGH, LAST = 4, 8, 4  # see `kmeans`
@@ -17,11 +17,6 @@ def assign(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> tuple[Int[Arra
     z = jax.lax.map(lambda chunk: nearest(chunk, C), chunks).reshape(-1, y.shape[1])[:M]
     scatter = jax.vmap(lambda values, codes: jax.ops.segment_sum(values, codes, C.shape[1]), in_axes=(1, 1))
     return z, scatter(jnp.ones(z.shape), z), scatter(y, z)
-
-
-def lookup(C: Float[Array, "G K d"], z: Int[Array, "M G"]) -> Float[Array, "M G d"]:
-    """The codewords that codes stand for."""
-    return jax.vmap(lambda c, k: c[k], in_axes=(0, 1), out_axes=1)(C, z)
 
 
 def kmeans(

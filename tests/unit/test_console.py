@@ -11,14 +11,16 @@ from astra_jax.errors import AstraError
 def test_a_report_is_printed_and_written(tmp_path, capsys):
     report = Report("work", tmp_path / "report.json")
     report.say("half a [bold] line", half=0.5)
-    report.table("rows", "All rows", [{"name": "a", "share": 0.123456, "count": 12_345, "rest": None}])
+    report.table("rows", "All [test] rows", [{"name": "a[b]", "share": 0.123456, "[red]": 12_345, "rest": None}])
     report.close()
     out = capsys.readouterr().out
-    assert all(text in out for text in ("half a [bold] line", "All rows", "0.1235", "12,345", "-"))
+    assert all(
+        text in out for text in ("half a [bold] line", "All [test] rows", "a[b]", "[red]", "0.1235", "12,345", "-")
+    )
     assert json.loads((tmp_path / "report.json").read_text()) == {
         "verb": "work",
         "half": 0.5,
-        "rows": [{"name": "a", "share": 0.123456, "count": 12_345, "rest": None}],
+        "rows": [{"name": "a[b]", "share": 0.123456, "[red]": 12_345, "rest": None}],
     }
 
 

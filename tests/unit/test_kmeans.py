@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
+from astra_jax.quantizer import lookup
 from train import kmeans as kmeans_module
-from train.kmeans import AT_ONCE, LAST, assign, kmeans, lookup
+from train.kmeans import AT_ONCE, LAST, assign, kmeans
 
 
 def test_separated_clusters_are_found_exactly():
