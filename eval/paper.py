@@ -165,12 +165,25 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def insert(path: Path, name: str, text: str, command: str = "make paper") -> None:
     """Puts a text between a command's two marks of that name in a file. Raises AstraError where they are not there."""
-    start, end = MARK.format(name, command), MARK.format(f"end of {name}", command)
-    before, found, rest = path.read_text(encoding="utf8").partition(f"{start}\n")
+    before, after = around_marks(path, name, command)
+    write_atomically(path, f"{before}{text}\n{after}")
+
+
+def around_marks(path: Path, name: str, command: str) -> tuple[str, str]:
+    """What a file has up to the first of a command's two marks of that name, and from the second on.
+
+    Raises:
+      AstraError: the marks are not there, or no file that can be read is.
+    """
+    start, end = MARK.format(name, command) + "\n", MARK.format(f"end of {name}", command)
+    try:
+        before, found, rest = path.read_text(encoding="utf8").partition(start)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AstraError(f"{path}: cannot be read ({error}): give a file with marks to put a table between") from error
     _, ended, after = rest.partition(end)
     if not (found and ended):
-        raise AstraError(f"{path}: has no lines {start} and {end} to put a table between: write them")
-    write_atomically(path, f"{before}{start}\n{text}\n{end}{after}")
+        raise AstraError(f"{path}: has no lines {start.strip()} and {end} to put a table between: write them")
+    return before + start, end + after
 
 
 def main(args: Args) -> None:

@@ -236,6 +236,7 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         ({"groups": ()}, "--groups 1,8,32"),
         ({"plot": Path("plot.jpg")}, "write a .png or a .svg"),
         ({"original": Path("nowhere")}, "nowhere"),
+        ({"markdown": Path("none.md")}, "none.md: cannot be read"),
     ],
 )
 def test_what_does_not_fit_is_told_before_any_work(rows, args, values, message):

@@ -66,3 +66,5 @@ def test_a_table_goes_between_its_marks_alone(tmp_path):
     assert path.read_text() == "before\n<!-- x of `make paper` -->\nnew\n<!-- end of x of `make paper` -->\nafter\n"
     with pytest.raises(AstraError, match="has no lines <!-- y of `make paper` -->"):
         insert(path, "y", "new")
+    with pytest.raises(AstraError, match="page.md/none: cannot be read"):
+        insert(path / "none", "x", "new")

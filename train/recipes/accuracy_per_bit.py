@@ -28,7 +28,7 @@ from astra_jax.console import Report, console, write_atomically
 from astra_jax.errors import AstraError
 from eval import evaluate, plots
 from eval.data import DataArgs
-from eval.paper import insert, markdown
+from eval.paper import around_marks, insert, markdown
 from train import calibrate, finetune
 from train.loop import Training
 from train.recipes.kept import calibrated, evaluated, finetuned, short_name
@@ -115,6 +115,8 @@ def check(args: Args) -> None:
         codec_and_predictor(name)
     if args.plot:
         plots.check_plot(args.plot)
+    if args.markdown:
+        around_marks(args.markdown, args.original.name, COMMAND)
     decisive = {name: value for name, value in vars(args).items() if name not in FREE}
     now = json.loads(json.dumps(decisive | {"original": str(args.original.resolve())}))
     kept = args.out / "options.json"
