@@ -37,7 +37,7 @@ def virtual(model, inputs, N, near):
     [
         ("tiny_vit", NESTED, 4, TWO_HOMES),  # 25 patches
         ("tiny_gpt2", IDS, 4, ONE_SLOW),
-        ("tiny_llama", dataclasses.replace(NESTED, **KV), 3, Near(((2, 0),), 3)),
+        pytest.param("tiny_llama", dataclasses.replace(NESTED, **KV), 3, Near(((2, 0),), 3), marks=pytest.mark.slow),
         pytest.param("tiny_vit", LINEAR, 5, ONE_SLOW, marks=pytest.mark.slow),
         pytest.param(
             "tiny_vit", dataclasses.replace(NESTED, class_token="single"), 4, ONE_SLOW, marks=pytest.mark.slow
@@ -87,6 +87,7 @@ def test_who_has_more_groups_expects_no_better(request, random_text):
     assert np.abs(of_device[0, 2] - everyone[0, 2]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_where_all_are_near_it_is_as_with_all_groups(tiny_vit, rank_coded):
     model, images = tiny_vit(NESTED), rank_coded(2)
     make = make_of("astra", near=Near(((0, 1, 2),), 1))
@@ -94,7 +95,9 @@ def test_where_all_are_near_it_is_as_with_all_groups(tiny_vit, rank_coded):
     np.testing.assert_allclose(found, run_virtual(model, images, 3), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("astra", "blocks"), [(NESTED, 2), (IDS, 1)], ids=["codes", "token ids"])
+@pytest.mark.parametrize(
+    ("astra", "blocks"), [pytest.param(NESTED, 2, marks=pytest.mark.slow), (IDS, 1)], ids=["codes", "token ids"]
+)
 def test_what_is_sent(tiny_gpt2, random_text, astra, blocks):
     """The first two groups to all, the other two in two steps to the two that are near: so says the program, too."""
     model, text = tiny_gpt2(astra), random_text(24)
@@ -113,7 +116,8 @@ def test_only_bytes_cross_the_link(tiny_vit, rank_coded):
     assert pooled.kind == "all-reduce"
 
 
-@pytest.mark.parametrize("astra", [NESTED, pytest.param(IDS, marks=pytest.mark.slow)], ids=["codes", "token ids"])
+@pytest.mark.slow
+@pytest.mark.parametrize("astra", [NESTED, IDS], ids=["codes", "token ids"])
 def test_a_text_goes_on(tiny_gpt2, random_text, astra):
     """What the last device has of the others, near and far, is what it goes on from."""
     near, text = Near(((1, 2),), 1), random_text(23, 1, 7)

@@ -43,6 +43,7 @@ def test_eval_finds_the_same_on_a_mesh_and_on_virtual_shards(place):
     assert (plain["N"], plain["far G"]) == (1, None)
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_a_text(place):
     """32 slots of a prompt of 30 tokens, of which a device has 11."""
     report = place / "run.json"
