@@ -43,8 +43,8 @@ class Near:
             raise AstraError("fewer groups for far devices need nested codes: run `astra calibrate --codec nested-pq`")
         if not 1 <= self.far_groups < codec.groups:
             raise AstraError(
-                f"far groups are {self.far_groups}; of the {codec.groups} groups of these codes at least 1 and fewer "
-                "than all must go to devices that are not near"
+                f"far groups are {self.far_groups}; these codes have {codec.groups}, of which devices that are not "
+                "near get at least 1 and not all"
             )
         for device in (device for devices in self.neighbourhoods for device in devices):
             if not 0 <= device < N:

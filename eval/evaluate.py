@@ -161,10 +161,12 @@ def strategy_of(checkpoint: Checkpoint, args: Args) -> str:
 
 def check_simulation(args: Args) -> Args:
     """The arguments, with --virtual where another option needs it. Raises AstraError where options do not fit."""
+    near = near_of(args.near, args.far_groups)
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
-    if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
-        raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
-    if near_of(args.near, args.far_groups) and (args.loss is not None or args.strategy not in ("auto", "astra")):
+    several = [*wanted, *["--near"] * bool(near)]
+    if several and (devices_of(args)[1] == 1 or args.strategy == "single"):
+        raise AstraError(f"{several[0]} is for several devices; one alone sends nothing: leave the option out")
+    if near and (args.loss is not None or args.strategy not in ("auto", "astra")):
         raise AstraError("--near is for strategy astra where no packets are lost: leave out --loss and --strategy")
     if args.loss is not None and args.code_order == "free":
         raise AstraError("--loss: packets hold whole tokens, which codes in any order do not: leave out --code-order")

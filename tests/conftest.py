@@ -24,6 +24,7 @@ import pytest
 from flax import nnx
 from hypothesis import settings
 
+import checkpoints
 from astra_jax.config import AstraConfig
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
@@ -183,3 +184,22 @@ def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def gpt2s(tmp_path, tiny_gpt2, word_tokenizer) -> Callable[..., Path]:
+    """Saves a tiny GPT-2 under every name with these codes, and a text.txt, in a folder of the test's own."""
+
+    def save(**named: AstraConfig | None) -> Path:
+        for name, astra in named.items():
+            model = tiny_gpt2(astra)
+            files = word_tokenizer(model.config.vocab_size - 4)
+            saved = checkpoints.Checkpoint(
+                "gpt2", model.config, astra, None, None, {}, "float32", (), model, None, files
+            )
+            checkpoints.save(tmp_path / name, saved)
+        words = np.random.default_rng(0).integers(0, 40, 100)
+        (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
+        return tmp_path
+
+    return save

@@ -75,8 +75,8 @@ def test_what_is_odd(near, far_groups, message):
     ("near", "far_groups", "astra", "message"),
     [
         ("0,1", 1, AstraConfig(groups=4, codewords=16), "^fewer groups for far devices need nested codes: run"),
-        ("0,1", 0, NESTED, "^far groups are 0; of the 4 groups of these codes at least 1"),
-        ("0,1", 4, NESTED, "^far groups are 4; of the 4 groups"),
+        ("0,1", 0, NESTED, "^far groups are 0; these codes have 4, of which"),
+        ("0,1", 4, NESTED, "^far groups are 4; these codes have 4, of which"),
         ("0,4", 1, NESTED, "^near names 4; the 4 devices are numbered from 0 to 3"),
         ("0,-1", 1, NESTED, "^near names -1; the 4 devices"),
     ],

@@ -2,10 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 
-import checkpoints
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
 
@@ -14,16 +12,9 @@ NEAR = ("--near", "0,1", "--far-groups", "2")
 
 
 @pytest.fixture
-def place(tmp_path, tiny_gpt2, word_tokenizer):
+def place(gpt2s):
     """Checkpoints `nested`, `faithful` and `plain` of a GPT-2, and a text."""
-    for name, astra in (("nested", NESTED), ("faithful", AstraConfig(4, 16)), ("plain", None)):
-        model = tiny_gpt2(astra)
-        files = word_tokenizer(model.config.vocab_size - 4)
-        saved = checkpoints.Checkpoint("gpt2", model.config, astra, None, None, {}, "float32", (), model, None, files)
-        checkpoints.save(tmp_path / name, saved)
-    words = np.random.default_rng(0).integers(0, 40, 100)
-    (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
-    return tmp_path
+    return gpt2s(nested=NESTED, faithful=AstraConfig(4, 16), plain=None)
 
 
 def evaluate(place, *options):
@@ -61,6 +52,7 @@ def test_run_goes_on_with_a_text(place):
         ("eval", "nested", (*NEAR, "--strategy", "sp"), "--near is for strategy astra where no packets are lost"),
         ("eval", "faithful", NEAR, "fewer groups for far devices need nested codes"),
         ("eval", "nested", ("--near", "0,3", "--far-groups", "2"), "near names 3; the 3 devices"),
+        ("eval", "nested", (*NEAR, "--strategy", "single"), "--near is for several devices; one alone sends nothing"),
         ("run", "nested", NEAR[2:], "--far-groups needs to know more"),
         ("run", "nested", (*NEAR, "--strategy", "tp"), "--near is about codes, which strategy tp does not send"),
         ("run", "nested", (*NEAR, "--on-failure", "shrink"), "--near names hosts by numbers, which change"),

@@ -2,25 +2,16 @@
 
 import json
 
-import numpy as np
 import pytest
 
-import checkpoints
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
 
 
 @pytest.fixture
-def place(tmp_path, tiny_gpt2, word_tokenizer):
+def place(gpt2s):
     """Checkpoints `one`, `four` and `plain` of a GPT-2 with one, four and no groups of codes, and a text."""
-    for name, astra in (("one", AstraConfig(1, 16)), ("four", AstraConfig(4, 16)), ("plain", None)):
-        model = tiny_gpt2(astra)
-        files = word_tokenizer(model.config.vocab_size - 4)
-        saved = checkpoints.Checkpoint("gpt2", model.config, astra, None, None, {}, "float32", (), model, None, files)
-        checkpoints.save(tmp_path / name, saved)
-    words = np.random.default_rng(0).integers(0, 40, 100)
-    (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
-    return tmp_path
+    return gpt2s(one=AstraConfig(1, 16), four=AstraConfig(4, 16), plain=None)
 
 
 def evaluate(place, *options):
