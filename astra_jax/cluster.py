@@ -270,13 +270,19 @@ def lost(error: BaseException) -> None:
 
 
 def open_mesh(
-    devices: str | None, hosts: Hosts, default: str = "1", checkpoints: Sequence[Path] = (), policy: Policy = "fail"
+    devices: str | None,
+    hosts: Hosts,
+    default: str = "1",
+    checkpoints: Sequence[Path] = (),
+    policy: Policy = "fail",
+    to_run: bool = True,
 ) -> Mesh:
     """The mesh that `--devices` picks, on this host or on several, of which only host 0 prints and writes from now on.
 
     Args:
       devices: N or DxN; None for all that several hosts have, or else for `default`.
       checkpoints, policy: see `join`.
+      to_run: see `astra_jax.sharding.make_mesh`.
 
     Raises:
       AstraError: see `join` and `astra_jax.sharding.make_mesh`; or the hosts cannot share so many devices equally.
@@ -291,7 +297,7 @@ def open_mesh(
             raise AstraError(f"--devices {devices}: what is left on {_again.hosts} hosts cannot be shared by {data}")
     if devices is None and jax.distributed.is_initialized():
         N = jax.device_count()
-    mesh = make_mesh(N, data)
+    mesh = make_mesh(N, data, to_run=to_run)
     if mesh.is_multi_process:
         _meet(mesh)
     return mesh

@@ -144,10 +144,11 @@ def _write(
     module_name: str,
     backend: Any,
     executable: Any,
-    host_callbacks: Sequence[Any],
+    host_callbacks: Sequence[Any] = (),
 ) -> None:
     """Keeps a program, if it took long enough to compile, as JAX does, but on every host. JAX writes on host 0 alone,
-    for the sake of file systems that all share: the others would compile at every start."""
+    for the sake of file systems that all share: the others would compile at every start. JAX 0.11 tells no callbacks:
+    it keeps programs with these, too."""
     if host_callbacks or compile_time_secs < config.persistent_cache_min_compile_time_secs.value:
         return
     with contextlib.suppress(Exception):  # of XLA, where a program cannot be a file

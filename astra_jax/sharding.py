@@ -33,12 +33,16 @@ def parse_devices(text: str) -> tuple[int, int]:
     return data, seq
 
 
-def make_mesh(seq: int, data: int = 1) -> Mesh:
+def make_mesh(seq: int, data: int = 1, *, to_run: bool = True) -> Mesh:
     """A (data, seq) mesh over `data * seq` devices.
 
     On the CPU of one host the devices are made on demand, which works only before JAX has started its backend. Of
     several hosts, all devices are used, and the last shards are on host 0, where the user is: so the end of a prompt,
     from which a language model goes on, is there.
+
+    Args:
+      to_run: False where programs are compiled for the mesh, but not run. Where there are too few accelerators, CPU
+        devices do for that: what a program sends is the same.
 
     Raises:
       AstraError: there are fewer devices, or several hosts have more; the message says how many and what to do.
@@ -60,10 +64,15 @@ def make_mesh(seq: int, data: int = 1) -> Mesh:
             )
         devices = sorted(devices, key=lambda device: (device.process_index == 0, device.process_index, device.id))
         return Mesh(np.reshape(devices, (seq, data)).T, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2)
+    if len(devices) < wanted and not to_run:
+        devices = jax.devices("cpu")
     if len(devices) < wanted:
+        others = "set JAX_PLATFORMS=cpu, or let `astra eval` do it with --virtual"
+        if devices[0].platform == "cpu":
+            others = f'call jax.config.update("jax_num_cpu_devices", {wanted}) before any other use of JAX'
         raise AstraError(
             f"{data} x {seq} devices were asked for, but JAX has {len(devices)} ({devices[0].platform}): use fewer, or "
-            f'on a CPU call jax.config.update("jax_num_cpu_devices", {wanted}) before any other use of JAX'
+            + others
         )
     return jax.make_mesh((data, seq), (DATA, SEQ), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
 

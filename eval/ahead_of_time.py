@@ -56,7 +56,7 @@ def abstract(config: LlamaConfig, astra: AstraConfig) -> Any:
 
 def measure(config: LlamaConfig, args: Args, G: int) -> dict[str, Any]:
     """One row: the prefill program of one G."""
-    model, mesh = abstract(config, AstraConfig(groups=G, site=args.site)), make_mesh(args.devices)
+    model, mesh = abstract(config, AstraConfig(groups=G, site=args.site)), make_mesh(args.devices, to_run=False)
     graphdef, state = place(model, mesh)
     ids = jax.ShapeDtypeStruct((1, args.tokens), jnp.int32)
     text = Text(ids, jax.ShapeDtypeStruct((1,), jnp.int32))  # type: ignore[arg-type]  # shapes in place of arrays

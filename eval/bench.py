@@ -34,6 +34,7 @@ from astra_jax.console import Report, progress, write_atomically
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.parallel import STRATEGIES, Make, make_of
+from astra_jax.sharding import make_mesh
 from astra_jax.strategies import Order
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from eval import plots
@@ -195,7 +196,7 @@ def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> 
     """
     mine = whole = alone(model, way.N, work.inputs(), way.make, way.fast_path)
     if way.N > 1:
-        run, state = pass_on_mesh(model, way.N, way.make, way.fast_path)
+        run, state = pass_on_mesh(model, make_mesh(way.N), way.make, way.fast_path)
         whole = partial(run, state, jax.tree.map(np.asarray, work.inputs()))
     return wall_seconds([mine, whole], repeats, lambda: multihost_utils.sync_global_devices(str(way)))
 
@@ -253,8 +254,8 @@ def main(args: Args) -> None:
     profile = read_profile(args.device_profile) if args.device_profile else None
     ways = in_orders(settings(args.strategies, N, args.groups, args.exchanges, args.fast_path), args.code_order)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
-    # Before JAX starts, so that it makes enough CPU devices.
-    mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [])
+    # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
+    mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [], to_run=False)
     check_split(work, ways, speeds)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()

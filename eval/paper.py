@@ -189,7 +189,7 @@ def around_marks(path: Path, name: str, command: str) -> tuple[str, str]:
 def main(args: Args) -> None:
     """Prints the tables."""
     report = Report("paper", args.json)
-    make_mesh(N)  # before JAX starts, so that it makes enough CPU devices
+    make_mesh(N, to_run=False)  # before JAX starts, so that it makes enough CPU devices
     model = Model(open_workload("vit-base", T, None, "float32"))
     speed = fit(model)
     single = model.flops(ONE, PAPER) / speed

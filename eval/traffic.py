@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -24,14 +25,14 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def pass_on_mesh(model: Any, N: int, make: Any, fast_path: bool = True) -> tuple[Any, Any]:
-    """A forward pass on N devices (see `eval.timing.forward`): the jitted function of state and inputs, and the state.
+def pass_on_mesh(model: Any, mesh: Mesh, make: Any, fast_path: bool = True) -> tuple[Any, Any]:
+    """A forward pass on the devices of a mesh (see `eval.timing.forward`): the jitted function of state and inputs, and
+    the state.
 
     Raises:
-      AstraError: the strategy cannot split the model, or there are fewer devices.
+      AstraError: the strategy cannot split the model.
     """
-    mesh = make_mesh(N)
-    make = make_for(mesh, make)
+    N, make = mesh.shape[SEQ], make_for(mesh, make)
     graphdef, state = place(model, mesh, make, fast_path)
     work = forward(model, graphdef)
 
@@ -45,8 +46,8 @@ def pass_on_mesh(model: Any, N: int, make: Any, fast_path: bool = True) -> tuple
 
 
 def compiled_pass(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> str:
-    """The optimized HLO of a forward pass on N devices. Weights and inputs may be shapes."""
-    run, state = pass_on_mesh(abstract(model), N, make, fast_path)
+    """The optimized HLO of a forward pass on N devices, which need not be there. Weights and inputs may be shapes."""
+    run, state = pass_on_mesh(abstract(model), make_mesh(N, to_run=False), make, fast_path)
     text = run.lower(state, abstract(inputs)).compile().as_text()
     assert text is not None
     return text

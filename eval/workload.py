@@ -22,6 +22,7 @@ from astra_jax.text import Text
 from checkpoints.keys import build
 from eval.presets import PRESETS
 
+DRAWN = 1 << 20  # random numbers that fill all weights
 TOKENS = 1024  # T where neither the user nor the model says it: the paper's setting
 
 
@@ -149,14 +150,16 @@ class Workload:
 
 
 def _random(path: Any, a: Any) -> jax.Array:
-    """Weights of usual size: too small ones would underflow and be slow. Drawn by numpy: XLA would compile for long."""
+    """Weights of usual size: too small ones would underflow and be slow. Drawn by numpy, as XLA would compile for long,
+    and the same numbers again and again, as drawing 8 billion takes minutes."""
     name = jax.tree_util.keystr(path)
     if "scale" in name:
         return jnp.ones(a.shape, a.dtype)
     if "bias" in name:
         return jnp.zeros(a.shape, a.dtype)
-    values = np.random.default_rng(0).standard_normal(a.shape, np.float32)
-    return jnp.asarray(values if "codebook" in name else 0.02 * values, a.dtype)
+    values = np.random.default_rng(0).standard_normal(min(a.size, DRAWN), np.float32)
+    values = (values if "codebook" in name else 0.02 * values).astype(a.dtype)
+    return jnp.asarray(np.resize(values, a.shape))
 
 
 def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) -> Workload:

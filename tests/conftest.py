@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is an accelerator, which has not eight devices
 # Compiling is most of what tests do: the same program is compiled once, also for the processes that tests start and for
 # tests that run beside each other. Whoever reads a program while another writes it is warned by JAX, and compiles it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))

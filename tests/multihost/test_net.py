@@ -72,7 +72,7 @@ def together(port, count, numbers, folders=None, start_seconds=10.0, **more):
 
 def caller(port):
     """A connection to host 0, which may have to start first."""
-    for _ in range(100):
+    for _ in range(600):
         with contextlib.suppress(ConnectionError):
             return socket.create_connection(("127.0.0.1", port), timeout=30)
         time.sleep(0.05)
@@ -160,15 +160,24 @@ def test_a_checkpoint_that_cannot_be_read(port, tmp_path, monkeypatch):
 
 
 def test_strangers_are_ignored(port):
-    """One talks HTTP, one is endless, one is silent, one goes at once; and the two hosts meet all the same."""
+    """One talks HTTP, one is endless, one is silent; and the two hosts meet all the same."""
+    connected = threading.Barrier(4)  # host 0 listens until host 1 has come, which waits for them
 
     def stranger(text, wait):
         with contextlib.suppress(ConnectionError), caller(port) as connection:
+            connected.wait(30)
             connection.sendall(text)
             time.sleep(wait)
 
+    def host_1():
+        connected.wait(30)
+        return together(port, 2, [1])[0]
+
     others = [partial(stranger, *how) for how in [(b"GET / HTTP/1.1\r\n\r\n", 0.1), (b"x" * 10**5, 0.1), (b"", 0.7)]]
-    first, second = together(port, 2, [0, 1], others=others)
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(host_1)
+        (first,) = together(port, 2, [0], others=others, start_seconds=40.0)
+        second = late.result(60)
     assert first.problems == second.problems == ()
     assert first.pairs[0].failure == ""
 

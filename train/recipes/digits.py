@@ -7,6 +7,7 @@ would run on your own model: convert, calibrate, finetune, eval. Every command i
 """
 
 import dataclasses
+import os
 import shlex
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def run(*command: str) -> None:
 def main(args: Args) -> None:
     """Runs the demo."""
     start = time.perf_counter()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is an accelerator, which has not N devices
     out, data, N = args.out, str(args.out / "digits"), str(args.devices)
     out.mkdir(parents=True, exist_ok=True)
     write_digits(out / "digits")
