@@ -38,6 +38,8 @@ class AstraConfig:
         (`astra_jax.predictor.Predictor`, our choice).
       rank: of the predictor `low-rank`; hidden units of `mlp`.
       side_info: `token-ids` lets every device know the first block's vectors of a text exactly, without codes.
+      coded_blocks: how many blocks, the first ones, have their tokens' codes sent; the others go by what is predicted
+        from these. None for all. One that token ids say exactly counts (our choice).
 
     Raises:
       AstraError: a value is outside its range; the message names value, range and fix.
@@ -53,6 +55,7 @@ class AstraConfig:
     predictor: Prediction = "none"
     rank: int = 16
     side_info: SideInfo = "none"
+    coded_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, int) or self.groups < 1:
@@ -84,6 +87,13 @@ class AstraConfig:
             raise AstraError(f"rank is {self.rank!r}; it must be a whole number of at least 1: try 16")
         if self.side_info != "none" and self.predictor == "none":
             raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
+        if self.coded_blocks is not None:
+            if not isinstance(self.coded_blocks, int) or self.coded_blocks < 1:
+                raise AstraError(
+                    f"coded_blocks is {self.coded_blocks!r}; it must be at least 1, or none for all blocks"
+                )
+            if self.predictor == "none":
+                raise AstraError("coded_blocks says where codes are predicted and not sent, which takes a predictor")
 
     @property
     def rotated(self) -> bool:
@@ -105,6 +115,14 @@ class AstraConfig:
     def token_bits(self) -> int:
         """Bits of one token in one block, G * log2(K)."""
         return self.groups * self.bits
+
+    def sending(self, L: int) -> int:
+        """How many of L blocks send codes."""
+        return min(self.coded_blocks or L, L) - (self.side_info != "none")
+
+    def mean_bits(self, L: int) -> float:
+        """Bits of one token in one block, the mean of all L blocks but one that token ids say exactly."""
+        return self.token_bits * self.sending(L) / max(1, L - (self.side_info != "none"))
 
     def group_width(self, width: int) -> int:
         """d: the width of one group of a vector of `width`, of a codec without axes of its own.

@@ -110,6 +110,7 @@ class Quantizer(nnx.Module):
 
     def __init__(self, config: AstraConfig):
         self.groups, self.codewords, self.bits = config.groups, config.codewords, config.bits
+        self.coded_blocks = config.coded_blocks
         self.predictor: Predictor | None = nnx.data(None)
 
     def encode(self, y: Float[Array, "*tokens W"]) -> UInt16[Array, "*tokens G"]:

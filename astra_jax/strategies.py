@@ -18,7 +18,7 @@ from astra_jax import wire
 from astra_jax.attention import Source
 from astra_jax.collectives import Alone, Peers
 from astra_jax.errors import AstraError
-from astra_jax.models.blocks import run_stack
+from astra_jax.models.blocks import length, run_stack
 from astra_jax.near import Near
 from astra_jax.predictor import Known, SideInfo, around, is_exact
 from astra_jax.quantizer import Quantizer
@@ -97,7 +97,7 @@ class Strategy:
     cached(block)                further sources of a block: keys and values of earlier calls
     local_mask()                 which local tokens a local query sees; None where all see all
     reduce(x)                    a layer's output from what the rows of its kernel that are here make of it
-    run_blocks(block, carry, xs) the stack of blocks
+    run_blocks(block, carry, xs, coded) the stack of blocks, of which the first `coded` send codes
     pool(x, pooling)             the state that a head reads
     """
 
@@ -113,9 +113,9 @@ class Strategy:
     def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x
 
-    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any) -> Any:
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded: int) -> Any:
         """`run_stack` of `block(strategy, carry, xs)`, where xs = (weights, number) are of all L blocks."""
-        return run_stack(partial(block, self), carry, xs, first_apart=isinstance(carry[1], Known))
+        return run_stack([(partial(block, self), length(xs))], carry, xs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +125,12 @@ class Sharded(Strategy):
     Attributes:
       shards: the split.
       keep: see `Strategy`.
+      silent: that a block sends no codes, and goes by what is predicted.
     """
 
     shards: Shards
     keep: bool = dataclasses.field(default=False, kw_only=True)
+    silent: bool = dataclasses.field(default=False, kw_only=True)
 
     splits_tokens: ClassVar[bool] = False  # whether a device holds its own shard alone, or all tokens
     unstacks: ClassVar[bool] = True  # whether weights of the blocks may come as an array for each (`Unstacked`)
@@ -182,6 +184,12 @@ class Sharded(Strategy):
 
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
         return None, carry, None
+
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded: int) -> Any:
+        speaking, quiet = partial(block, self), partial(block, dataclasses.replace(self, silent=True))
+        first = int(isinstance(carry[1], Known))
+        silent = length(xs) - coded if self.coded else 0
+        return run_stack([(speaking, first), (speaking, length(xs) - first - silent), (quiet, silent)], carry, xs)
 
     def local_mask(self) -> Bool[Array, "*B queries keys"] | None:
         if self.shards.all_see_all:
@@ -237,7 +245,7 @@ class Virtual(Sharded):
       noise: given in training: remote tokens are noisy estimates with straight-through gradients, and every block
         reports an `Observation`.
       arrived: which codes arrived: of every slot, in every block, at every receiving shard; None for all. In a block
-        of which everything is known beforehand nothing is sent, so nothing is lost.
+        of which everything is known beforehand, or that is silent, nothing is sent, so nothing is lost.
       lost: what becomes of a token in a block in which its code did not arrive (our choice: the paper does not say what
         stands in for it). `masked` takes it out of that block's softmax. `predicted` puts there what the receiver
         expected of it; without a predictor it is masked all the same.
@@ -267,6 +275,7 @@ class Virtual(Sharded):
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, Any]:
         codec, tokens = need_codec(codec), self.tokens()
         predicts, exact = codec.predictor is not None, is_exact(carry)
+        unsent = exact or self.silent
         expected = codec.predict(carry, self._around)  # [B,N,slots,W] where every shard has estimates of its own
         p = jax.lax.stop_gradient(expected)
         exactly, y = y, y - self._own(p)
@@ -274,13 +283,13 @@ class Virtual(Sharded):
         mask = visible(tokens, tokens, self.shards.causal) & jnp.asarray(tokens.shard[:, None] != tokens.shard)
         there = None
         if self.arrived is not None:
-            there = self.arrived[block] | (np.arange(self.shards.N)[:, None] == tokens.shard) | exact
+            there = self.arrived[block] | (np.arange(self.shards.N)[:, None] == tokens.shard) | unsent
             if self.lost == "masked" or not predicts:
                 mask = mask & there[:, tokens.shard]
         if predicts:
             decoded = codec.decode(z, self.near.far_groups if self.near else self.noise and self.noise.groups)
-            carry = p if exact else jax.lax.stop_gradient(p + _at_receivers(decoded, there))
-        if self.near and not exact:
+            carry = p if unsent else jax.lax.stop_gradient(p + _at_receivers(decoded, there))
+        if self.near and not unsent:
             assert self.arrived is None and self.noise is None
             near = jnp.asarray(self.near.table(self.shards.N))[:, tokens.shard, None]  # [N,slots,1]
             said = jnp.where(near, codec.decode(z)[:, None], codec.decode(z, self.near.far_groups)[:, None])
@@ -289,6 +298,7 @@ class Virtual(Sharded):
             return self._remote(carry if predicts else z, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
         noisy = y if exact else codec.straight_through(y, z, noise_key, self.noise.strength, self.noise.groups)
+        noisy = jnp.zeros_like(noisy) if self.silent else noisy
         sent = jnp.asarray(tokens.valid & tokens.sent)
         seen = codec.observe(y, z, revive_key, sent)
         if predicts:
@@ -416,10 +426,12 @@ class Astra(SplitTokens):
         return codec.wire_bits(S, self.near.far_groups if self.near else None)
 
     def messages(self, model: Any) -> list[Message]:
-        codec, blocks, first = need_codec(model.codec), model.config.num_hidden_layers, []
+        codec, blocks, first = need_codec(model.codec), model.astra.sending(model.config.num_hidden_layers), []
         if model.astra.side_info != "none":
             ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
-            first, blocks = [Message("all-gather", ids, 1, in_blocks=False)], blocks - 1
+            first = [Message("all-gather", ids, 1, in_blocks=False)]
+        if not blocks:
+            return [*first, *self._pooled(model)]
         codes = [Message("all-gather", self.code_bits(codec), blocks)]
         if self.near:
             rest = codec.wire_bits(self.shards.sent_slots, codec.groups - self.near.far_groups)
@@ -436,7 +448,7 @@ class Astra(SplitTokens):
         # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
         # all have the same ones to the last bit.
         seen = estimate = codec.predict(carry, self._around)
-        if not is_exact(carry):
+        if not (is_exact(carry) or self.silent):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
             here, everywhere = self._said(codec, codec.encode(sent - mine))
             said = codec.from_coordinates(everywhere)

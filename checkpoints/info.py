@@ -40,9 +40,9 @@ def parameters(model: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def compression(astra: AstraConfig, D: int) -> dict[str, Any]:
+def compression(astra: AstraConfig, D: int, L: int) -> dict[str, Any]:
     """Bits per token and block, and their ratio to the float32 embedding, D * 32 / (G log2 K)."""
-    bits = astra.token_bits
+    bits = astra.mean_bits(L)
     return {"bits per token and block": bits, "compression ratio": D * 32 / bits}
 
 
@@ -70,7 +70,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     values |= {"parameters": parameters(checkpoint.model), "exported as": checkpoint.dtype}
     if checkpoint.astra is not None:
         values |= dataclasses.asdict(checkpoint.astra)
-        values |= compression(checkpoint.astra, checkpoint.config.hidden_size)
+        values |= compression(checkpoint.astra, checkpoint.config.hidden_size, checkpoint.config.num_hidden_layers)
     return values
 
 

@@ -148,6 +148,7 @@ def load(
     param_dtype: Any = jnp.float32,
     shardings: Callable[[Any], Any] | None = None,
     groups: int | None = None,
+    coded_blocks: int | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint folder.
 
@@ -159,10 +160,12 @@ def load(
       shardings: from the abstract model to where its arrays go, such as
         `lambda model: astra_jax.parallel.shardings(model, mesh)`; None for the first local device.
       groups: how many groups of a `nested-pq` or `rotated-pq` codec to load, the first of them; None for all.
+      coded_blocks: how many blocks, the first ones, are to send codes (`AstraConfig.coded_blocks`); None for as many as
+        the checkpoint was made for.
 
     Raises:
       AstraError: the folder is missing, something else, damaged, or written by a newer version; or its codec has not so
-        many groups, or only all or none.
+        many groups, or only all or none; or it has not so many blocks, or no predictor for those without codes.
     """
     meta, weights, version = _read(Path(path))
     model = build(meta.family, meta.config, meta.astra, dtype)
@@ -176,6 +179,17 @@ def load(
         meta = dataclasses.replace(meta, astra=meta.astra.with_groups(groups))
         model = build(meta.family, meta.config, meta.astra, dtype)
         parts = _first_groups(parts, model)
+    if coded_blocks is not None:
+        L = meta.config.num_hidden_layers
+        if meta.astra is None or meta.astra.predictor == "none":
+            raise AstraError(
+                f"{path}: has no predictor, which blocks without codes go by: run `astra calibrate --predictor mlp` "
+                "first"
+            )
+        if not 1 <= coded_blocks <= L:
+            raise AstraError(f"--coded-blocks is {coded_blocks}; {path} has {L} blocks: give from 1 to {L}")
+        meta = dataclasses.replace(meta, astra=dataclasses.replace(meta.astra, coded_blocks=coded_blocks))
+        model = build(meta.family, meta.config, meta.astra, dtype)
     return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, shardings and shardings(model)))
 
 

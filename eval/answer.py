@@ -55,6 +55,9 @@ class Setup:
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
     groups: int | None = None
     """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
+    coded_blocks: int | None = None
+    """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
+    predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
     near: str | None = None
     """Which hosts (on one machine: devices) have fast links between them, such as 0,1/2,3: they get all groups."""
     far_groups: int | None = None
@@ -157,7 +160,12 @@ class Answerer:
         # Straight to where they are needed: no device ever holds more than its own.
         where = partial(shardings, mesh=self.mesh, make=self.make)
         checkpoint = checkpoints.load(
-            setup.checkpoint, dtype=dtype, param_dtype=dtype, shardings=where, groups=setup.groups
+            setup.checkpoint,
+            dtype=dtype,
+            param_dtype=dtype,
+            shardings=where,
+            groups=setup.groups,
+            coded_blocks=setup.coded_blocks,
         )
         if setup.weights:
             before, model = weight_bytes(checkpoint.model), quantize_weights(checkpoint.model, setup.weights)

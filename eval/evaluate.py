@@ -79,6 +79,9 @@ class Args(DataArgs):
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
     groups: Integers = ()
     """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
+    coded_blocks: int | None = None
+    """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
+    predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
     near: str | None = None
     """Which devices (on several machines: hosts) have fast links between them, such as 0,1/2,3: they get all groups."""
     far_groups: int | None = None
@@ -463,7 +466,8 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
 
     Under packet loss the row has `seeds`, too: the metrics of every try.
     """
-    checkpoint = checkpoints.load(path, groups=groups)
+    coded_blocks = args.coded_blocks if checkpoints.read_meta(path).astra else None  # beside an original
+    checkpoint = checkpoints.load(path, groups=groups, coded_blocks=coded_blocks)
     if args.weights:
         checkpoint = dataclasses.replace(checkpoint, model=quantize_weights(checkpoint.model, args.weights))
     model, config = checkpoint.model, checkpoint.config
@@ -486,9 +490,9 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
     sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)
     # How long a device of another speed would take is not known here, nor over links of several rates.
     compute = None if N > 1 and (args.speeds or near) else compute_seconds(model, N, inputs, make, fast_path=fast_path)
-    bits: float | None = astra.token_bits if astra else None
+    bits = astra.mean_bits(config.num_hidden_layers) if astra else None
     if near and astra:
-        bits = near.far_groups * astra.bits
+        bits = near.far_groups * astra.mean_bits(config.num_hidden_layers) / astra.groups
     if coded and coded.sorts(model.codec):
         bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {

@@ -32,6 +32,9 @@ class Args(DataArgs):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the finetuned checkpoint goes. Repeat the command to resume."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training()
+    coded_blocks: int | None = None
+    """Train for codes of the first so many blocks alone; the others go by what is predicted from these, which takes a
+    predictor. By default all blocks send codes."""
     augment: bool = True
     """Shift the images at random."""
     flip: bool = True
@@ -67,7 +70,7 @@ def main(args: Args) -> None:
     training = args.training
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
-    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
+    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype), coded_blocks=args.coded_blocks)
     iterator = training_batches(checkpoint, args)
     source = {
         "checkpoint": str(args.checkpoint),
@@ -75,6 +78,7 @@ def main(args: Args) -> None:
         "augment": args.augment,
         "flip": args.flip,
         "length": args.length,
+        "coded_blocks": args.coded_blocks,
     }
     model, done = train(
         checkpoint.model,

@@ -1,7 +1,9 @@
 """A stack of equal blocks: parameters are stacked on a leading axis L, and one scan runs them."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,30 +75,40 @@ def _unstack(stack: Array) -> Unstacked:
     return Unstacked(tuple(map(one, range(len(stack)))))
 
 
-def run_stack(
-    block: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, first_apart: bool = False
-) -> tuple[Any, Any]:
+Step = Callable[[Any, Any], tuple[Any, Any]]  # a block: (carry, its part of xs) -> (carry, report)
+
+
+def run_stack(parts: Sequence[tuple[Step, int]], carry: Any, xs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` over the blocks, whose weights are among `xs`; of `Unstacked` ones a loop instead.
 
     Args:
-      first_apart: whether the first block is given another kind of carry than the others.
+      parts: how blocks that follow each other are run, and how many; of one block also if it is given another kind of
+        carry than the others. Parts of none are left out.
     """
-    if not any(map(_is_unstacked, jax.tree.leaves(xs, is_leaf=_is_unstacked))):
-        if not first_apart:
-            return jax.lax.scan(block, carry, xs)
+    parts, reports = [part for part in parts if part[1]], []
+    ends = list(itertools.accumulate(count for _, count in parts))
+    if any(map(_is_unstacked, jax.tree.leaves(xs, is_leaf=_is_unstacked))):
+        for (block, count), end in zip(parts, ends, strict=True):
+            traced_once = jax.jit(block)
+            for number in range(end - count, end):
+                carry, report = traced_once(carry, _block_of(xs, number))
+                reports.append(report)
+        return carry, jax.tree.map(lambda *blocks: jnp.stack(blocks), *reports)
+    if len(parts) == 1:
+        return jax.lax.scan(parts[0][0], carry, xs)
 
-        def at(carry: Any, number: Any) -> tuple[Any, Any]:
-            # One by one: a scan over a part of the stack would copy nearly all of it first.
-            return block(carry, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), xs))
+    def at(block: Step, carry: Any, number: Any) -> tuple[Any, Any]:
+        # One by one: a scan over a part of the stack would copy nearly all of it first.
+        return block(carry, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), xs))
 
-        carry, first = block(carry, _block_of(xs, 0))
-        carry, rest = jax.lax.scan(at, carry, jnp.arange(1, length(xs)))
-        return carry, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
-    traced_once, reports = jax.jit(block), []
-    for number in range(length(xs)):
-        carry, report = traced_once(carry, _block_of(xs, number))
+    for (block, count), end in zip(parts, ends, strict=True):
+        if count == 1:
+            carry, report = block(carry, _block_of(xs, end - 1))
+            report = jax.tree.map(lambda a: a[None], report)
+        else:
+            carry, report = jax.lax.scan(partial(at, block), carry, jnp.arange(end - count, end))
         reports.append(report)
-    return carry, jax.tree.map(lambda *blocks: jnp.stack(blocks), *reports)
+    return carry, jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *reports)
 
 
 def length(xs: Any) -> int:
@@ -147,8 +159,8 @@ def scan_blocks(
     The carry of the scan is `(x, remote)`: `remote` is what the strategy keeps per token, at first what is known of it.
     """
     graphdef, state = nnx.split(blocks)
-
-    remote = strategy.start(blocks.attention.codec, side_info)
+    codec, L = blocks.attention.codec, length(state)
+    remote = strategy.start(codec, side_info)
 
     def one_block(strategy: Any, carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
         x, remote = carry
@@ -156,5 +168,6 @@ def scan_blocks(
         x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
         return (x, remote), report
 
-    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(length(state))))
+    coded = L if codec is None else min(codec.coded_blocks or L, L)
+    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(L)), coded)
     return x, reports
