@@ -36,7 +36,7 @@ def virtual(model, inputs, N, near):
     ("family", "astra", "N", "near"),
     [
         ("tiny_vit", NESTED, 4, TWO_HOMES),  # 25 patches
-        ("tiny_gpt2", IDS, 4, ONE_SLOW),
+        pytest.param("tiny_gpt2", IDS, 4, ONE_SLOW, marks=pytest.mark.slow),
         pytest.param("tiny_llama", dataclasses.replace(NESTED, **KV), 3, Near(((2, 0),), 3), marks=pytest.mark.slow),
         pytest.param("tiny_vit", LINEAR, 5, ONE_SLOW, marks=pytest.mark.slow),
         pytest.param(

@@ -88,13 +88,11 @@ ALL_TEXT = [(name, *mesh, site) for name, mesh, site in itertools.product(TEXT_M
 FAST_TEXT = [
     ("gpt2", 4, 2, HIDDEN),
     ("gpt2", 8, 1, KV),
-    ("gpt2 classifier", 3, 2, HIDDEN),
     ("llama", 2, 1, HIDDEN),
     ("llama", 3, 2, KV),
     ("llama classifier", 4, 2, KV),
     ("bert mean", 4, 2, KV),
     ("bert distributed", 3, 2, HIDDEN),
-    ("bert single", 8, 1, HIDDEN),
 ]
 
 

@@ -116,6 +116,7 @@ def four_codewords(tmp_path, tiny_vit):
     return str(tmp_path / "vit")
 
 
+@pytest.mark.slow
 def test_with_and_without_the_fast_path(tmp_path, four_codewords):
     """Measured here. Of 2 devices with 13 slots, tables save 4 R D^2 per block for 13 remote tokens; and 14 queries,
     with the class token, meet 4 codewords instead of 13 tokens, for 4 D each."""

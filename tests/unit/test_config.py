@@ -11,6 +11,24 @@ def test_a_code_takes_log2_of_k_bits(codewords, bits):
     assert AstraConfig(codewords=codewords).bits == bits
 
 
+@pytest.mark.parametrize(
+    ("options", "sending", "bits"),
+    [
+        ({}, 4, 20),
+        ({"coded_blocks": 3}, 3, 15),
+        ({"coded_blocks": 9}, 4, 20),
+        ({"side_info": "token-ids"}, 3, 20),  # of three blocks
+        ({"side_info": "token-ids", "coded_blocks": 2}, 1, 20 / 3),
+        ({"side_info": "token-ids", "coded_blocks": 1}, 0, 0),
+    ],
+)
+def test_bits_of_blocks_that_send_codes(options, sending, bits):
+    """Of four, with two groups."""
+    config = AstraConfig(groups=2, predictor="mlp", **options)
+    assert (config.sending(4), config.mean_bits(4)) == (sending, bits)
+    assert AstraConfig(groups=2, predictor="mlp", side_info="token-ids").mean_bits(1) == 0
+
+
 def test_the_width_of_a_group():
     assert AstraConfig(groups=32).group_width(768) == 24
     assert AstraConfig(groups=1).group_width(768) == 768
@@ -29,6 +47,8 @@ def test_the_width_of_a_group():
         ({"codewords": 131_072}, "codewords is 131072", "a power of two from 2 to 65536", "try 65536"),
         ({"site": "mlp"}, "site is 'mlp'", "one of", "hidden, kv"),
         ({"class_token": "twice"}, "class_token is 'twice'", "one of", "distributed, single"),
+        ({"coded_blocks": 0, "predictor": "mlp"}, "coded_blocks is 0", "at least 1", "none for all blocks"),
+        ({"coded_blocks": 2}, "coded_blocks", "not sent", "takes a predictor"),
     ],
 )
 def test_an_error_names_value_range_and_fix(wrong, value, allowed, fix):

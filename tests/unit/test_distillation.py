@@ -145,6 +145,7 @@ def test_the_loss_has_the_distances_with_their_weights(family):
 # --- the cuts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     lengths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     N=st.sampled_from([1, 2, 5]),
@@ -273,6 +274,7 @@ def whole_run(tiny_gpt2, tmp_path_factory) -> tuple[Path, Any, list[dict]]:
     return out, *fit(tiny_gpt2(CODES), ALL, out)
 
 
+@pytest.mark.slow
 def test_resuming_equals_never_stopping(whole_run, tiny_gpt2, tmp_path):
     """The teacher is the model from before the first step, also where the student has gone further."""
     out, model, log = whole_run

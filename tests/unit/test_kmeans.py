@@ -39,6 +39,7 @@ def test_error_never_rises_while_all_are_seen():
     assert np.all(np.diff([*np.asarray(error[-LAST:]), after]) <= 1e-6)
 
 
+@pytest.mark.slow
 def test_a_part_at_a_time_is_as_good_as_all():
     """With the same number of iterations the error is no more than a percent above."""
     y = jnp.asarray(np.random.default_rng(4).normal(size=(4096, 2, 4)).astype(np.float32))

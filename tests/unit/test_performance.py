@@ -155,6 +155,7 @@ def test_torch_and_start_rows_by_hand():
     assert second == {"start": "second", "measured s": 4.0, "least s": 3.0, "most s": 5.0}
 
 
+@pytest.mark.slow
 def test_a_share_of_a_block_and_its_attention_to_remote_tokens():
     row = share_row(VIT, 96, 4, CODEC, repeats=1)
     assert row["times faster than one device"] == pytest.approx(row["one device ms"] / row["fast path ms"])

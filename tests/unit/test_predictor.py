@@ -149,9 +149,11 @@ def test_the_first_block(tiny_gpt2, known):
     np.testing.assert_array_equal(codec.predict(Known(vectors if known else None), jnp.zeros_like), expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "codec", [{}, dict(codec="nested-pq", groups=2, widths=(8, 8), levels=(1, 1))], ids=["vq", "nested"]
+    "codec",
+    [{}, pytest.param(dict(codec="nested-pq", groups=2, widths=(8, 8), levels=(1, 1)), marks=pytest.mark.slow)],
+    ids=["vq", "nested"],
 )
 def test_training_predicts_better(tiny_gpt2, random_text, codec, kind):
     """Weights of predictors learn from what they did not expect."""
@@ -174,6 +176,7 @@ def test_training_predicts_better(tiny_gpt2, random_text, codec, kind):
     assert all(changed)
 
 
+@pytest.mark.slow
 def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
     astra = AstraConfig(groups=4, codewords=16, predictor="linear", side_info="token-ids")
     model, text = tiny_gpt2(astra, n_layer=3), random_text(24, 20)

@@ -146,6 +146,7 @@ def test_the_codec_is_as_its_configuration_says(fitted):
     assert made.model.codec.wire_bits(6) == 6 * 4 * 4
 
 
+@pytest.mark.slow
 def test_the_first_groups_are_a_coarser_code(fitted, tmp_path):
     made, astra, y, _ = fitted
     checkpoints.save(tmp_path / "all", made)
@@ -252,6 +253,7 @@ def test_every_level_codes_what_those_before_it_left(nested):
     np.testing.assert_allclose(codec.coordinates(z), u - left, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_level_is_as_good_as_a_codec_of_its_own(nested, tmp_path):
     """And more groups are better ones."""
     made, y = nested

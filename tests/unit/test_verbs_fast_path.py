@@ -82,6 +82,7 @@ def test_run_goes_on_with_the_same_text(place, made):
     assert fast["texts"] == plain["texts"] and fast["new_tokens"] == plain["new_tokens"] == [8]
 
 
+@pytest.mark.slow
 def test_eval_finds_the_same_perplexity(place, made):
     fast, plain = both(place, made, "eval", place / "gpt2", "--data", place / "text.txt", "--length", 32)
     for column in ("perplexity", "nats per token"):

@@ -24,6 +24,7 @@ def evaluate(place, *options):
     return json.loads(report.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_eval_finds_the_same_on_a_mesh_and_on_virtual_shards(place):
     """10 tokens: 2 groups of 4 bits are 10 bytes, to all, and the other 10 to the one that is near, in 2 blocks."""
     plain, mesh = evaluate(place, str(place / "plain"), str(place / "nested"), *NEAR)

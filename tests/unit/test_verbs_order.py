@@ -21,7 +21,7 @@ def evaluate(place, *options):
     return json.loads(report.read_text())["rows"]
 
 
-@pytest.mark.parametrize("virtual", [(), ("--virtual",)], ids=["mesh", "virtual"])
+@pytest.mark.parametrize("virtual", [pytest.param((), marks=pytest.mark.slow), ("--virtual",)], ids=["mesh", "virtual"])
 def test_eval_finds_the_same_perplexity_for_fewer_bits(place, virtual):
     """16 codes of 4 bits are 8 bytes, of 16 codewords in any order 31 bits: 4 bytes in each of 2 blocks."""
     (kept,) = evaluate(place, str(place / "one"), *virtual)

@@ -36,7 +36,7 @@ from train.recipes.kept import calibrated, evaluated, finetuned, short_name
 COMMAND = "python -m train.recipes.accuracy_per_bit"
 LOST = {"perplexity": "% above the original", "accuracy %": "points below the original"}  # metric -> column behind it
 # Options that do not change what a checkpoint or result of a given name in OUT is.
-FREE = ("out", "test", "groups", "codecs", "steps", "plot", "markdown", "json")
+FREE = ("out", "test", "groups", "codecs", "coded_blocks", "steps", "plot", "markdown", "json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,9 @@ class Args(DataArgs):
     """K: codewords per group."""
     site: Site = "hidden"
     """What is quantized."""
+    coded_blocks: Integers = ()
+    """Of nested-pq with a predictor also show what it reaches if the first so many blocks alone send codes, in as many
+    bits: half of the blocks twice as many groups."""
     devices: Integers = (4,)
     """N: devices to train for and to evaluate on, one after the other."""
     steps: int = 0
@@ -113,6 +116,8 @@ def check(args: Args) -> None:
         raise AstraError("--codecs and --groups are lists, such as --codecs vq,rotated-pq --groups 1,8,32")
     for name in args.codecs:
         codec_and_predictor(name)
+    for k in args.coded_blocks:
+        groups_of(k, "mlp", args)
     if args.plot:
         plots.check_plot(args.plot)
     if args.markdown:
@@ -130,12 +135,19 @@ def check(args: Args) -> None:
 
 
 def quality(
-    checkpoint: Path, N: int, args: Args, groups: int | None = None, loss: float | None = None
+    checkpoint: Path,
+    N: int,
+    args: Args,
+    groups: int | None = None,
+    loss: float | None = None,
+    coded_blocks: int | None = None,
 ) -> dict[str, Any]:
-    """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` alone, or under packet loss."""
+    """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` or `coded_blocks` alone, or
+    under packet loss."""
     metric = metric_of(args)
     found: dict[str, Any] = {}
     how = f"first{groups}-" * (groups is not None) + f"loss{loss}-" * (loss is not None)
+    how += f"blocks{coded_blocks}-" * (coded_blocks is not None)
     for test in args.test:
         result = args.out / f"{checkpoint.name}-N{N}-{how}{quote(test, safe='[:]')}.json"
         where = {"data": test, "split": "test"} if metric == "perplexity" else {"split": test}
@@ -144,6 +156,7 @@ def quality(
             devices=str(N),
             virtual=True,
             groups=() if groups is None else (groups,),
+            coded_blocks=coded_blocks,
             loss=loss,
             seeds=None if loss is None else 1,
             length=args.length,
@@ -177,10 +190,13 @@ def calibrated_one(name: str, G: int, args: Args) -> Path:
     )
 
 
-def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ...], **others: Any) -> Path:
+def finetuned_one(
+    checkpoint: Path, name: str, args: Args, shards: tuple[int, ...], coded_blocks: int | None = None, **others: Any
+) -> Path:
     """A checkpoint trained on so many virtual shards.
 
     Args:
+      coded_blocks: see `astra finetune`.
       others: further fields of `Training`.
     """
     training = Training(
@@ -193,7 +209,13 @@ def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ..
     )
     out = args.out / f"{name}-{args.steps}-steps"
     options = finetune.Args(
-        checkpoint=checkpoint, out=out, training=training, flip=args.flip, length=args.length, **args.source()
+        checkpoint=checkpoint,
+        out=out,
+        training=training,
+        flip=args.flip,
+        length=args.length,
+        coded_blocks=coded_blocks,
+        **args.source(),
     )
     return finetuned(options)
 
@@ -225,31 +247,48 @@ def coded(name: str, args: Args) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     further = {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "loss")}
 
-    def add(made: str, checkpoint: Path, N: int, groups: int | None = None) -> None:
-        rows.append({"made by": made, "codec": name, **quality(checkpoint, N, args, groups)})
+    def add(made: str, codec: str, checkpoint: Path, N: int, groups: int | None = None, k: int | None = None) -> None:
+        rows.append({"made by": made, "codec": codec, **quality(checkpoint, N, args, groups, coded_blocks=k)})
 
-    if codec_and_predictor(name)[0] == "nested-pq":
-        groups = tuple(sorted(args.groups))
-        console.rule(f"{name}, the first of {groups[-1]} groups")
-        checkpoints = {"calibrated": calibrated_one(name, groups[-1], args)}
-        if args.steps:
-            out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}"
-            start = checkpoints["calibrated"]
-            checkpoints["finetuned"] = finetuned_one(start, out, args, args.devices, groups=groups, **further)
-        for made, checkpoint in checkpoints.items():
-            for N in args.devices:
-                for m in groups:
-                    add(made, checkpoint, N, m)
+    codec, predictor = codec_and_predictor(name)
+    if codec == "nested-pq":
+        most = max(args.groups)
+        console.rule(f"{name}, the first of {most} groups")
+        start = calibrated_one(name, most, args)
+        for k in (None, *(args.coded_blocks if predictor != "none" else ())):
+            groups = groups_of(k, predictor, args)
+            label, short = (name, "") if k is None else (f"{name}, {k} blocks", f"-blocks{k}")
+            made = {"calibrated": start}
+            if args.steps and groups:
+                out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{short}"
+                made["finetuned"] = finetuned_one(start, out, args, args.devices, k, groups=groups, **further)
+            for how, checkpoint in made.items():
+                for N in args.devices:
+                    for m in groups:
+                        add(how, label, checkpoint, N, m, k)
         return rows
     for G in args.groups:
         console.rule(f"{name}, G={G}")
         start = calibrated_one(name, G, args)
         for N in args.devices:
-            add("calibrated", start, N)
+            add("calibrated", name, start, N)
             if args.steps:
                 plain = {} if name == "vq" else further
-                add("finetuned", finetuned_one(start, f"finetuned-{name}-G{G}-N{N}", args, (N,), **plain), N)
+                add("finetuned", name, finetuned_one(start, f"finetuned-{name}-G{G}-N{N}", args, (N,), **plain), N)
     return rows
+
+
+def groups_of(coded_blocks: int | None, predictor: str, args: Args) -> tuple[int, ...]:
+    """Groups of the blocks that send codes, so that all blocks have `args.groups` on average: as far as these are whole
+    numbers, and there are so many groups. Raises AstraError for more or fewer blocks than can send codes."""
+    G, L = sorted(args.groups), checkpoints.read_meta(args.original).config.num_hidden_layers
+    if coded_blocks is None:
+        return tuple(G)
+    known = int(predictor != "none" and is_text(args))  # the first block, which token ids say
+    if not known < coded_blocks <= L:
+        raise AstraError(f"--coded-blocks has {coded_blocks}; give numbers from {known + 1} to {L}")
+    sent, all_blocks = coded_blocks - known, L - known
+    return tuple(m * all_blocks // sent for m in G if m * all_blocks % sent == 0 and m * all_blocks // sent <= G[-1])
 
 
 def _list(numbers: tuple[int, ...]) -> str:

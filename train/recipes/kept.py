@@ -35,6 +35,8 @@ def _is_trained(options: finetune.Args) -> bool:
     if not (options.out / META).is_file():
         return False
     wanted = {name: getattr(options, name) for name in ("augment", "flip", "length")}
+    if options.coded_blocks is not None:  # checkpoints of before this option do not name it
+        wanted["coded_blocks"] = options.coded_blocks
     wanted |= {"checkpoint": str(options.checkpoint), **options.source(), **dataclasses.asdict(options.training)}
     made = checkpoints.read_meta(options.out).history[-1]
     return json.loads(json.dumps(wanted)).items() <= made.items()
