@@ -12,10 +12,22 @@ from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster, SlurmCluster
 from astra_jax.errors import AstraError
 from astra_jax.lifeline import BEAT_SECONDS
 
+
+class _OpenMpi(OmpiCluster):
+    """What the variables of all versions of Open MPI say. From 0.11 on JAX asks mpi4py under Open MPI 5 instead, which
+    need not be there: where host 0 is can be said by the user, and all else is in the variables."""
+
+    opt_in_only_method = True  # not for JAX to find
+
+    @classmethod
+    def _is_ompi_5(cls) -> bool:
+        return False
+
+
 # Variables that say who started this process as one of several, and what knows more: all processes of mpirun and srun
 # have them, and the pods of an indexed Kubernetes job.
 _CLUSTERS: dict[str, type[ClusterEnv]] = {
-    "OMPI_COMM_WORLD_SIZE": OmpiCluster,
+    "OMPI_COMM_WORLD_SIZE": _OpenMpi,
     "SLURM_STEP_NODELIST": SlurmCluster,
     "JOB_COMPLETION_INDEX": K8sCluster,
 }
