@@ -41,9 +41,10 @@ def parameters(model: Any) -> int:
 
 
 def compression(astra: AstraConfig, D: int, L: int) -> dict[str, Any]:
-    """Bits per token and block, and their ratio to the float32 embedding, D * 32 / (G log2 K)."""
+    """Bits per token and block, and their ratio to the float32 embedding, D * 32 / (G log2 K); none where token ids
+    alone are sent."""
     bits = astra.mean_bits(L)
-    return {"bits per token and block": bits, "compression ratio": D * 32 / bits}
+    return {"bits per token and block": bits, "compression ratio": D * 32 / bits if bits else None}
 
 
 def codebook_usage(model: Any) -> list[dict[str, Any]]:

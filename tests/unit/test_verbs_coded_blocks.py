@@ -7,6 +7,7 @@ import pytest
 import checkpoints
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
+from checkpoints.info import compression
 
 NESTED = dict(groups=4, codewords=16, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))
 FIRST = ("--coded-blocks", "1")
@@ -41,6 +42,19 @@ def test_run_sends_once(place):
     assert main(["run", str(place / "nested"), *given, *FIRST, "--json", str(report)]) == 0
     found = json.loads(report.read_text())
     assert found["new_tokens"] == [4] and found["code_bytes_per_prompt"] == 22
+
+
+def test_token_ids_alone(gpt2s):
+    """10 tokens of 16 bits, once; and in block 1 nothing is lost, as nothing is sent."""
+    place = gpt2s(ids=AstraConfig(**NESTED, predictor="mlp", rank=5, side_info="token-ids"))
+    (row,) = evaluate(place, str(place / "ids"), *FIRST)
+    assert [row[key] for key in ("G", "bits", "ratio", "bytes")] == [4, 0, None, 20]
+    (lossy,) = evaluate(place, str(place / "ids"), *FIRST, "--loss", "0.9", "--seeds", "1")
+    assert lossy["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
+    assert compression(AstraConfig(2, predictor="mlp", side_info="token-ids", coded_blocks=1), 16, 4) == {
+        "bits per token and block": 0,
+        "compression ratio": None,
+    }
 
 
 @pytest.mark.slow
