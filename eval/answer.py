@@ -145,8 +145,12 @@ class Answerer:
     def __init__(self, setup: Setup, report: Report):
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
         near = near_of(setup.near, setup.far_groups)
-        if near and setup.strategy != "astra":
-            raise AstraError(f"--near is about codes, which strategy {setup.strategy} does not send: leave it out")
+        about_codes = {"--near": near, "--groups": setup.groups, "--coded-blocks": setup.coded_blocks}
+        for option in (option for option, given in about_codes.items() if given is not None):
+            if setup.strategy != "astra":
+                raise AstraError(
+                    f"{option} is about codes, which strategy {setup.strategy} does not send: leave it out"
+                )
         if near and setup.on_failure == "shrink":
             raise AstraError("--near names hosts by numbers, which change with --on-failure shrink: use fail or single")
         self.mesh = cluster.open_mesh(

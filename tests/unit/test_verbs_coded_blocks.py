@@ -44,6 +44,13 @@ def test_run_sends_once(place):
     assert found["new_tokens"] == [4] and found["code_bytes_per_prompt"] == 22
 
 
+@pytest.mark.parametrize("options", [FIRST, ("--groups", "2")])
+def test_no_codes_are_sent_by_others(place, capsys, options):
+    assert main(["run", str(place / "nested"), "--prompt", "w1 w2", *options, "--strategy", "tp"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert f"{options[0]} is about codes, which strategy tp does not send" in said and "\n" not in said
+
+
 def test_token_ids_alone(gpt2s):
     """10 tokens of 16 bits, once; and in block 1 nothing is lost, as nothing is sent."""
     place = gpt2s(ids=AstraConfig(**NESTED, predictor="mlp", rank=5, side_info="token-ids"))
