@@ -94,7 +94,7 @@ def run_stack(parts: Sequence[tuple[Step, int]], carry: Any, xs: Any) -> tuple[A
                 carry, report = traced_once(carry, _block_of(xs, number))
                 reports.append(report)
         return carry, jax.tree.map(lambda *blocks: jnp.stack(blocks), *reports)
-    if len(parts) == 1:
+    if len(parts) == 1 and ends[0] > 1:
         return jax.lax.scan(parts[0][0], carry, xs)
 
     def at(block: Step, carry: Any, number: Any) -> tuple[Any, Any]:
