@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import functools
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,6 +64,9 @@ settings.register_profile("default", deadline=None, max_examples=20, derandomize
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# Traced and compiled programs are very many objects, most of which stay: to look for garbage among them as often as
+# Python does by itself takes a fifth of the time of tests.
+gc.set_threshold(100_000, 20, 100)
 
 # A script that runs tests in the background has them ignore Ctrl-C, and so would all that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
