@@ -181,7 +181,7 @@ class BlockParallel(Sharded):
     def messages(self, model: Any) -> list[Message]:
         return [Message("all-gather", self._slots * hidden_bits(model), self.exchanges)]
 
-    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded: int) -> Any:
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded_blocks: int) -> Any:
         (weights, numbers), n, N = xs, self.peers.index(), self.peers.N
 
         def weights_of(number: Array) -> Any:

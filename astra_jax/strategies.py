@@ -97,7 +97,7 @@ class Strategy:
     cached(block)                further sources of a block: keys and values of earlier calls
     local_mask()                 which local tokens a local query sees; None where all see all
     reduce(x)                    a layer's output from what the rows of its kernel that are here make of it
-    run_blocks(block, carry, xs, coded) the stack of blocks, of which the first `coded` send codes
+    run_blocks(block, carry, xs, coded_blocks) the stack of blocks, of which the first so many send codes
     pool(x, pooling)             the state that a head reads
     """
 
@@ -113,7 +113,7 @@ class Strategy:
     def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x
 
-    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded: int) -> Any:
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded_blocks: int) -> Any:
         """`run_stack` of `block(strategy, carry, xs)`, where xs = (weights, number) are of all L blocks."""
         return run_stack([(partial(block, self), length(xs))], carry, xs)
 
@@ -185,10 +185,11 @@ class Sharded(Strategy):
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Any, Any, Any]:
         return None, carry, None
 
-    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded: int) -> Any:
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded_blocks: int) -> Any:
+        """The first block apart, where it is given what is `Known` and no estimate; and those that send no codes."""
         speaking, quiet = partial(block, self), partial(block, dataclasses.replace(self, silent=True))
         first = int(isinstance(carry[1], Known))
-        silent = length(xs) - coded if self.coded else 0
+        silent = length(xs) - coded_blocks if self.coded else 0
         return run_stack([(speaking, first), (speaking, length(xs) - first - silent), (quiet, silent)], carry, xs)
 
     def local_mask(self) -> Bool[Array, "*B queries keys"] | None:

@@ -146,11 +146,9 @@ class Answerer:
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
         near = near_of(setup.near, setup.far_groups)
         about_codes = {"--near": near, "--groups": setup.groups, "--coded-blocks": setup.coded_blocks}
-        for option in (option for option, given in about_codes.items() if given is not None):
-            if setup.strategy != "astra":
-                raise AstraError(
-                    f"{option} is about codes, which strategy {setup.strategy} does not send: leave it out"
-                )
+        given = [option for option, value in about_codes.items() if value is not None]
+        if given and setup.strategy != "astra":
+            raise AstraError(f"{given[0]} is about codes, which strategy {setup.strategy} does not send: leave it out")
         if near and setup.on_failure == "shrink":
             raise AstraError("--near names hosts by numbers, which change with --on-failure shrink: use fail or single")
         self.mesh = cluster.open_mesh(

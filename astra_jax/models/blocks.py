@@ -168,6 +168,6 @@ def scan_blocks(
         x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
         return (x, remote), report
 
-    coded = L if codec is None else min(codec.coded_blocks or L, L)
-    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(L)), coded)
+    coded_blocks = L if codec is None else min(codec.coded_blocks or L, L)
+    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(L)), coded_blocks)
     return x, reports

@@ -127,7 +127,7 @@ def test_block_parallelism_is_sub_blocks_side_by_side(request, inputs_for, name,
     out = parallelize(model, make_mesh(N), STRATEGIES[strategy].of)(inputs)
 
     class ByHand(Single):
-        def run_blocks(self, block, carry, xs, coded):
+        def run_blocks(self, block, carry, xs, coded_blocks):
             x, numbers = carry[0], range(2)
             first, second = (block_at(model.blocks, number) for number in numbers)
             parts = jnp.split(x, N, axis=-1)

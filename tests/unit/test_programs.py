@@ -35,6 +35,15 @@ def test_the_folder_is_in_the_users_cache(monkeypatch, variables, expected):
     assert programs.folder() == Path(expected)
 
 
+@pytest.mark.parametrize("callbacks", [(), ([],)], ids=["JAX 0.11", "JAX 0.10"])
+def test_a_program_is_kept_as_jax_says_it(monkeypatch, callbacks):
+    """From 0.11 on without the callbacks that it has."""
+    kept = []
+    monkeypatch.setattr(programs.compilation_cache, "put_executable_and_time", lambda *given: kept.append(given))
+    programs._write(KEY, 60.0, "jit_run", "backend", "executable", *callbacks)
+    assert kept == [(KEY, "jit_run", "executable", "backend", 60)]
+
+
 def test_a_user_without_a_home_keeps_nothing(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where the user is in no list, either

@@ -1,6 +1,7 @@
 """How tokens are split over devices, and what is said when they cannot be."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -184,3 +185,13 @@ def test_a_mesh_of_too_many_devices():
     with pytest.raises(AstraError, match="9999 devices were asked for"):
         make_mesh(9999)
     assert make_mesh(8).size == 8  # the error leaves no trace
+
+
+def test_one_accelerator(monkeypatch):
+    """Programs are run on it alone, but are compiled for as many CPU devices as are asked for."""
+    cpu = jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: cpu if platform else [SimpleNamespace(platform="gpu")])
+    mesh = make_mesh(4, to_run=False)
+    assert mesh.shape[SEQ] == 4 and [device.platform for device in mesh.devices.flat] == ["cpu"] * 4
+    with pytest.raises(AstraError, match=r"JAX has 1 \(gpu\): use fewer, or set JAX_PLATFORMS=cpu, .* --virtual"):
+        make_mesh(4)
