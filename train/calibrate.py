@@ -5,6 +5,8 @@ accuracy that quantization costs.
 """
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,19 +24,20 @@ from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
 from astra_jax.predictor import Around, Known, Predictor, around
-from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, lookup, padded, usage
+from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
 from eval.data import DataArgs
 from train import rotation
 from train.data import sequences
-from train.kmeans import assign, kmeans
+from train.kmeans import kmeans
 from train.prediction import regress, train_mlp
 
 TOKENS_AT_ONCE = 2048
 SPARE = 2  # of so many tokens that the model sees one is clustered: more texts differ more, but take longer
-TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS, TRIAL_BATCHES = 4, 4096, 2, 2
+LATER = 4  # see `fit`
+TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS = 4, 4096, 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ def choose_widths(
     astra: AstraConfig,
     levels: tuple[int, ...],
     y: Float[np.ndarray, "L M D"],
-    batches: list[Any],
+    batch: Any,
     seed: int,
 ) -> AstraConfig:
     """The configuration of a codec with axes of its own: how many of them every group gets.
@@ -155,7 +158,7 @@ def choose_widths(
       astra: all but the widths, as of `vq`.
       levels: groups of every level of `nested-pq`; none for `rotated-pq`.
       y: from `capture`.
-      batches: some inputs of the model.
+      batch: what the model takes.
     """
     predictor = astra.predictor
     if predictor == "mlp":  # whose linear part will do for this
@@ -176,32 +179,33 @@ def choose_widths(
     tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
     if len(tries) == 1:
         return dataclasses.replace(tries[0], predictor=predictor)
-    distances: list[float] = []
+    exact, distances = head_input(source.model, batch, 1), list[float]()
     for one in tries:
         model = checkpoints.with_codebooks(source, one).model
         fit(model, y[:, : max(TRIAL_TOKENS, 2 * astra.codewords)], TRIAL_ITERATIONS, seed)
-        distances.append(distance(model, batches))
+        distances.append(distance(exact, head_input(model, batch, TRIAL_SHARDS)))
         if distances[-1] > min(distances):
             break
     return dataclasses.replace(tries[int(np.argmin(distances))], predictor=predictor)
 
 
-def distance(model: Any, batches: list[Any], N: int = TRIAL_SHARDS) -> float:
-    """How far what a model's head reads on N virtual shards is from what it reads on one device: the mean square of the
-    difference, over that of the latter."""
+def head_input(model: Any, batch: Any, N: int) -> Array:
+    """What a model's head reads, on N virtual shards or, for N = 1, one device at full precision."""
+    return _head_input(*nnx.split(model), batch, N)
 
-    @nnx.jit
-    def squares(model: Any, batch: Any) -> tuple[Array, Array]:
-        def run(strategy: Any) -> Array:
-            shards, tokens = strategy.shards, model.to_tokens(batch)
-            features, _ = model.features(shards.scatter(tokens), strategy)
-            return shards.gather(features, tokens.shape[1]) if model.per_token else features
 
-        exact = run(Single(model.shards(1, batch)))
-        return jnp.sum((run(Virtual(model.shards(N, batch))) - exact) ** 2), jnp.sum(exact**2)
+@partial(jax.jit, static_argnames=("graphdef", "N"))
+def _head_input(graphdef: Any, state: Any, batch: Any, N: int) -> Array:
+    model = nnx.merge(graphdef, state)
+    shards, tokens = model.shards(N, batch), model.to_tokens(batch)
+    features, _ = model.features(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))
+    return shards.gather(features, tokens.shape[1]) if model.per_token else features
 
-    found = [squares(model, batch) for batch in batches]
-    return float(sum(a for a, _ in found) / sum(b for _, b in found))
+
+def distance(exact: Float[Array, "*of D"], found: Float[Array, "*of D"]) -> float:
+    """How far what a model's head reads is from what it is to read: the mean square of the difference, over that of the
+    latter."""
+    return float(jnp.sum((found - exact) ** 2) / jnp.sum(exact**2))
 
 
 def _predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> Predictor:
@@ -232,7 +236,8 @@ class Errors(NamedTuple):
 
 def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S: int = 1) -> list[Errors]:
     """Finds the codecs of `model`, block after block, in place: predictors from the estimates of the block before, the
-    axes of rotated ones, and codewords by k-means along these.
+    axes of rotated ones, and codewords by k-means along these. Levels of nested codes after the first take a `LATER`-th
+    of the iterations: there are many, and what is left to them is nearly noise (our choice).
 
     Predictors of nested codes are to serve every number of levels, with one set of weights: each shard's estimates are
     made of a number of its own, the same in all blocks (our choice).
@@ -309,33 +314,48 @@ def _fit_block(
     codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
     codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
     codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
-    u = left = missing = np.asarray(codec.axes(rest))
+    u = left = np.asarray(codec.axes(rest))
+    missing = u.copy()
     for number, (level, widths, _) in enumerate(codec.each()):
-        left = left - _fit_codewords(level, left, widths, iterations, jax.random.fold_in(key, number))
-        missing = np.where(number < np.asarray(depth), left, missing)
+        steps = -(-iterations // LATER) if number else iterations
+        left = left - _fit_codewords(level, left, widths, steps, jax.random.fold_in(key, number), True)
+        np.copyto(missing, left, where=number < np.asarray(depth))
     best, estimate = (p + codec.from_coordinates(jnp.asarray(u - rest)) for rest in (left, missing))
     return best, estimate
 
 
 def _fit_codewords(
-    codec: VectorQuantizer, y: Float[np.ndarray, "M A"], widths: tuple[int, ...], iterations: int, key: Any
+    codec: VectorQuantizer,
+    y: Float[np.ndarray, "M A"],
+    widths: tuple[int, ...],
+    iterations: int,
+    key: Any,
+    principal: bool = False,
 ) -> Float[np.ndarray, "M A"]:
     """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for.
 
-    One group after the other, padded with zeros to few different widths: padding all to the widest is several times
-    the work where widths differ, and a program for every width takes its time to compile.
+    Every group by itself, padded with zeros to few different widths: padding all to the widest is several times the
+    work where widths differ, and a program for every width takes its time to compile.
 
     Args:
       widths: how many axes every group has, one behind the other. Axes behind the last group are in none.
+      principal: along these axes the vectors do not correlate, and have no mean.
     """
     C, share, estimate = np.zeros(codec.codebook.shape, np.float32), np.zeros(codec.count.shape), np.zeros_like(y)
-    places = zip(np.cumsum(widths), widths, jax.random.split(key, len(widths)), strict=True)
-    for g, (end, width, group_key) in enumerate(places):
+    variance = np.einsum("ma,ma->a", y, y) / len(y)
+
+    def one_group(g: int, end: int, width: int, group_key: Any) -> None:
         axes = slice(end - width, end)
-        u = np.pad(y[:, None, axes], ((0, 0), (0, 0), (0, _rounded(width) - width)))
-        *found, count = map(np.asarray, _kmeans(u, codec.codewords, iterations, group_key))
-        C[g, :, :width], estimate[:, axes] = (part[..., :width] for part in found)
-        share[g] = count / len(y)
+        spread = rotation.codeword_spread(variance[axes], codec.bits) if principal else np.ones(width)
+        padding = (0, 0), (0, _rounded(width) - width)
+        u, shrink = (jnp.asarray(np.pad(part, padding), jnp.float32) for part in (y[:, axes], spread[None]))
+        found = jax.device_get(kmeans(u[:, None], codec.codewords, iterations, group_key, shrink))
+        C[g, :, :width], estimate[:, axes] = found.codewords[0, :, :width], found.estimate[:, 0, :width]
+        share[g] = found.count[0] / len(y)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one alone leaves cores idle
+        places = range(len(widths)), np.cumsum(widths).tolist(), widths, jax.random.split(key, len(widths))
+        list(pool.map(one_group, *places))
     codec.codebook[...], codec.count[...], codec.total[...] = map(jnp.float32, (C, share, C * share[..., None]))
     rest = y - estimate
     codec.residual_mean[...], codec.residual_var[...] = padded(jnp.stack([rest.mean(0), rest.var(0)]), widths)
@@ -346,14 +366,6 @@ def _rounded(width: int) -> int:
     """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is no less."""
     step = max(1, 1 << (width - 1).bit_length() >> 2)
     return -(-width // step) * step
-
-
-@partial(jax.jit, static_argnames=("K", "iterations"))
-def _kmeans(u: Float[Array, "M 1 d"], K: int, iterations: int, key: Any) -> tuple[Array, Array, Array]:
-    """Codewords of one group [K,d], those that all vectors are nearest to [M,d], and how many are to each [K]."""
-    C, _ = kmeans(u, K, iterations, key)
-    z, count, _ = assign(u, C)
-    return C[0], lookup(C, z)[:, 0], count[0]
 
 
 def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M W"]) -> Errors:
@@ -370,6 +382,9 @@ def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M
 
 def main(args: Args) -> None:
     """Runs `astra calibrate`."""
+    for name in ("samples", "tokens", "iterations"):
+        if (value := getattr(args, name)) < 1:
+            raise AstraError(f"--{name} is {value}; it must be at least 1")
     report = Report("calibrate", args.json)
     astra = AstraConfig(
         *(args.groups, args.codewords, args.site, args.class_token),
@@ -387,7 +402,8 @@ def main(args: Args) -> None:
     y = capture(source.model, batches, args.tokens, args.seed, S)
     if args.codec != "vq":
         levels = doubling(args.groups) if args.codec == "nested-pq" else ()
-        astra = choose_widths(source, astra, levels, y, batches[-TRIAL_BATCHES:], args.seed)
+        trial = batches[-2:][0]  # the last may have few
+        astra = choose_widths(source, astra, levels, y, trial, args.seed)
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
     errors = fit(model, y, args.iterations, args.seed, S)

@@ -1,5 +1,8 @@
 """k-means: where codebooks start from."""
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -7,7 +10,23 @@ from jaxtyping import Array, Float, Int, Key
 from astra_jax.quantizer import lookup, nearest
 
 AT_ONCE = 1024  # vectors whose scores with all codewords are held at once: more leave a CPU's cache
-PARTS, ENOUGH, LAST = 4, 8, 4  # see `kmeans`
+PARTS, ENOUGH, LAST = 4, 8, 3  # see `kmeans`
+
+
+class Clusters(NamedTuple):
+    """What `kmeans` finds.
+
+    Attributes:
+      codewords: the means.
+      estimate: of every vector the codeword that is nearest.
+      count: how many vectors each codeword is nearest to.
+      errors: the mean squared error before every iteration.
+    """
+
+    codewords: Float[Array, "G K d"]
+    estimate: Float[Array, "M G d"]
+    count: Float[Array, "G K"]  # type: ignore[assignment]  # hides tuple.count
+    errors: Float[Array, "iterations"]
 
 
 def assign(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> tuple[Int[Array, "M G"], Array, Array]:
@@ -20,39 +39,53 @@ def assign(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> tuple[Int[Arra
 
 
 def kmeans(
-    y: Float[Array, "M G d"], K: int, iterations: int, key: Key[Array, ""]
-) -> tuple[Float[Array, "G K d"], Float[Array, "iterations"]]:
-    """Lloyd's algorithm in every group: codewords, and the mean squared error of every iteration.
+    y: Float[Array, "M G d"], K: int, iterations: int, key: Key[Array, ""], shrink: Float[Array, "G d"] | None = None
+) -> Clusters:
+    """Lloyd's algorithm in every group.
 
-    All but the last `LAST` iterations see a random part of the vectors, a `PARTS`-th of them if these are `ENOUGH` for
-    every codeword (our choice): half the work of seeing all, for about as small an error. The error never rises
+    All iterations but the last `LAST`-th of them see a random part of the vectors, a `PARTS`-th if these are `ENOUGH`
+    for every codeword (our choice): half the work of seeing all, for about as small an error. The error never rises
     while all are seen, but for the empty codewords, which start again from a random vector.
+
+    Args:
+      shrink: what random vectors are multiplied with to be codewords; by default they are as they are.
     """
-    M, G, _ = y.shape
+    M, G, d = y.shape
+    shrink = jnp.ones((G, d)) if shrink is None else shrink
     size = M // max(1, min(PARTS, M // (ENOUGH * K)))
+    first = iterations - -(-iterations // LAST) if size < M else 0
+    return _lloyd(y, *_rows(key, M, G, K, iterations, first, size), shrink)
+
+
+@partial(jax.jit, static_argnums=range(1, 7))
+def _rows(
+    key: Key[Array, ""], M: int, G: int, K: int, iterations: int, first: int, size: int
+) -> tuple[Int[Array, "I G K"], Int[Array, "F size"]]:
+    """Random numbers of vectors, a program of their own because it takes as long to compile as `_lloyd`, which every
+    width has one of: for all codewords at the start and those that are empty after an iteration, where one drawn twice
+    leaves a codeword empty, to be drawn again; and the parts that the first iterations see.
+    """
     start_key, *keys = jax.random.split(key, 1 + iterations)
+    part_keys, first_keys = jax.vmap(jax.random.split, out_axes=1)(jnp.stack(keys))
+    fresh = jnp.stack([start_key, *first_keys[:first], *keys[first:]])
+    starts = jax.lax.map(lambda key: jax.random.randint(key, (G, K), 0, M), fresh)
+    return starts, jax.lax.map(lambda key: jax.random.permutation(key, M)[:size], part_keys[:first])
 
-    def draw(key: Key[Array, ""]) -> Array:
-        """K random vectors for every group [G,K,d]. One drawn twice leaves a codeword empty, to be drawn again."""
-        rows = jax.random.randint(key, (G, K), 0, M)
-        return jax.vmap(lambda group, row: group[row], in_axes=(1, 0))(y, rows)
 
-    def step(before: Array, key: Key[Array, ""], seen: Array) -> tuple[Array, Array]:
+@jax.jit
+def _lloyd(
+    y: Float[Array, "M G d"], starts: Int[Array, "I G K"], parts: Int[Array, "F size"], shrink: Float[Array, "G d"]
+) -> Clusters:
+    def drawn(rows: Int[Array, "G K"]) -> Float[Array, "G K d"]:
+        return jax.vmap(lambda group, row, by: group[row] * by, in_axes=(1, 0, 0))(y, rows, shrink)
+
+    def step(before: Array, fresh: Array, seen: Array) -> tuple[Array, Array]:
         z, count, total = assign(seen, before)
-        C = jnp.where(count[..., None] > 0, total / jnp.maximum(count, 1.0)[..., None], draw(key))
+        C = jnp.where(count[..., None] > 0, total / jnp.maximum(count, 1.0)[..., None], drawn(fresh))
         return C, jnp.mean((seen - lookup(before, z)) ** 2)
 
-    def of_part(before: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
-        rows_key, key = jax.random.split(key)
-        return step(before, key, y[jax.random.permutation(rows_key, M)[:size]])
-
-    def of_all(before: Array, key: Key[Array, ""]) -> tuple[Array, Array]:
-        return step(before, key, y)
-
-    first = max(0, iterations - LAST) if size < M else 0
-    C, errors = draw(start_key), []
-    for one, some in ((of_part, keys[:first]), (of_all, keys[first:])):
-        if some:
-            C, error = jax.lax.scan(one, C, jnp.stack(some))
-            errors.append(error)
-    return C, jnp.concatenate(errors)
+    start, of_parts, of_all = jnp.split(starts, (1, 1 + len(parts)))
+    C, errors = jax.lax.scan(lambda C, rows: step(C, rows[0], y[rows[1]]), drawn(start[0]), (of_parts, parts))
+    C, last = jax.lax.scan(lambda C, fresh: step(C, fresh, y), C, of_all)
+    z, count, _ = assign(y, C)
+    return Clusters(C, lookup(C, z), count, jnp.concatenate([errors, last]))

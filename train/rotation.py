@@ -63,6 +63,16 @@ def axis_bits(variance: Float[np.ndarray, "W"], total: float) -> Float[np.ndarra
     return np.maximum(logs - high, 0)
 
 
+def codeword_spread(variance: Float[np.ndarray, "d"], bits: int) -> Float[np.ndarray, "d"]:
+    """How far codewords of so many bits lie from the mean along each axis, as a share of how far vectors do: by
+    rate-distortion theory `sqrt(1 - D / variance)` for Gaussian vectors, where D is what the code loses along the axis.
+
+    K-means that starts from vectors as they are finds few codewords that are of use where there are few bits for many
+    axes: most are so long that no vector but themselves is nearest to them.
+    """
+    return np.sqrt(1 - 4.0 ** -axis_bits(np.maximum(variance, np.finfo(np.float32).tiny), float(bits)))
+
+
 def pack(bits: Float[np.ndarray, "W"], G: int) -> tuple[int, ...]:
     """How many consecutive axes each of G groups gets, so that all have as many bits. Axes without any are left out.
 

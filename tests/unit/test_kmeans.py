@@ -15,7 +15,7 @@ def test_separated_clusters_are_found_exactly():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(2, 8, 3)) * 10
     y = np.stack([centres[g][rng.integers(0, 8, 4000)] for g in range(2)], axis=1).astype(np.float32)
-    C, error = kmeans(jnp.asarray(y), 8, 30, jax.random.key(0))
+    C, *_, error = kmeans(jnp.asarray(y), 8, 30, jax.random.key(0))
     assert float(error[-1]) < 1e-8
     for g in range(2):
         np.testing.assert_allclose(np.sort(np.asarray(C[g]), axis=0), np.sort(centres[g], axis=0), atol=1e-4)
@@ -23,7 +23,7 @@ def test_separated_clusters_are_found_exactly():
 
 def test_error_is_that_of_scikit_learn():
     y = np.random.default_rng(1).normal(size=(3000, 1, 4)).astype(np.float32)
-    _, error = kmeans(jnp.asarray(y), 16, 40, jax.random.key(0))
+    error = kmeans(jnp.asarray(y), 16, 40, jax.random.key(0)).errors
     theirs = KMeans(16, n_init=3, random_state=0).fit(y[:, 0]).inertia_ / y.size
     assert float(error[-1]) < 1.05 * theirs
 
@@ -32,11 +32,10 @@ def test_error_never_rises_while_all_are_seen():
     """Without empty codewords: always, where there are few vectors, and at the end, where a part was enough before."""
     rng = np.random.default_rng(2)
     few, many = (jnp.asarray(rng.normal(size=(M, 4, 2)).astype(np.float32)) for M in (100, 2000))
-    assert np.all(np.diff(np.asarray(kmeans(few, 8, 20, jax.random.key(3))[1])) <= 1e-6)
-    C, error = kmeans(many, 8, 20, jax.random.key(3))
-    z, *_ = assign(many, C)
-    after = float(jnp.mean((many - lookup(C, z)) ** 2))
-    assert np.all(np.diff([*np.asarray(error[-LAST:]), after]) <= 1e-6)
+    assert np.all(np.diff(np.asarray(kmeans(few, 8, 20, jax.random.key(3)).errors)) <= 1e-6)
+    found = kmeans(many, 8, 20, jax.random.key(3))
+    after = float(jnp.mean((many - found.estimate) ** 2))
+    assert np.all(np.diff([*np.asarray(found.errors[-20 // LAST :]), after]) <= 1e-6)
 
 
 @pytest.mark.slow
@@ -47,10 +46,17 @@ def test_a_part_at_a_time_is_as_good_as_all():
     def error(parts: int) -> float:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kmeans_module, "PARTS", parts)
-            C, _ = kmeans(y, 64, 10, jax.random.key(0))
-        return float(jnp.mean((y - lookup(C, assign(y, C)[0])) ** 2))
+            return float(jnp.mean((y - kmeans(y, 64, 10, jax.random.key(0)).estimate) ** 2))
 
     assert error(4) < 1.01 * error(1)
+
+
+def test_estimates_are_of_the_nearest_codewords():
+    y = jnp.asarray(np.random.default_rng(5).normal(size=(500, 2, 3)).astype(np.float32))
+    found = kmeans(y, 16, 5, jax.random.key(0))
+    z, count, _ = assign(y, found.codewords)
+    np.testing.assert_array_equal(found.estimate, lookup(found.codewords, z))
+    np.testing.assert_array_equal(found.count, count)
 
 
 @pytest.mark.parametrize(("M", "G"), [(50, 1), (50, 3), (AT_ONCE + 50, 2)])

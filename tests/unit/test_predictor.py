@@ -111,7 +111,7 @@ def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind
         base = tiny_gpt2(n_layer=3)
         source = checkpoints.Checkpoint("gpt2", base.config, None, None, None, {}, "float32", (), base)
         if codec == "rotated-pq":
-            astra = choose_widths(source, astra, (), y, [random_text(24)], 0)
+            astra = choose_widths(source, astra, (), y, random_text(24), 0)
         return [e.vector for e in fit(tiny_gpt2(astra, n_layer=3), y, 8, 0)]
 
     without, with_it = errors(plain), errors(dataclasses.replace(plain, predictor=kind))

@@ -20,7 +20,8 @@ from astra_jax.models.blocks import block_at
 from astra_jax.predictor import Known
 from astra_jax.quantizer import RotatedQuantizer, padded, unpadded
 from train import rotation
-from train.calibrate import choose_widths, distance, fit
+from train.calibrate import choose_widths, distance, fit, head_input
+from train.kmeans import kmeans
 
 RNG = np.random.default_rng(0)
 WIDTHS = (1, 2, 4)
@@ -93,6 +94,28 @@ def test_every_group_gets_axes_and_no_axis_is_lost(G, bits):
     assert sum(widths) == max(G, (bits > 0).sum())
 
 
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=30), st.integers(1, 12))
+def test_codewords_spread_as_far_as_their_bits_say(variance, bits):
+    """Along an axis of b bits `sqrt(1 - 4^-b)` as far as vectors, so that the vectors' variance is what codewords have
+    and what the code loses."""
+    variance = np.asarray(variance, np.float32)
+    spread = rotation.codeword_spread(variance, bits)
+    assert np.all((spread >= 0) & (spread <= 1))
+    if variance.min() > 0:
+        lost = 1 - spread.astype(np.float64) ** 2
+        np.testing.assert_allclose(-np.log2(np.maximum(lost, 1e-30)).sum() / 2, bits, rtol=1e-3)
+
+
+def test_few_bits_for_many_axes():
+    """K-means that starts from vectors as they are finds codewords that serve one vector each."""
+    y = jnp.asarray(RNG.normal(size=(2048, 1, 64)).astype(np.float32))
+    shrink = jnp.asarray(rotation.codeword_spread(np.asarray(y[:, 0].var(0)), 7)[None], jnp.float32)
+    as_they_are, shrunk = (kmeans(y, 128, 12, jax.random.key(0), by) for by in (None, shrink))
+    assert int((as_they_are.count <= 1).sum()) > 40 and int((shrunk.count <= 1).sum()) < 20
+    lost = [float(jnp.mean((found.estimate - y) ** 2)) for found in (as_they_are, shrunk)]
+    assert lost[1] < 0.98 * lost[0]
+
+
 def test_groups_have_about_as_many_bits():
     bits = rotation.axis_bits(2.0 ** -np.arange(40.0), 40.0)
     widths = rotation.pack(bits, 4)
@@ -128,7 +151,7 @@ def fitted(tiny_gpt2, random_text):
     source = checkpoints.Checkpoint("gpt2", plain.config, None, None, None, {}, "float32", (), tiny_gpt2())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotation, "SPREADS", (1.0,))  # activations that are not the model's do not tell which is best
-        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (), y, [random_text(24, 20)], 0)
+        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (), y, random_text(24, 20), 0)
     made = checkpoints.with_codebooks(source, astra)
     errors = [fit(model, y, 8, 0) for model in (made.model, plain)]
     return made, astra, y, errors
@@ -214,7 +237,7 @@ def test_training_leaves_axes_as_they_are_and_moves_codewords(fitted):
 def test_the_distance_to_one_device(tiny_gpt2, random_text):
     """Nothing where all codewords are exact, and more where they are further off."""
     text, model = random_text(24, 20), tiny_gpt2(AstraConfig(groups=4, codewords=16))
-    found = [distance(model, [text], N) for N in (1, 4)]
+    found = [distance(head_input(model, text, 1), head_input(model, text, N)) for N in (1, 4)]
     assert found[0] == 0 < found[1]
 
 
@@ -229,7 +252,7 @@ def nested(tiny_gpt2, random_text):
     source = checkpoints.Checkpoint("gpt2", tiny_gpt2().config, None, None, None, {}, "float32", (), tiny_gpt2())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotation, "SPREADS", (1.0,))
-        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (1, 1, 2), y, [random_text(24, 20)], 0)
+        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (1, 1, 2), y, random_text(24, 20), 0)
     made = checkpoints.with_codebooks(source, astra)
     fit(made.model, y, 8, 0)
     return made, y

@@ -278,6 +278,11 @@ BAD = {
         "calibrate {place}/original {place}/new {data} --groups 4 --tokens 100",
         "100 tokens are too few",
     ),
+    "no samples": (
+        "calibrate {place}/original {place}/new {data} --groups 4 --samples 0",
+        "--samples is 0; .* at least 1",
+    ),
+    "no iterations": ("calibrate {place}/original {place}/new {data} --groups 4 --iterations 0", "--iterations is 0; "),
     "a split that is not there": ("eval {place}/tuned {data} --split dev", "train"),
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
