@@ -151,7 +151,7 @@ class Lab:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Lab":
-        _check_machine()
+        check_machine()
         there = sorted(os.sched_getaffinity(0))
         cores = len(there)
         if self.cpu is not None and not self.hosts * self.cpu <= cores:
@@ -402,7 +402,8 @@ def _check_rate(rate: float) -> None:
         raise AstraError(f"a link of {rate:g} bits per second cannot be made: choose 1kbit to 10gbit")
 
 
-def _check_machine() -> None:
+def check_machine() -> None:
+    """Raises AstraError where no lab can be made: not Linux, not root, or a tool is missing."""
     if sys.platform != "linux":
         raise AstraError(f"the lab is made of Linux namespaces, and this is {sys.platform}: run it on Linux")
     if os.geteuid() != 0:

@@ -1,17 +1,21 @@
-"""Tests of the lab need root, and run one at a time on a machine."""
+"""Tests of the lab need root and its tools, which `.ci/run` installs, and run one at a time on a machine."""
 
-import os
 import socket
 import time
 
 import pytest
 
+from astra_jax.errors import AstraError
+from eval.lab import check_machine
+
 
 @pytest.fixture(scope="module", autouse=True)
 def alone():
     """Waits for other tests of the lab on this machine, of this run or another: there is one lab at a time."""
-    if os.geteuid() != 0:
-        pytest.skip("the lab makes network namespaces, which only root may")
+    try:
+        check_machine()
+    except AstraError as error:
+        pytest.skip(str(error))
     with socket.socket(socket.AF_UNIX) as lock:
         while True:
             try:
