@@ -318,7 +318,8 @@ def _fit_block(
     missing = u.copy()
     for number, (level, widths, _) in enumerate(codec.each()):
         steps = -(-iterations // LATER) if number else iterations
-        left = left - _fit_codewords(level, left, widths, steps, jax.random.fold_in(key, number), True)
+        of_level = jax.random.fold_in(key, number)
+        left = left - _fit_codewords(level, left, widths, steps, of_level, principal=True)
         np.copyto(missing, left, where=number < np.asarray(depth))
     best, estimate = (p + codec.from_coordinates(jnp.asarray(u - rest)) for rest in (left, missing))
     return best, estimate
