@@ -226,7 +226,8 @@ def with_codebooks(checkpoint: Checkpoint, astra: AstraConfig, dtype: Any = jnp.
     model = build(checkpoint.family, checkpoint.config, astra, dtype)
     parameters = flat_state(checkpoint.model, nnx.Param)
     flat = {
-        path: parameters[path] if path in parameters else jnp.zeros(empty.shape, empty.dtype)
+        # Zeros of numpy, because those of jax are a program to compile for every shape.
+        path: parameters[path] if path in parameters else jnp.asarray(np.zeros(empty.shape, empty.dtype))
         for path, empty in flat_state(model).items()
     }
     return dataclasses.replace(checkpoint, astra=astra, model=with_state(model, flat))

@@ -271,7 +271,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S
             errors.append(_errors(attention, best, sent))
             states.append(nnx.state(attention.codec))
             advance(error=errors[-1].key_value)
-    nnx.update(model.codec, jax.tree.map(lambda *blocks: jnp.stack(blocks), *states))
+    nnx.update(model.codec, jax.tree.map(lambda *blocks: jnp.asarray(np.stack(blocks)), *states))
     return errors
 
 

@@ -18,8 +18,9 @@ class Clusters(NamedTuple):
 
     Attributes:
       codewords: the means.
-      estimate: of every vector the codeword that is nearest.
-      count: how many vectors each codeword is nearest to.
+      estimate: of every vector the mean of its cluster in the last iteration: what its nearest codeword is, or a little
+        further, because the means have moved. To look for the nearest once more would take as long as an iteration.
+      count: how many vectors each codeword is the mean of.
       errors: the mean squared error before every iteration.
     """
 
@@ -79,13 +80,22 @@ def _lloyd(
     def drawn(rows: Int[Array, "G K"]) -> Float[Array, "G K d"]:
         return jax.vmap(lambda group, row, by: group[row] * by, in_axes=(1, 0, 0))(y, rows, shrink)
 
-    def step(before: Array, fresh: Array, seen: Array) -> tuple[Array, Array]:
-        z, count, total = assign(seen, before)
+    def step(C: Array, fresh: Array, seen: Array) -> tuple[Array, Array, Array, Array]:
+        z, count, total = assign(seen, C)
+        error = jnp.mean((seen - lookup(C, z)) ** 2)
         C = jnp.where(count[..., None] > 0, total / jnp.maximum(count, 1.0)[..., None], drawn(fresh))
-        return C, jnp.mean((seen - lookup(before, z)) ** 2)
+        return C, z, count, error
+
+    def see_part(C: Array, rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        C, _, _, error = step(C, rows[0], y[rows[1]])
+        return C, error
+
+    def see_all(found: tuple[Array, Array, Array], fresh: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        *after, error = step(found[0], fresh, y)
+        return tuple(after), error
 
     start, of_parts, of_all = jnp.split(starts, (1, 1 + len(parts)))
-    C, errors = jax.lax.scan(lambda C, rows: step(C, rows[0], y[rows[1]]), drawn(start[0]), (of_parts, parts))
-    C, last = jax.lax.scan(lambda C, fresh: step(C, fresh, y), C, of_all)
-    z, count, _ = assign(y, C)
+    C, errors = jax.lax.scan(see_part, drawn(start[0]), (of_parts, parts))
+    none = jnp.zeros(y.shape[:2], jnp.int32), jnp.zeros(C.shape[:2])
+    (C, z, count), last = jax.lax.scan(see_all, (C, *none), of_all)
     return Clusters(C, lookup(C, z), count, jnp.concatenate([errors, last]))
