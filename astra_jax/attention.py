@@ -75,10 +75,12 @@ def attend(query: Float[Array, "B S H E"], source: Source) -> Partial:
 
 
 def _attend_by_head(query: Float[Array, "B S H E"], source: Source) -> Partial:
-    """`attend` for a CPU: the queries of one key/value head at a time, whose scores stay in the cache."""
+    """`attend` for a CPU: the queries of one key/value head at a time, whose scores stay in the cache. A backward pass
+    computes them again, which takes less time than to have kept those of all heads and blocks."""
     B, S, H, E = query.shape
     J = source.key.shape[2]
 
+    @jax.checkpoint
     def one_head(head: tuple[Array, Array, Array]) -> Partial:
         q, k, v = head
         return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None]))

@@ -150,3 +150,16 @@ def test_many_scores_are_computed_head_by_head(monkeypatch, heads, kv_heads, sha
         # A new function every time, or jax.jit would remember the program.
         results.append(jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1, 2)))(*inputs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_a_backward_pass_keeps_no_scores(monkeypatch):
+    """But for those of the head that it is at: the program has no room for all."""
+    heads, length, width = 16, 256, 4
+    monkeypatch.setattr("astra_jax.attention.SCORES", 0)
+    inputs = [jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32)] * 3
+
+    def loss(query, key, value):
+        return (merge([attend(query, Source(key, value, None))]) ** 2).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * heads * length**2
