@@ -91,8 +91,8 @@ def _lloyd(
         return C, error
 
     def see_all(found: tuple[Array, Array, Array], fresh: Array) -> tuple[tuple[Array, Array, Array], Array]:
-        *after, error = step(found[0], fresh, y)
-        return tuple(after), error
+        C, z, count, error = step(found[0], fresh, y)
+        return (C, z, count), error
 
     start, of_parts, of_all = jnp.split(starts, (1, 1 + len(parts)))
     C, errors = jax.lax.scan(see_part, drawn(start[0]), (of_parts, parts))
