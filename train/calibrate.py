@@ -248,7 +248,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S
       S: tokens of a shard in y.
 
     Returns:
-      Every block's errors.
+      Every block's errors; without a predictor of the last clusters of k-means, which are a little more (see `kmeans`).
 
     Raises:
       AstraError: there are fewer tokens than codewords.
@@ -295,6 +295,7 @@ def _fit_block(
       depth: how many levels of a token's codes come.
     """
     codec, p = attention.codec, jnp.zeros(sent.shape[1])
+    settle = astra.predictor != "none"  # the next block goes on from what devices will have
     if astra.predictor != "none":
         if before is None:
             codec.predictor.bias[...] = sent.mean(0)
@@ -309,7 +310,7 @@ def _fit_block(
     rest = sent - p
     if not isinstance(codec, RotatedQuantizer):
         widths = (codec.width // codec.groups,) * codec.groups
-        estimate = p + _fit_codewords(codec, np.asarray(rest), widths, iterations, key)
+        estimate = p + _fit_codewords(codec, np.asarray(rest), widths, iterations, key, settle)
         return estimate, estimate
     axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
     codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
@@ -320,7 +321,7 @@ def _fit_block(
     for number, (level, widths, _) in enumerate(codec.each()):
         steps = -(-iterations // LATER) if number else iterations
         of_level = jax.random.fold_in(key, number)
-        left = left - _fit_codewords(level, left, widths, steps, of_level, principal=True)
+        left = left - _fit_codewords(level, left, widths, steps, of_level, settle, principal=True)
         np.copyto(missing, left, where=number < np.asarray(depth))
     best, estimate = (p + codec.from_coordinates(jnp.asarray(u - rest)) for rest in (left, missing))
     return best, estimate
@@ -332,9 +333,11 @@ def _fit_codewords(
     widths: tuple[int, ...],
     iterations: int,
     key: Any,
+    settle: bool,
     principal: bool = False,
 ) -> Float[np.ndarray, "M A"]:
-    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for.
+    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for, to the letter if
+    `settle` (see `kmeans`).
 
     Every group by itself, padded with zeros to few different widths: padding all to the widest is several times the
     work where widths differ, and a program for every width takes its time to compile.
@@ -351,7 +354,7 @@ def _fit_codewords(
         spread = rotation.codeword_spread(variance[axes], codec.bits) if principal else np.ones(width)
         padding = (0, 0), (0, _rounded(width) - width)
         u, shrink = (jnp.asarray(np.pad(part, padding), jnp.float32) for part in (y[:, axes], spread[None]))
-        found = jax.device_get(kmeans(u[:, None], codec.codewords, iterations, group_key, shrink))
+        found = jax.device_get(kmeans(u[:, None], codec.codewords, iterations, group_key, shrink, settle))
         C[g, :, :width], estimate[:, axes] = found.codewords[0, :, :width], found.estimate[:, 0, :width]
         share[g] = found.count[0] / len(y)
 

@@ -18,9 +18,9 @@ class Clusters(NamedTuple):
 
     Attributes:
       codewords: the means.
-      estimate: of every vector the mean of its cluster in the last iteration: what its nearest codeword is, or a little
-        further, because the means have moved. To look for the nearest once more would take as long as an iteration.
-      count: how many vectors each codeword is the mean of.
+      estimate: of every vector the codeword that is nearest; unsettled the mean of its cluster in the last iteration,
+        than which another may be a little nearer by now.
+      count: how many vectors each codeword is nearest to; unsettled the mean of.
       errors: the mean squared error before every iteration.
     """
 
@@ -40,7 +40,12 @@ def assign(y: Float[Array, "M G d"], C: Float[Array, "G K d"]) -> tuple[Int[Arra
 
 
 def kmeans(
-    y: Float[Array, "M G d"], K: int, iterations: int, key: Key[Array, ""], shrink: Float[Array, "G d"] | None = None
+    y: Float[Array, "M G d"],
+    K: int,
+    iterations: int,
+    key: Key[Array, ""],
+    shrink: Float[Array, "G d"] | None = None,
+    settle: bool = True,
 ) -> Clusters:
     """Lloyd's algorithm in every group.
 
@@ -50,12 +55,14 @@ def kmeans(
 
     Args:
       shrink: what random vectors are multiplied with to be codewords; by default they are as they are.
+      settle: in the end look once more for every vector's nearest codeword, which takes as long as an iteration that
+        sees all. The codewords are the same without.
     """
     M, G, d = y.shape
     shrink = jnp.ones((G, d)) if shrink is None else shrink
     size = M // max(1, min(PARTS, M // (ENOUGH * K)))
     first = iterations - -(-iterations // LAST) if size < M else 0
-    return _lloyd(y, *_rows(key, M, G, K, iterations, first, size), shrink)
+    return _lloyd(y, *_rows(key, M, G, K, iterations, first, size), shrink, settle)
 
 
 @partial(jax.jit, static_argnums=range(1, 7))
@@ -73,9 +80,13 @@ def _rows(
     return starts, jax.lax.map(lambda key: jax.random.permutation(key, M)[:size], part_keys[:first])
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="settle")
 def _lloyd(
-    y: Float[Array, "M G d"], starts: Int[Array, "I G K"], parts: Int[Array, "F size"], shrink: Float[Array, "G d"]
+    y: Float[Array, "M G d"],
+    starts: Int[Array, "I G K"],
+    parts: Int[Array, "F size"],
+    shrink: Float[Array, "G d"],
+    settle: bool,
 ) -> Clusters:
     def drawn(rows: Int[Array, "G K"]) -> Float[Array, "G K d"]:
         return jax.vmap(lambda group, row, by: group[row] * by, in_axes=(1, 0, 0))(y, rows, shrink)
@@ -98,4 +109,6 @@ def _lloyd(
     C, errors = jax.lax.scan(see_part, drawn(start[0]), (of_parts, parts))
     none = jnp.zeros(y.shape[:2], jnp.int32), jnp.zeros(C.shape[:2])
     (C, z, count), last = jax.lax.scan(see_all, (C, *none), of_all)
+    if settle:
+        z, count, _ = assign(y, C)
     return Clusters(C, lookup(C, z), count, jnp.concatenate([errors, last]))
