@@ -1,5 +1,6 @@
 """Text <-> token ids, by the tokenizer that came with a checkpoint (`transformers`, without torch)."""
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,26 +15,55 @@ FILES = (
 )
 
 
+def own_class(folder: Path) -> str | None:
+    """The class, of code in the folder or elsewhere, that a tokenizer_config.json asks for (`auto_map`); None for none.
+
+    Raises:
+      AstraError: the file cannot be read.
+    """
+    where = folder / "tokenizer_config.json"
+    if not where.is_file():
+        return None
+    try:
+        auto_map = json.loads(where.read_text(encoding="utf8")).get("auto_map")
+        names = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise AstraError(f"{where}: is not valid JSON, or no object: is the file damaged?") from error
+    names = names if isinstance(names, list) else [names]
+    return next((str(name) for name in reversed(names) if name), None)
+
+
 class Tokenizer:
     """The tokenizer in a folder. No code of the folder is run, and nothing is downloaded.
+
+    Where a folder asks for code of its own, its tokenizer.json is read as what it is: all that such a file says is done
+    by the library that reads it.
 
     Args:
       folder: holds some of `FILES`, and config.json where these do not say what kind of tokenizer they are.
       vocab_size: V of the model.
 
     Raises:
-      AstraError: there is no tokenizer, it cannot be read, or it has ids that the model has no embedding for.
+      AstraError: there is no tokenizer, it cannot be read (not without code of its own, say), or it has ids that the
+        model has no embedding for.
     """
 
     def __init__(self, folder: Path, vocab_size: int):
         if not any((folder / name).is_file() for name in FILES):
             raise AstraError(f"{folder}: has no tokenizer.json or other tokenizer file: copy the model's into it")
+        if (code := own_class(folder)) and not (folder / "tokenizer.json").is_file():
+            raise AstraError(
+                f"{folder}: the tokenizer is code of its own ({code}), which is never run: save it as a tokenizer.json "
+                "with transformers, if its class can, and put that beside it"
+            )
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it comments on a missing torch and on config.json, which do not matter here
         try:
-            from transformers import AutoTokenizer  # takes over a second: only for those who read text
+            # takes over a second: only for those who read text
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-            self._inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            kind: Any = PreTrainedTokenizerFast if code else AutoTokenizer
+            self._inner = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
             reason = str(error).strip().split("\n")[0][:160]
             raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error

@@ -21,6 +21,7 @@ import tyro
 
 import checkpoints
 from astra_jax.console import Report, progress
+from astra_jax.tokenizer import own_class
 from checkpoints import huggingface
 from checkpoints.info import parameters
 from checkpoints.keys import classifies
@@ -45,6 +46,12 @@ def main(args: Args) -> None:
     checkpoint = folder.checkpoint
     if checkpoint.tokenizer_files is not None:
         checkpoint.tokenizer  # noqa: B018  # raises unless it can be read and is this model's
+        if code := own_class(checkpoint.tokenizer_files):
+            report.say(
+                f"note: the tokenizer asks for code of its own ({code}), which is never run; its tokenizer.json is "
+                "read instead",
+                tokenizer_code=code,
+            )
     with contextlib.closing(folder.parts(progress)) as parts:
         checkpoints.save(args.out, checkpoint, parts)
     count, config = parameters(checkpoint.model), checkpoint.config

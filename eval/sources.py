@@ -74,11 +74,13 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
             raise AstraError(f"--separator: {source} is no text file: a row is a document there; leave the option out")
         if loader == "imagefolder" and path.is_dir():
             # All splits, not only the wanted one: together they say which classes there are.
-            return datasets.load_dataset(loader, data_files=files, split=split)
+            return datasets.load_dataset(loader, data_files=files, split=split, trust_remote_code=False)
         if loader == "parquet" or path.is_file():
             # load_dataset(name, split=...) would download every split; a parquet file names its classes by itself.
-            return datasets.load_dataset(loader, data_files=wanted, features=features, split=split, **options)
-        return datasets.load_dataset(str(path) if path.is_dir() else source, split=split)
+            return datasets.load_dataset(
+                loader, data_files=wanted, features=features, split=split, **options, trust_remote_code=False
+            )
+        return datasets.load_dataset(str(path) if path.is_dir() else source, split=split, trust_remote_code=False)
 
 
 @contextmanager
@@ -114,7 +116,9 @@ def _documents(files: dict[str, list[str]], split: str, separator: str | None) -
     if separator == "":
         raise AstraError("--separator is empty: write what separates documents, or leave the option out")
     # utf-8-sig: some editors put an invisible mark before UTF-8 text.
-    whole = datasets.load_dataset("text", data_files=files, sample_by="document", encoding="utf-8-sig")
+    whole = datasets.load_dataset(
+        "text", data_files=files, sample_by="document", encoding="utf-8-sig", trust_remote_code=False
+    )
     documents = {
         name: [
             document.strip()

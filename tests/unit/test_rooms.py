@@ -21,6 +21,8 @@ COLLECTIVES = {
     "all_gather", "all_to_all", "axis_index", "axis_size", "pbroadcast", "pmax", "pmean", "pmin", "ppermute",
     "pshuffle", "psum", "psum_scatter", "pswapaxes", "ragged_all_to_all",
 }  # fmt: skip
+# What runs code of a repository, or asks whether it may, unless `trust_remote_code` says no.
+ASK = {"from_pretrained", "from_config", "load_dataset", "pipeline"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -53,10 +55,13 @@ def test_collectives_live_in_one_file(path):
 
 @each_file
 def test_nothing_runs_code_from_a_file(path):
-    """No pickle, and no code from the hub."""
+    """No pickle, and no code from the hub: where a library could run it, or ask on the terminal, it is told not to."""
     tree = ast.parse(path.read_text())
     assert not {name.split(".")[0] for name in imports(tree)} & {"pickle", "cloudpickle", "dill", "joblib", "marshal"}
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"]
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        decided = [ast.unparse(word.value) for word in call.keywords if word.arg == "trust_remote_code"]
+        assert decided == ["False"] * (name in ASK or bool(decided)), ast.unparse(call)
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg == "allow_pickle" and n.value.value]
 
 

@@ -1,12 +1,17 @@
 """Tokenizers: what is read from a folder, and that text comes out piece by piece as it would in one go."""
 
+import io
+import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astra_jax.cli import main
 from astra_jax.errors import AstraError
 from astra_jax.tokenizer import Tokenizer
 
@@ -103,17 +108,88 @@ def test_a_damaged_tokenizer(word_tokenizer, tmp_path, damage):
     assert "the tokenizer cannot be read" in one_line(tmp_path)
 
 
-def test_no_code_of_the_folder_is_run(tmp_path, word_tokenizer):
-    (tmp_path / "tokenizer.json").write_bytes((word_tokenizer(5) / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}'
-    )
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    try:
-        Tokenizer(tmp_path, 9)
-    except AstraError as error:
-        assert "cannot be read" in str(error)
+CODE = {"tokenizer_class": "XTok", "auto_map": {"AutoTokenizer": ["tokenization_x.XTok", "tokenization_x.XTok"]}}
+
+
+@pytest.fixture
+def with_code(monkeypatch):
+    """Makes a tokenizer's folder ask for code of its own, which leaves a file where it was run; whoever asks on the
+    terminal is answered yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
+
+    def change(folder, **settings):
+        (folder / "tokenizer_config.json").write_text(json.dumps(CODE | settings))
+        (folder / "tokenization_x.py").write_text(
+            f"open({str(folder / 'ran')!r}, 'w')\n"
+            "from transformers import PreTrainedTokenizerFast\nclass XTok(PreTrainedTokenizerFast): pass\n"
+        )
+
+    yield change
+    assert sys.stdin.tell() == 0, "somebody asked a question on the terminal"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": None, "auto_map": ["tokenization_x.XTok", None]},
+        {"auto_map": {"AutoTokenizer": [None, "some/repository--tokenization_x.XTok"]}},
+        {"trust_remote_code": True},
+    ],
+)
+@pytest.mark.parametrize(
+    "config", ["{}", '{"model_type": "llama"}', '{"auto_map": {"AutoConfig": "tokenization_x.XTok"}}']
+)
+def test_a_tokenizer_of_its_own_code_is_read_without(with_code, tmp_path, word_tokenizer, config, settings):
+    plain = word_tokenizer(5, special=True)
+    shutil.copy(plain / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with_code(tmp_path, **settings)
+    assert Tokenizer(tmp_path, 9).encode("w0 w4 nothing") == Tokenizer(plain, 9).encode("w0 w4 nothing")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_of_its_own_code_is_not_run(with_code, tmp_path, word_tokenizer):
+    shutil.copytree(word_tokenizer(5), tmp_path, dirs_exist_ok=True)
+    with_code(tmp_path, auto_map={})
+    (tmp_path / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "tokenization_x.XTok"}}')
+    assert Tokenizer(tmp_path, 9).encode("w0") == [4]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_is_nothing_but_code_is_refused(with_code, tmp_path):
+    with_code(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[UNK]\nw0\n")
+    assert "code of its own (tokenization_x.XTok), which is never run: save it as a tokenizer.json" in one_line(
+        tmp_path
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "\xff", "[" * 10**5])
+def test_damaged_settings_of_a_tokenizer(tmp_path, word_tokenizer, content):
+    shutil.copytree(word_tokenizer(5), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_bytes(content.encode("latin1"))
+    assert "tokenizer_config.json: is not valid JSON, or no object: is the file damaged?" in one_line(tmp_path)
+
+
+def test_no_verb_runs_code_of_a_tokenizer(with_code, gpt2s, word_tokenizer, capsys):
+    """Neither one that reads somebody's folder, nor one that reads a checkpoint which has got such files."""
+    folder = gpt2s(plain=None)
+    assert main(["export", str(folder / "plain"), str(folder / "hf")]) == 0
+    with_code(folder / "hf")
+    assert main(["convert", str(folder / "hf"), str(folder / "out")]) == 0
+    assert not (folder / "hf" / "ran").exists()
+    assert "tokenization_x.XTok" in capsys.readouterr().out
+    (files,) = (folder / "plain").glob("tokenizer*")
+    with_code(files)
+    for request in (
+        ["run", "--prompt", "w1 w2", "--max-new-tokens", "1"],
+        ["eval", "--data", str(folder / "text.txt")],
+    ):
+        assert main([request[0], str(folder / "plain"), *request[1:], "--devices", "1"]) == 0
+    assert not (files / "ran").exists()
 
 
 def test_a_tokenizer_of_another_model(word_tokenizer):
