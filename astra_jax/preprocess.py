@@ -2,9 +2,9 @@
 
 import dataclasses
 import io
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from astra_jax.errors import AstraError
 
 CONFIG_FILE = "preprocessor_config.json"
-MAX_PIXELS = 89_478_485  # Pillow's own threshold of suspicion: 256 MiB as RGB
+MAX_PIXELS = 89_478_485  # of a picture: Pillow's own threshold of suspicion, 256 MiB as RGB
+MAX_BYTES = 2**30  # of a picture's file
+CHUNK = 2**18  # bytes that are read at a time
+MAX_INPUT_PIXELS = 2**24  # of what a model gets: 4,096 x 4,096, far more than any ViT takes
+# Pillow's formats that are read. It knows forty: some start other programs (EPS), most hardly anybody uses or tests.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+# The endings of their files, in small letters.
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 # What a file that leaves a field out means. Both families resize to exactly `size`; DeiT then cuts out the middle.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,6 +71,19 @@ class ImageProcessor:
                 )
         if any(std <= 0 for std in self.image_std):
             raise AstraError(f"{CONFIG_FILE}: image_std is {list(self.image_std)}; every value must be above 0")
+        if self.do_rescale and self.rescale_factor <= 0:
+            raise AstraError(f"{CONFIG_FILE}: rescale_factor is {self.rescale_factor}; it must be above 0")
+        if not np.isfinite(self._scale_and_shift()).all():
+            raise AstraError(
+                f"{CONFIG_FILE}: rescale_factor {self.rescale_factor}, image_mean {list(self.image_mean)} and "
+                f"image_std {list(self.image_std)} make numbers beyond float32: correct them"
+            )
+        for field, (height, width) in (("size", self.size), ("crop_size", self.crop_size or (1, 1))):
+            if height * width > MAX_INPUT_PIXELS:
+                raise AstraError(
+                    f"{CONFIG_FILE}: {field} is {height} x {width} (height x width); at most {MAX_INPUT_PIXELS:,} "
+                    "pixels, such as 4096 x 4096, are read: correct it"
+                )
         if self.crop_size is not None and (self.crop_size[0] > self.size[0] or self.crop_size[1] > self.size[1]):
             raise AstraError(
                 f"{CONFIG_FILE}: crop_size {list(self.crop_size)} is larger than size {list(self.size)} (height, width)"
@@ -100,7 +123,7 @@ class ImageProcessor:
             if not isinstance(given.get(key, False), bool):
                 raise AstraError(f"{CONFIG_FILE}: {key} is {given[key]!r}; it must be true or false")
 
-        if given["resample"] not in set(Image.Resampling):
+        if isinstance(given["resample"], bool) or given["resample"] not in list(Image.Resampling):
             allowed = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in sorted(Image.Resampling))
             raise AstraError(f"{CONFIG_FILE}: resample is {given['resample']!r}; it must be one of {allowed}")
 
@@ -167,15 +190,21 @@ class ImageProcessor:
         self, pixels: UInt8[np.ndarray, "B height width channels"]
     ) -> Float[np.ndarray, "B height width channels"]:
         """The second half of `__call__`: 0..255 -> float32 `(pixels * rescale_factor - mean) / std`."""
-        mean = np.asarray(self.image_mean if self.do_normalize else [0.0] * self.channels)
-        std = np.asarray(self.image_std if self.do_normalize else [1.0] * self.channels)
-        scale, shift = (self.rescale_factor if self.do_rescale else 1.0) / std, mean / std
+        scale, shift = self._scale_and_shift()
         # NumPy is ten times slower where the innermost axis has 3 elements: compute whole rows of pixels.
         width = pixels.shape[2]
         rows = pixels.reshape(-1, width * self.channels)
-        result = np.multiply(rows, np.tile(scale.astype(np.float32), width), dtype=np.float32)
-        result -= np.tile(shift.astype(np.float32), width)
+        result = np.multiply(rows, np.tile(scale, width), dtype=np.float32)
+        result -= np.tile(shift, width)
         return result.reshape(pixels.shape)
+
+    def _scale_and_shift(self) -> Float[np.ndarray, "2 channels"]:
+        """What pixels are multiplied by, and what is then taken from them, in float32."""
+        mean = np.asarray(self.image_mean if self.do_normalize else [0.0] * self.channels)
+        std = np.asarray(self.image_std if self.do_normalize else [1.0] * self.channels)
+        with np.errstate(all="ignore"):
+            scale, shift = (self.rescale_factor if self.do_rescale else 1.0) / std, mean / std
+            return np.stack([scale, shift]).astype(np.float32)
 
 
 def decode_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
@@ -186,16 +215,16 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str | None = None
       name: what error messages call it; the path by default.
 
     Raises:
-      AstraError: missing, not an image, truncated, corrupt, too large, or more than 8 bits per channel.
+      AstraError: missing, not an image in one of `FORMATS`, truncated, corrupt, too large, or more than 8 bits per
+        channel.
     """
     if name is None:
         name = "image" if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else _content(source, name)
+    if len(data) > MAX_BYTES:
+        raise AstraError(f"{name}: has more than {MAX_BYTES:,} bytes: make the picture smaller")
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise AstraError(f"{name}: cannot be read ({error.strerror}): check the path") from error
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:  # the header alone: a small file can claim to be enormous
             raise Image.DecompressionBombError
         image.load()
@@ -203,11 +232,26 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str | None = None
     except Image.DecompressionBombError as error:
         raise AstraError(f"{name}: has more than {MAX_PIXELS:,} pixels: make the picture smaller") from error
     except UnidentifiedImageError as error:
-        raise AstraError(f"{name}: not an image in a format that Pillow reads: replace or remove it") from error
+        raise AstraError(
+            f"{name}: not an image of a known format ({', '.join(FORMATS)}): replace or remove it"
+        ) from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, IndexError, ...
         raise AstraError(f"{name}: a damaged image ({_first_line(error)}): replace or remove it") from error
     _check_depth(image, name)
     return image
+
+
+def _content(path: str | os.PathLike[str], name: str) -> bytes:
+    """A file's bytes, of which hardly more are read than a picture may have: a device has no end."""
+    data = bytearray()
+    try:
+        with Path(path).open("rb") as file:
+            while len(data) <= MAX_BYTES and (part := file.read(CHUNK)):
+                data += part
+            return bytes(data)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise AstraError(f"{name}: cannot be read ({reason}): check the path") from error
 
 
 def _as_pillow(image: Image.Image | np.ndarray) -> Image.Image:
@@ -253,9 +297,16 @@ def _pixels(value: Any, field: str) -> tuple[int, int]:
 def _numbers(value: Any, field: str) -> tuple[float, ...]:
     """A list of numbers, or one number for all three channels."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
-    if any(isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) for v in values):
+    if not all(map(_is_number, values)):
         raise AstraError(f"{CONFIG_FILE}: {field} is {value!r}; it must be made of finite numbers")
     return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can be: whole numbers there have no largest one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # false for NaN, too
 
 
 def _first_line(error: BaseException) -> str:

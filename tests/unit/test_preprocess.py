@@ -240,6 +240,53 @@ def test_decode_missing_file_and_folder(tmp_path):
             decode_image(path)
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "MPO"])
+def test_formats_that_are_read(format):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), "white").save(file, format)  # MPO: two pictures in a JPEG file, as telephones write
+    assert decode_image(file.getvalue()).size == (6, 5)
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICNS", "TGA", "PCX", "SGI", "ICO", "JPEG2000"])
+def test_formats_that_are_not_read(format, monkeypatch):
+    """Least of all by another program: Pillow looks for Ghostscript where it meets EPS."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, format)
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **options: pytest.fail("started a program"))
+    with pytest.raises(AstraError, match="^row 7: not an image of a known format"):
+        decode_image(file.getvalue(), "row 7")
+
+
+def test_pictures_without_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(preprocess, "MAX_BYTES", 2**20)
+    with pytest.raises(AstraError, match="^/dev/zero: has more than 1,048,576 bytes"):
+        decode_image("/dev/zero")
+    with pytest.raises(AstraError, match="cannot be read"):
+        decode_image("a\0b")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"size": 10**8}, "size is 100000000 x 100000000 .* at most 16,777,216 pixels"),
+        ({"size": {"height": 1, "width": 10**8}}, "size is 1 x 100000000"),
+        ({"size": {"height": 10**400, "width": 1}}, "pixels, such as 4096 x 4096"),
+        ({"image_std": [1e-320] * 3}, "beyond float32"),
+        ({"image_mean": [1e308] * 3}, "beyond float32"),
+        ({"image_mean": [10**400] * 3}, "image_mean is .* finite numbers"),
+        ({"rescale_factor": 0}, "rescale_factor is 0"),
+        ({"rescale_factor": -1}, "rescale_factor is -1"),
+        ({"resample": [2]}, r"resample is \[2\]"),
+        ({"resample": True}, "resample is True"),
+    ],
+)
+def test_numbers_without_sense(change, message):
+    with pytest.raises(AstraError, match=f"^preprocessor_config.json: .*{message}") as error:
+        ImageProcessor.from_hf(VIT | change)
+    assert "\n" not in str(error.value)
+    assert ImageProcessor.from_hf(VIT | {"size": 4096}).size == (4096, 4096)
+
+
 def test_decompression_bomb(monkeypatch):
     # the header claims 30,000 x 30,000 pixels; the file has 1 kB
     header = png(Image.new("1", (1, 1)))
