@@ -1,7 +1,6 @@
 """What a verb prints: tables, notes and progress for people, the same as JSON for machines."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from astra_jax.errors import AstraError
+from astra_jax.files import STDOUT, check_output, write_output
 
 
 def _console(stderr: bool) -> Console:
@@ -47,14 +46,18 @@ class Report:
 
     Args:
       verb: name of the verb, the first field of the JSON.
-      path: where the JSON goes; None for nowhere.
+      path: where the JSON goes; None for nowhere. With `-`, stdout, all else goes to stderr.
+
+    Raises:
+      AstraError: the JSON could not be written there.
     """
 
     def __init__(self, verb: str, path: Path | None = None):
         self.path = path
         self.data: dict[str, Any] = {"verb": verb}
-        if path is not None and not path.parent.is_dir():
-            raise AstraError(f"--json {path}: the folder {path.parent} does not exist: create it first")
+        console.stderr = path == STDOUT  # which then is the JSON's alone
+        if path is not None:
+            check_output("--json", path)
 
     def say(self, text: str, **values: Any) -> None:
         """Prints a line; `values` are what it says, for machines."""
@@ -73,7 +76,7 @@ class Report:
     def close(self) -> None:
         """Writes the JSON file, whole or not at all."""
         if self.path is not None and not console.quiet:
-            write_atomically(self.path, json.dumps(self.data, indent=2) + "\n")
+            write_output(self.path, json.dumps(self.data, indent=2) + "\n")
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -95,16 +98,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old content or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import contextlib
 import os
 import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax._src import compilation_cache, compiler, config  # JAX has no public wa
 from jax._src.compilation_cache_interface import CacheInterface
 
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically
 
 MOST_BYTES = 1 << 28  # our choice: a program takes 2 to 70 KiB on a CPU
 
@@ -55,14 +55,7 @@ class Programs(CacheInterface):
             if not self._tidy:
                 self._tidy = True
                 self._remove_oldest()
-            handle, temporary = tempfile.mkstemp(prefix=".", dir=self._path)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(value)
-                os.replace(temporary, self._file(key))
-            except BaseException:
-                os.unlink(temporary)
-                raise
+            write_atomically(self._file(key), value)
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}-cache"

@@ -1,11 +1,9 @@
 """Reading and writing files that people hand us: every failure is an AstraError of one line."""
 
 import contextlib
-import errno
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from astra_jax.errors import AstraError
+from astra_jax.files import replacing
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,12 +46,8 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
     """
     for name in names:
         if (source / name).is_file():
-            temporary = target / f".{name}.{os.getpid()}"
-            try:
+            with replacing(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-                os.replace(temporary, target / name)
-            finally:
-                temporary.unlink(missing_ok=True)
         else:
             (target / name).unlink(missing_ok=True)
 
@@ -73,32 +68,6 @@ def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
     if not folder.is_dir():
         raise AstraError(f"{folder}: is a file; the output must be a folder: choose another name")
     return all(any(fnmatchcase(entry.name, pattern) for pattern in but_for) for entry in folder.iterdir())
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind `error`, also where a library wrapped it and only the text is left."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with the disk while `path` is written into an AstraError."""
-    try:
-        yield
-    except AstraError:
-        raise
-    except Exception as error:
-        if is_disk_full(error):
-            raise AstraError(f"{path}: the disk is full: free some space and repeat the command") from error
-        if isinstance(error, OSError):
-            raise AstraError(f"{path}: cannot be written: {error.strerror or error}") from error
-        raise
 
 
 @contextmanager

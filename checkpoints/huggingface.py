@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -20,11 +19,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
+from astra_jax.files import is_disk_full, replacing, write_atomically, writing
 from astra_jax.tokenizer import FILES
 from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields, sentence_files
-from checkpoints.files import copy_files, is_disk_full, is_empty, is_plain_name, read_json, writing
+from checkpoints.files import copy_files, is_empty, is_plain_name, read_json
 from checkpoints.keys import (
     FAMILIES,
     Family,
@@ -366,14 +365,10 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
     }
     if hasattr(checkpoint.config, "pooling") and checkpoint.config.task == "embedding":
         contents |= sentence_files(checkpoint.config)
-    temporary = out / f".{WEIGHTS}.{os.getpid()}"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(out / WEIGHTS) as temporary:
             save_file(dict(tensors_of(checkpoint, dtype)), temporary, metadata=MARK)
-            os.replace(temporary, out / WEIGHTS)
-        finally:
-            temporary.unlink(missing_ok=True)
         for name, content in contents.items():
             if content is not None:
                 (out / name).parent.mkdir(exist_ok=True)

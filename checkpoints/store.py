@@ -24,11 +24,11 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from astra_jax.config import AstraConfig, from_dict
-from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically, writing
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.tokenizer import FILES, Tokenizer
-from checkpoints.files import copy_files, is_empty, is_plain_name, quiet, read_json, writing
+from checkpoints.files import copy_files, is_empty, is_plain_name, quiet, read_json
 from checkpoints.keys import FAMILIES, build, config_class, flat_state, with_state
 from checkpoints.parts import Part, assemble, cut, outline
 

@@ -30,8 +30,9 @@ from jax.experimental import multihost_utils
 from astra_jax.arguments import Integers, Numbers, Texts
 from astra_jax.cluster import open_mesh
 from astra_jax.config import Site
-from astra_jax.console import Report, progress, write_atomically
+from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
+from astra_jax.files import check_output, write_output
 from astra_jax.hosts import Hosts
 from astra_jax.parallel import STRATEGIES, Make, make_of
 from astra_jax.sharding import make_mesh
@@ -221,7 +222,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_output(path, text.getvalue())
 
 
 def check(args: Args) -> None:
@@ -235,8 +236,8 @@ def check(args: Args) -> None:
     if args.device_profile and args.save_profile:
         raise AstraError("--save-profile measures this machine, and --device-profile is not to: give one of them")
     for option, path in (("--csv", args.csv), ("--save-profile", args.save_profile)):
-        if path is not None and not path.parent.is_dir():
-            raise AstraError(f"{option} {path}: the folder {path.parent} does not exist: create it first")
+        if path is not None:
+            check_output(option, path)
     if args.plot:
         plots.check_plot(args.plot)
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from astra_jax.config import from_dict
-from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
-from checkpoints.files import read_json, writing
+from astra_jax.files import write_output
+from checkpoints.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +55,4 @@ def read_profile(path: Path) -> DeviceProfile:
 
 def write_profile(path: Path, profile: DeviceProfile) -> None:
     """Writes a profile as JSON. Raises AstraError where the file cannot be written."""
-    with writing(path):
-        write_atomically(path, json.dumps(dataclasses.asdict(profile), indent=2) + "\n")
+    write_output(path, json.dumps(dataclasses.asdict(profile), indent=2) + "\n")

@@ -15,8 +15,9 @@ from typing import Any
 import tyro
 
 from astra_jax.cli import guarded
-from astra_jax.console import Report, write_atomically
+from astra_jax.console import Report
 from astra_jax.errors import AstraError
+from astra_jax.files import write_output
 from astra_jax.sharding import make_mesh
 from eval.costs import share_flops
 from eval.network import Link, exchange_seconds, parse_rate
@@ -166,7 +167,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def insert(path: Path, name: str, text: str, command: str = "make paper") -> None:
     """Puts a text between a command's two marks of that name in a file. Raises AstraError where they are not there."""
     before, after = around_marks(path, name, command)
-    write_atomically(path, f"{before}{text}\n{after}")
+    write_output(path, f"{before}{text}\n{after}")
 
 
 def around_marks(path: Path, name: str, command: str) -> tuple[str, str]:

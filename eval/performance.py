@@ -38,8 +38,9 @@ import checkpoints
 from astra_jax.attention import Partial, attend
 from astra_jax.cli import guarded
 from astra_jax.config import AstraConfig
-from astra_jax.console import Report, write_atomically
+from astra_jax.console import Report
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies import Remote
 from eval import encoding, plots

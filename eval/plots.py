@@ -1,5 +1,6 @@
 """Plots of what the verbs print. Needs no display."""
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from astra_jax.errors import AstraError
+from astra_jax.files import check_output, write_output
 from eval.network import parse_rate
 
 
@@ -17,8 +19,14 @@ def check_plot(path: Path) -> None:
     """Raises AstraError, before any work, if a plot cannot be written there."""
     if path.suffix not in (".png", ".svg"):
         raise AstraError(f"--plot {path}: write a .png or a .svg file")
-    if not path.parent.is_dir():
-        raise AstraError(f"--plot {path}: the folder {path.parent} does not exist: create it first")
+    check_output("--plot", path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, dpi=110, format=path.suffix.removeprefix("."))
+    write_output(path, content.getvalue())
 
 
 def metric_and_latency(
@@ -62,8 +70,7 @@ def metric_and_latency(
     right.set_ylabel(f"predicted latency of one {what} (ms)")
     if right.lines:
         right.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def speed_up(cells: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) -> None:
@@ -86,8 +93,7 @@ def speed_up(cells: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) 
     axes.set_xlabel("link (Mbps)")
     axes.set_ylabel("times faster than one device")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def measured_and_predicted(rows: Sequence[dict[str, Any]], rates: Sequence[str], path: Path) -> None:
@@ -112,8 +118,7 @@ def measured_and_predicted(rows: Sequence[dict[str, Any]], rates: Sequence[str],
     axes.set_xlabel("link (Mbps)")
     axes.set_ylabel("latency (s): measured, and predicted (dashed)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:
@@ -132,8 +137,7 @@ def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set_xlabel("times faster than one device")
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:
@@ -169,8 +173,7 @@ def quality_over_bits(rows: Sequence[dict[str, Any]], metrics: Sequence[str], pa
         if len(Ns) > 1:
             axes.set_title(f"{N} devices")
     panels[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def remote_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -185,8 +188,7 @@ def remote_attention(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("remote tokens")
     axes.set_ylabel(f"attention of {rows[0]['local tokens']:,} tokens to them, in one block (ms)")
     axes.legend()
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _how(row: dict[str, Any]) -> str:

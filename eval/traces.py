@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from astra_jax.console import write_atomically
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically
 from astra_jax.strategies import Message
 from eval.network import Counting, link_bits
 

@@ -26,11 +26,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically, writing
 from astra_jax.predictor import Prediction
 from astra_jax.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.sharding import DATA, Shards
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
-from checkpoints.files import quiet, writing
+from checkpoints.files import quiet
 from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss
 
@@ -418,7 +419,7 @@ class Journal:
         lines = path.read_text(encoding="utf8").splitlines() if step and path.exists() else []
         # A killed run may have logged steps beyond its last saved state, and half a line.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf8")
 
     def write(self, values: dict[str, Any]) -> None:

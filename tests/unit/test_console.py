@@ -1,10 +1,11 @@
 """Reports say the same to people and to machines."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from astra_jax.console import Report, progress, write_atomically
+from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 
 
@@ -38,15 +39,14 @@ def test_a_report_into_no_folder_is_refused_at_the_start(tmp_path):
         Report("work", tmp_path / "none" / "report.json")
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "half \ud800")
-    assert path.read_text() == "old"
-    write_atomically(path, "new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_report_to_stdout_is_alone_there(capsys):
+    report = Report("work", Path("-"))
+    report.say("half a line", half=0.5)
+    report.close()
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"verb": "work", "half": 0.5} and err == "half a line\n"
+    Report("work").say("another")
+    assert capsys.readouterr().out == "another\n"
 
 
 def test_progress_advances():

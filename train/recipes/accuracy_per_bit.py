@@ -24,8 +24,9 @@ import checkpoints
 from astra_jax.arguments import Integers, Texts
 from astra_jax.cli import guarded
 from astra_jax.config import Codec, Site, codec_and_predictor
-from astra_jax.console import Report, console, write_atomically
+from astra_jax.console import Report, console
 from astra_jax.errors import AstraError
+from astra_jax.files import write_atomically
 from eval import evaluate, plots
 from eval.data import DataArgs
 from eval.paper import around_marks, insert, markdown

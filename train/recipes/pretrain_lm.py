@@ -18,7 +18,8 @@ from flax import nnx
 
 import checkpoints
 from astra_jax.cli import guarded
-from astra_jax.console import console, write_atomically
+from astra_jax.console import console
+from astra_jax.files import write_atomically
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.sharding import make_mesh
 from astra_jax.tokenizer import Tokenizer

@@ -16,8 +16,9 @@ import tyro
 
 import checkpoints
 from astra_jax.cli import guarded
-from astra_jax.console import console, progress, write_atomically
+from astra_jax.console import console, progress
 from astra_jax.errors import AstraError
+from astra_jax.files import check_output, write_output
 from astra_jax.generate import Continuation, Generator, Sampling
 from astra_jax.sharding import make_mesh
 from astra_jax.text import pad
@@ -43,6 +44,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Runs the recipe."""
+    check_output("OUT", args.out)
     checkpoint = checkpoints.load(args.checkpoint)
     tokenizer = checkpoint.tokenizer
     begin = tokenizer.encode("") or list(checkpoint.eos_ids[:1])
@@ -63,7 +65,7 @@ def main(args: Args) -> None:
                     break
             texts += [row.text.strip() for row in rows]
             advance(args.batch_size)
-    write_atomically(args.out, SEPARATOR.join(texts[: args.texts]) + "\n")
+    write_output(args.out, SEPARATOR.join(texts[: args.texts]) + "\n")
     console.print(f"wrote {args.texts:,} texts to {args.out}", markup=False)
 
 

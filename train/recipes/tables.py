@@ -19,7 +19,8 @@ import tyro
 from astra_jax.arguments import Integers
 from astra_jax.cli import guarded
 from astra_jax.config import ClassToken
-from astra_jax.console import Report, console, write_atomically
+from astra_jax.console import Report, console
+from astra_jax.files import write_atomically
 from astra_jax.sharding import make_mesh
 from eval import evaluate
 from eval.data import DataArgs
