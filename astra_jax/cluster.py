@@ -12,8 +12,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxlib import _jax
 
+from astra_jax.agreement import Same
 from astra_jax.collectives import Peers
 from astra_jax.console import be_quiet, print_table
 from astra_jax.errors import AstraError
@@ -44,6 +46,7 @@ _XLA_FLAGS = (
     f" --xla_cpu_collective_call_warn_stuck_timeout_seconds={GIVE_UP_SECONDS}"
 )
 
+_NO_PROXY = "no_grpc_proxy"  # gRPC knows it in small letters alone
 VERDICT_SECONDS = 1.5  # what the lifeline may take to say which host is gone, after an error that does not
 QUEUE_BITS = 8 << 16  # what may wait before a link, and a sign of life behind it
 
@@ -136,17 +139,25 @@ def _meet(mesh: Mesh) -> None:
         os.close(output)
 
 
-def join(hosts: Hosts, devices: int | None = None, checkpoints: Sequence[Path] = (), policy: Policy = "fail") -> int:
+def join(
+    hosts: Hosts,
+    devices: int | None = None,
+    checkpoints: Sequence[Path] = (),
+    policy: Policy = "fail",
+    same: Same = dict,
+) -> int:
     """Makes this process one of several hosts, before JAX starts its backend. Waits until all of them are there.
 
-    Before, it is checked that they reach each other and have the same versions and checkpoints (`preflight`). From then
-    on a host that is gone ends the others with one line, or they begin anew without it (`lifeline`).
+    Before, it is checked that they reach each other, and that code, settings, options, inputs and checkpoints are the
+    same (`preflight`, `agreement`). From then on a host that is gone ends the others with one line, or they begin anew
+    without it (`lifeline`).
 
     Args:
       hosts: which hosts, and which of them this is.
       devices: how many devices all CPU hosts have together; None for one each.
       checkpoints: what will be loaded.
       policy: what happens when a host is gone; host 0 decides for all.
+      same: finds out what else has to be the same on all hosts, such as options and inputs.
 
     Returns:
       The number of this host; 0 where there is one host only.
@@ -175,28 +186,52 @@ def join(hosts: Hosts, devices: int | None = None, checkpoints: Sequence[Path] =
         raise AstraError(f"--devices {devices} cannot be shared equally by {were} hosts: use a multiple of them")
     jax.config.update("jax_num_cpu_devices", share)
     address, port = parse_address(hosts.coordinator, hosts.insecure_public)
-    _membership = _gather(hosts, checkpoints, policy, were)
+    _membership = _gather(hosts, checkpoints, policy, were, same)
     atexit.register(_at_exit)
     _abort_slowly()
     _gloo_at(_membership.address)
-    jax.distributed.initialize(
-        coordinator_address=f"{address}:{port + 1}",
-        num_processes=hosts.hosts,
-        process_id=hosts.host,
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=GIVE_UP_SECONDS,
-        coordinator_bind_address=f"{address}:{port + 1}",  # JAX by itself takes all addresses of the host
-    )
+    _past_proxies(address)
+    with _within(max(hosts.start_seconds, hosts.patience), f"JAX did not connect the hosts at {address}:{port + 1}"):
+        jax.distributed.initialize(
+            coordinator_address=f"{address}:{port + 1}",
+            num_processes=hosts.hosts,
+            process_id=hosts.host,
+            cluster_detection_method="deactivate",
+            initialization_timeout=GIVE_UP_SECONDS,
+            heartbeat_timeout_seconds=GIVE_UP_SECONDS,
+            coordinator_bind_address=f"{address}:{port + 1}",  # JAX by itself takes all addresses of the host
+        )
     return hosts.host
 
 
-def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int) -> Membership:
+def _past_proxies(address: str) -> None:
+    """Lets gRPC, by which JAX connects the hosts, go to host 0 straight, as the preflight did. Only gRPC reads these
+    variables; those that others read, as downloads do, stay."""
+    without = os.environ.get(_NO_PROXY) or os.environ.get("no_proxy")
+    os.environ[_NO_PROXY] = f"{without},{address}" if without else address
+    os.environ.pop("GRPC_ADDRESS_HTTP_PROXY", None)
+    jax.config.update("jax_check_proxy_envs", False)  # or JAX warns of the others
+
+
+@contextlib.contextmanager
+def _within(seconds: float, otherwise: str) -> Iterator[None]:
+    """Ends this host, and so all, where what is done within takes longer; XLA by itself aborts with pages of logs."""
+    timer = threading.Timer(seconds, lambda: abandon(f"{otherwise} within {seconds:g} s: is a firewall between them?"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int, same: Same) -> Membership:
     """Meets the other hosts at host 0, to stay connected with them."""
     assert hosts.coordinator is not None
     again = partial(_begin_again, hosts.coordinator, were)
     own = own_address(*parse_address(hosts.coordinator, hosts.insecure_public))
     if hosts.host:
-        line, verdict = take_part(hosts, checkpoints)
+        line, verdict = take_part(hosts, checkpoints, same)
         if verdict["do"] == "again":
             again(verdict["why"], int(verdict["hosts"]), int(verdict["host"]))
         if verdict["do"] == "end":
@@ -204,7 +239,7 @@ def _gather(hosts: Hosts, checkpoints: Sequence[Path], policy: Policy, were: int
         slow = QUEUE_BITS / number(verdict.get("rate"), 1, 1e15)
         to_host_0 = Lifeline({0: line}, hosts.host, hosts.patience + slow, again=again)
         return Membership(to_host_0, hosts.coordinator, own, Findings(), slow)
-    gathered = gather(hosts, checkpoints, BRIEFLY)
+    gathered = gather(hosts, checkpoints, BRIEFLY, same)
     findings, others = gathered.findings, [member for member in gathered.members if member.about.host]
     if why := "; ".join(findings.problems):
         if policy != "fail" and len(findings.problems) == len(gathered.absent):
@@ -276,19 +311,20 @@ def open_mesh(
     checkpoints: Sequence[Path] = (),
     policy: Policy = "fail",
     to_run: bool = True,
+    same: Same = dict,
 ) -> Mesh:
     """The mesh that `--devices` picks, on this host or on several, of which only host 0 prints and writes from now on.
 
     Args:
       devices: N or DxN; None for all that several hosts have, or else for `default`.
-      checkpoints, policy: see `join`.
+      checkpoints, policy, same: see `join`.
       to_run: see `astra_jax.sharding.make_mesh`.
 
     Raises:
       AstraError: see `join` and `astra_jax.sharding.make_mesh`; or the hosts cannot share so many devices equally.
     """
     data, N = parse_devices(devices or default)
-    host = join(hosts, data * N if devices else None, checkpoints, policy)
+    host = join(hosts, data * N if devices else None, checkpoints, policy, same)
     if host:
         be_quiet(f"host {host}: done; the answer is on host 0")
     if _again and devices:  # every host has as many as before

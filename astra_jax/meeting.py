@@ -1,4 +1,4 @@
-"""Who comes when several hosts meet at host 0, and whether they have the same versions and checkpoint.
+"""Who comes when several hosts meet at host 0, and whether all have what has to be the same.
 
 Every host connects to host 0 and tells about itself, over plain TCP, before anything of JAX is started. Nothing that
 comes from elsewhere is trusted: numbers have limits, texts are cut and made printable, and whoever does not speak like
@@ -8,18 +8,15 @@ a host is ignored.
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import importlib.metadata
 import ipaddress
-import platform
+import json
 import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from astra_jax import __version__
+from astra_jax.agreement import NOT_GIVEN, versions
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.line import Line
@@ -27,7 +24,9 @@ from astra_jax.line import Line
 HELLO_SECONDS = 2.0  # a stranger who says nothing holds up the others for so long
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 15.0  # of a host's system, until the lifeline watches; a slow link's full queue takes 5
-_PACKAGES = ("jax", "jaxlib", "flax")
+MOST_TOLD = 1 << 18  # bytes of settings, options and inputs that a host may tell
+_MOST_NAMES = 1000
+_MOST_SAID = 3  # differences in one line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,8 @@ class About:
       name: its host name.
       resolves: the address that it finds under its own name, where gloo would listen by itself; empty for none.
       versions: what is installed, by name.
-      digest: `digest` of its checkpoints; None where it was given none.
+      digest: `astra_jax.agreement.digest` of its checkpoints; None where it was given none.
+      same: settings, options and inputs that have to be the same; None where they could not be found out.
     """
 
     host: int
@@ -50,6 +50,7 @@ class About:
     resolves: str
     versions: Mapping[str, str]
     digest: str | None = None
+    same: Mapping[str, str] | None = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"host {self.host} ({self.name}, {self.address})"
@@ -77,33 +78,6 @@ class Meeting(NamedTuple):
     absent: list[str]
     problems: list[str]
     notes: list[str]
-
-
-def versions() -> dict[str, str]:
-    """What has to be the same on all hosts: of Python, releases with the same first two numbers are."""
-    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"astra_jax": __version__, **installed, "Python": ".".join(platform.python_version_tuple()[:2])}
-
-
-def digest(folders: Sequence[Path]) -> str | None:
-    """SHA-256 in hexadecimal of all files in these folders: of their names, relative to it and sorted, lengths and
-    contents; None of no folder.
-
-    Raises:
-      OSError: one cannot be read, or is no folder.
-    """
-    found = hashlib.sha256()
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}")
-        for path in sorted(
-            (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.relative_to(folder).as_posix()
-        ):
-            found.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
-    return found.hexdigest() if folders else None
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -137,7 +111,7 @@ def reach(address: str, port: int, seconds: float) -> socket.socket:
 
 
 def about_this(hosts: Hosts, address: str) -> About:
-    """What this host tells about itself; its digest comes later, as it can take long."""
+    """What this host tells about itself at first; what takes longer comes later."""
     assert hosts.host is not None and hosts.hosts is not None
     name = socket.gethostname()
     try:
@@ -189,14 +163,26 @@ def _about(message: Mapping[str, Any]) -> About:
     hosts, found = int(number(message.get("hosts"), 1, 1e6)), message.get("versions")
     if not isinstance(found, dict):
         raise ConnectionError("it sent no versions")
+    word(found.get("astra_jax"))  # earlier versions know fewer others
     return About(
         int(number(message.get("host"), 0, hosts - 1)),
         hosts,
         ip_address(message.get("address")),
         word(message.get("name")),
         word(message.get("resolves")),
-        {name: word(found.get(name)) for name in versions()},
+        {name: word(found.get(name, "none")) for name in versions()},
     )
+
+
+def told(body: bytes) -> dict[str, str]:
+    """What a host tells that has to be the same. Raises OSError for anything else."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or len(found) > _MOST_NAMES:
+        raise ConnectionError("it sent what is no table of names and values")
+    return {text(name)[:100]: text(value)[:200] for name, value in found.items()}
 
 
 def _refusal(about: About, N: int, there: Mapping[int, Member]) -> str:
@@ -209,12 +195,17 @@ def _refusal(about: About, N: int, there: Mapping[int, Member]) -> str:
 
 
 def differences(abouts: Sequence[About]) -> list[str]:
-    """What is not the same on all hosts, each in a sentence."""
-    found = []
+    """What is not the same on all hosts, each in a sentence; after a few of them, how many more there are."""
+    found, sure = list[str](), [about for about in abouts if about.same is not None]
     for name in versions():
         found += _difference(f"{name} is", {about.host: about.versions[name] for about in abouts}, "install the same")
-    digests = {about.host: (about.digest or "not given")[:12] for about in abouts}
-    return found + _difference("the checkpoint's hash is", digests, "copy the folder of host 0 to the others")
+    for name in dict.fromkeys(name for about in sure for name in about.same or ()):
+        values = {about.host: (about.same or {}).get(name, NOT_GIVEN) for about in sure}
+        found += _difference(f"{name} is", values, "give the same on every host")
+    digests = {about.host: (about.digest or NOT_GIVEN)[:12] for about in sure}
+    found += _difference("the checkpoint's hash is", digests, "copy the folder of host 0 to the others")
+    more = len(found) - _MOST_SAID
+    return [*found[:_MOST_SAID], *[f"and {more} more difference{'s' * (more > 1)}"] * (more > 0)]
 
 
 def _difference(what: str, values: Mapping[int, str], fix: str) -> list[str]:

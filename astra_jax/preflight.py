@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import itertools
+import json
 import math
 import os
 import secrets
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from astra_jax.agreement import Same, digest, settings, versions
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts, check, own_address, parse_address
@@ -29,12 +31,12 @@ from astra_jax.line import Line
 from astra_jax.meeting import (
     CONNECT_SECONDS,
     HELLO_SECONDS,
+    MOST_TOLD,
     SILENCE_SECONDS,
     About,
     Member,
     about_this,
     differences,
-    digest,
     ip_address,
     listen,
     meet,
@@ -42,6 +44,7 @@ from astra_jax.meeting import (
     reach,
     reason,
     text,
+    told,
     word,
 )
 
@@ -49,6 +52,7 @@ RATE_SECONDS = 2.0  # of sending, in each direction of a pair
 BRIEFLY = 0.2  # the same, before a command
 PINGS = 20  # round trips, of which the median counts
 
+_FIND_SECONDS = 60.0  # to read what a command was given, such as pictures
 _HASH_SECONDS = 600.0  # to read a checkpoint
 _PING_SECONDS = 10.0
 _MOST_RATE_SECONDS = 60.0
@@ -138,7 +142,7 @@ def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def check_hosts(hosts: Hosts, checkpoints: Sequence[Path] = (), rate_seconds: float = RATE_SECONDS) -> Findings:
-    """Checks, on all hosts at once, that they reach each other and have the same versions and checkpoints.
+    """Checks, on all hosts at once, that they reach each other and have the same code, settings and checkpoints.
 
     Args:
       hosts: which hosts, and which of them this is.
@@ -165,7 +169,7 @@ def check_hosts(hosts: Hosts, checkpoints: Sequence[Path] = (), rate_seconds: fl
         line, verdict = take_part(hosts, checkpoints)
         line.close()
         return Findings(problems=(verdict["why"],) if verdict["why"] else ())
-    gathered = gather(hosts, checkpoints, rate_seconds)
+    gathered = gather(hosts, checkpoints, rate_seconds, measure_all=True)
     gathered.tell(do="end", why="; ".join(gathered.findings.problems))
     for member in gathered.members:
         member.line.close()
@@ -191,30 +195,31 @@ class Gathered:
                 member.line.send(do=do, why=why[:1000], **more)
 
 
-def gather(hosts: Hosts, checkpoints: Sequence[Path], rate_seconds: float) -> Gathered:
+def gather(
+    hosts: Hosts, checkpoints: Sequence[Path], rate_seconds: float, same: Same = dict, measure_all: bool = False
+) -> Gathered:
     """Waits on host 0 for all hosts, compares them, and measures every pair.
+
+    Args:
+      same: see `take_part`.
+      measure_all: also where something is wrong already.
 
     Raises:
       AstraError: a port is in use, or the address is none of this host.
     """
     assert hosts.coordinator is not None and hosts.hosts is not None
     address, port = parse_address(hosts.coordinator, hosts.insecure_public)
-    listen(address, port + 1).close()  # where JAX will listen
-    with listen(address, port) as server:
+    versions()  # found out before the time runs in which hosts have to come
+    # All come to the port where JAX will listen, too, which takes no more than to be let in.
+    with listen(address, port) as server, listen(address, port + 1):
         # Host 0 is measured as all others are.
-        threading.Thread(target=_as_host_0, args=(hosts, checkpoints), daemon=True).start()
+        threading.Thread(target=_as_host_0, args=(hosts, checkpoints, same), daemon=True).start()
         came, absent, problems, notes = meet(server, hosts.hosts, hosts.start_seconds)
-    problems += _hear_digests(came)
-    pairs = []
-    with progress("pairs", math.comb(len(came), 2)) as advance:
-        for a, b in itertools.combinations(came, 2):
-            if any(member.line.fate() for member in came):
-                break
-            for member in came:
-                with contextlib.suppress(OSError):  # it is lost, which shows soon
-                    member.line.send(do="wait")
-            pairs.append(Pair(_measure(a, b, rate_seconds), _measure(b, a, rate_seconds)))
-            advance(hosts=f"{a.about.host} - {b.about.host}")
+        problems += _hear_same(came)
+    if not (problems or (absent and not measure_all) or differences([member.about for member in came])):
+        problems += _hear_digests(came)
+    wrong = problems or absent or differences([member.about for member in came])
+    pairs = _measure_pairs(came, rate_seconds) if measure_all or not wrong else []
     gone = [f"host {member.about.host} {fate}" for member in came if (fate := member.line.fate())]
     members = [member for member in came if not member.line.fate()]
     abouts = [member.about for member in members]
@@ -224,8 +229,11 @@ def gather(hosts: Hosts, checkpoints: Sequence[Path], rate_seconds: float) -> Ga
     return Gathered(Findings(tuple(abouts), tuple(pairs), tuple(notes), tuple(problems)), members, absent)
 
 
-def take_part(hosts: Hosts, checkpoints: Sequence[Path]) -> tuple[Line, dict[str, Any]]:
+def take_part(hosts: Hosts, checkpoints: Sequence[Path], same: Same = dict) -> tuple[Line, dict[str, Any]]:
     """Goes to host 0 and does what it says, up to its verdict.
+
+    Args:
+      same: options and inputs that have to be the same on all hosts, beside code and settings.
 
     Returns:
       The connection, and the verdict: what to `do`, and `why`.
@@ -239,13 +247,13 @@ def take_part(hosts: Hosts, checkpoints: Sequence[Path]) -> tuple[Line, dict[str
         about = about_this(hosts, own_address(address, port))
         line = Line(reach(address, port, hosts.start_seconds))
         line.limit_silence(SILENCE_SECONDS)
-        told = dataclasses.asdict(about)
-        del told["digest"]
-        line.send(**told)
-        _answer(line, lambda: {"digest": digest(checkpoints)})
+        hello = dataclasses.asdict(about)
+        del hello["digest"], hello["same"]
+        line.send(**hello)
+        _answer(line, lambda: {"body": json.dumps(settings() | dict(_found(address, port + 1, same))).encode()})
         patience = hosts.start_seconds  # or else something else listens there
         while (command := line.receive(patience)).get("do") not in _VERDICTS:
-            _do(line, about.address, command, hosts.insecure_public)
+            _do(line, about.address, command, hosts.insecure_public, checkpoints)
             patience = hosts.start_seconds + max(_HASH_SECONDS, 2 * _way_seconds(_MOST_RATE_SECONDS))
     except OSError as error:
         raise AstraError(
@@ -278,18 +286,33 @@ def _as_host_0(*args: Any) -> None:
         take_part(*args)[0].close()
 
 
+def _found(address: str, port: int, same: Same) -> Mapping[str, str]:
+    """What has to be the same, of a host that reaches JAX's port of host 0."""
+    try:
+        socket.create_connection((address, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        why = f"no connection to host 0 at {address}:{port} ({reason(error)})"
+        raise AstraError(f"{why}: let TCP to this port through its firewall, too") from error
+    return same()
+
+
 def _answer(line: Line, work: Callable[[], dict[str, Any]]) -> None:
     """Tells host 0 what `work` gives, or why it failed."""
     try:
         message = work()
+    except AstraError as error:
+        message = {"failed": str(error)[:1000]}
     except OSError as error:
         message = {"failed": reason(error)}
     line.send(**message)
 
 
-def _do(line: Line, own: str, command: Mapping[str, Any], allow_public: bool) -> None:
+def _do(line: Line, own: str, command: Mapping[str, Any], allow_public: bool, checkpoints: Sequence[Path] = ()) -> None:
     """One command of host 0; "wait" is none, and says only that it is still there."""
     if command.get("do") == "wait":
+        return
+    if command.get("do") == "digest":
+        _answer(line, lambda: {"digest": digest(checkpoints)})
         return
     token, seconds = word(command.get("token")).encode(), number(command.get("seconds"), 0, _MOST_RATE_SECONDS)
     if command.get("do") == "listen":
@@ -394,17 +417,34 @@ def _arriving(data: socket.socket, seconds: float) -> float:
 # The part of host 0
 
 
-def _hear(line: Line, seconds: float) -> dict[str, Any]:
+def _hear(line: Line, seconds: float, most: int = 0) -> dict[str, Any]:
     """The next message. Raises OSError also for one that says that something has `failed` there."""
-    message = line.receive(seconds)
+    message = line.receive(seconds, most)
     if "failed" in message:
         raise ConnectionError(text(message["failed"]))
     return message
 
 
-def _hear_digests(members: Sequence[Member]) -> list[str]:
-    """Waits for the hosts to read their checkpoints. Returns what went wrong."""
+def _hear_same(members: Sequence[Member]) -> list[str]:
+    """Waits for the hosts to find out what has to be the same. Returns what went wrong."""
     problems = []
+    for member in members:
+        try:
+            same = told(_hear(member.line, _FIND_SECONDS, MOST_TOLD).get("body", b"{}"))
+            member.about = dataclasses.replace(member.about, same=same)
+        except OSError as error:
+            member.about = dataclasses.replace(member.about, same=None)
+            if not member.line.fate():
+                problems.append(f"{member.about}: {reason(error)}")
+    return problems
+
+
+def _hear_digests(members: Sequence[Member]) -> list[str]:
+    """Lets the hosts read their checkpoints, all at once. Returns what went wrong."""
+    problems = []
+    for member in members:
+        with contextlib.suppress(OSError):  # it is lost, which shows soon
+            member.line.send(do="digest")
     for member in members:
         try:
             said = _hear(member.line, _HASH_SECONDS).get("digest")
@@ -413,6 +453,21 @@ def _hear_digests(members: Sequence[Member]) -> list[str]:
             if not member.line.fate():
                 problems.append(f"{member.about} has not read its checkpoint: {reason(error)}")
     return problems
+
+
+def _measure_pairs(members: Sequence[Member], seconds: float) -> list[Pair]:
+    """One pair after the other, up to where a host is gone."""
+    pairs = []
+    with progress("pairs", math.comb(len(members), 2)) as advance:
+        for a, b in itertools.combinations(members, 2):
+            if any(member.line.fate() for member in members):
+                break
+            for member in members:
+                with contextlib.suppress(OSError):
+                    member.line.send(do="wait")
+            pairs.append(Pair(_measure(a, b, seconds), _measure(b, a, seconds)))
+            advance(hosts=f"{a.about.host} - {b.about.host}")
+    return pairs
 
 
 def _failures(pairs: Sequence[Pair]) -> list[str]:

@@ -21,6 +21,7 @@ from PIL import Image
 
 import checkpoints
 from astra_jax import cluster
+from astra_jax.agreement import Same, options
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling
@@ -137,12 +138,13 @@ class Answerer:
     Args:
       setup: which checkpoint, and where.
       report: what is said about loading.
+      same: finds out what else has to be the same on all hosts.
 
     Raises:
       AstraError: see `astra_jax.cluster.open_mesh` and `checkpoints.load`.
     """
 
-    def __init__(self, setup: Setup, report: Report):
+    def __init__(self, setup: Setup, report: Report, same: Same = dict):
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
         near = near_of(setup.near, setup.far_groups)
         about_codes = {"--near": near, "--groups": setup.groups, "--coded-blocks": setup.coded_blocks}
@@ -152,7 +154,11 @@ class Answerer:
         if near and setup.on_failure == "shrink":
             raise AstraError("--near names hosts by numbers, which change with --on-failure shrink: use fail or single")
         self.mesh = cluster.open_mesh(
-            setup.devices, setup.several, checkpoints=[setup.checkpoint], policy=setup.on_failure
+            setup.devices,
+            setup.several,
+            checkpoints=[setup.checkpoint],
+            policy=setup.on_failure,
+            same=lambda: options(setup) | dict(same()),
         )
         self.make = make_of(setup.strategy, setup.code_order, near and near_on(near, hosts_of(self.mesh)))
         self.here = cluster.membership()

@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from astra_jax.agreement import inputs, options
 from astra_jax.arguments import Integers, Numbers, Texts
 from astra_jax.cluster import open_mesh
 from astra_jax.config import Site
@@ -242,6 +243,12 @@ def check(args: Args) -> None:
         plots.check_plot(args.plot)
 
 
+def brought(args: Args, work: Workload, profile: DeviceProfile | None, trace: Trace | None) -> dict[str, str]:
+    """What has to be the same on all hosts; of files it is what is in them."""
+    named = {"MODEL": "a checkpoint" if work.checkpoint else work.name}
+    return options(args) | named | inputs("device profile", [repr(profile)]) | inputs("trace", [repr(trace)])
+
+
 def main(args: Args) -> None:
     """Runs `astra bench`."""
     check(args)
@@ -256,7 +263,10 @@ def main(args: Args) -> None:
     ways = in_orders(settings(args.strategies, N, args.groups, args.exchanges, args.fast_path), args.code_order)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
-    mesh = open_mesh(str(N), args.several, checkpoints=[work.checkpoint] if work.checkpoint else [], to_run=False)
+    checkpoints = [work.checkpoint] if work.checkpoint else []
+    mesh = open_mesh(
+        str(N), args.several, checkpoints=checkpoints, to_run=False, same=lambda: brought(args, work, profile, trace)
+    )
     check_split(work, ways, speeds)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()

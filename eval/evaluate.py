@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 import checkpoints
+from astra_jax.agreement import options
 from astra_jax.arguments import Integers, Numbers, Texts
 from astra_jax.cluster import open_mesh
 from astra_jax.config import AstraConfig
@@ -530,7 +531,7 @@ def main(args: Args) -> None:
     if not args.virtual:
         D, N = devices_of(args)
         # Before JAX starts, so that it makes enough CPU devices.
-        open_mesh(f"{D}x{N}", args.several, checkpoints=args.checkpoints)
+        open_mesh(f"{D}x{N}", args.several, checkpoints=args.checkpoints, same=lambda: options(args))
     task, loss = check_task(args), loss_of(args)
     notes: list[str] = []
 

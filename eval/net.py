@@ -1,4 +1,4 @@
-"""Whether several hosts can run a model together: versions, checkpoint, and the link between each pair of them.
+"""Whether several hosts can run a model together: code, settings, checkpoint, and the link between each pair of them.
 
     astra net check [MODEL] --coordinator 10.0.0.1:7777 --hosts 4 --host 0
 
@@ -46,7 +46,7 @@ class Args:
 
 
 def host_rows(findings: Findings, N: int) -> list[dict[str, Any]]:
-    """The table of hosts: who came, and whether versions and checkpoint are those of host 0."""
+    """The table of hosts: who came, and whether code, versions, settings and checkpoint are those of host 0."""
     there = {about.host: about for about in findings.hosts}
     return [
         {
@@ -65,6 +65,8 @@ def agreement(about: About, first: About | None) -> str:
         return "-"
     names = [name for name in first.versions if about.versions[name] != first.versions[name]]
     names += ["checkpoint"] if about.digest != first.digest else []
+    if about.same is not None and first.same is not None:
+        names += [name for name in {**first.same, **about.same} if about.same.get(name) != first.same.get(name)]
     return f"no: {', '.join(names)}" if names else "yes"
 
 

@@ -9,11 +9,13 @@ worker` has loaded the checkpoint already, on this host as host 0 and on the oth
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from astra_jax.agreement import inputs, options
 from astra_jax.console import Report
 from astra_jax.errors import AstraError
 from eval.answer import Answerer, Request, Setup, Wishes
@@ -44,15 +46,26 @@ def read(path: Path) -> bytes:
         raise AstraError(f"{path}: cannot be read ({error.strerror}): check the path") from error
 
 
+def brought(request: Request) -> dict[str, str]:
+    """What of a request has to be the same on all hosts. Of pictures it is what is in the files."""
+    return options(request.wishes) | inputs("picture", request.files) | inputs("prompt", request.prompts)
+
+
 def main(args: Args) -> None:
     """Runs `astra run`."""
     report = Report("run", args.json)
-    request = Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes)
+
+    @functools.cache
+    def request() -> Request:
+        return Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes)
+
+    if args.setup.several.host is None:
+        request()  # before a model is loaded; of several hosts, when they meet: who cannot read says so to all
     if args.workers:
         if args.setup != Setup(args.setup.checkpoint):
             raise AstraError("--workers: how the checkpoint is loaded and split was said to the workers: leave it out")
-        ask(args.workers, args.setup.checkpoint, request, report)
+        ask(args.workers, args.setup.checkpoint, request(), report)
     else:
-        answerer = Answerer(args.setup, report)
-        answerer.answer(request, answerer.inputs(request), report)
+        answerer = Answerer(args.setup, report, lambda: brought(request()))
+        answerer.answer(request(), answerer.inputs(request()), report)
     report.close()

@@ -16,11 +16,12 @@ import pytest
 
 import checkpoints
 from astra_jax import cli, meeting, preflight
+from astra_jax.agreement import SOURCE, settings
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.line import Line
-from astra_jax.preflight import Findings, check_hosts
+from astra_jax.preflight import Findings, check_hosts, gather, take_part
 from eval import net, plan
 from eval.network import Link
 from eval.workload import open_workload
@@ -44,7 +45,7 @@ def hurry(monkeypatch):
 
 
 def outcome(hosts, folder=None):
-    """Findings, or the error of a host; its thread has its name."""
+    """Findings, or the error of a host; its thread has its name, with which that of host 0's own part begins, too."""
     threading.current_thread().name = f"host {hosts.host}"
     try:
         return check_hosts(hosts, [folder] if folder else [], SECONDS)
@@ -138,6 +139,74 @@ def test_another_version(port, monkeypatch):
     assert second.problems == first.problems
 
 
+def test_another_setting_or_code(port, monkeypatch):
+    """Of three hosts one each. It is told which hosts have what, and on all of them."""
+    ours, versions = settings(), meeting.versions()
+
+    def of(host, values, **others):
+        return values | (others if threading.current_thread().name == host else {})
+
+    monkeypatch.setattr(preflight, "settings", lambda: of("host 1", ours, JAX_ENABLE_X64="True"))
+    monkeypatch.setattr(meeting, "versions", lambda: of("host 2", versions, **{SOURCE: "0123"}))
+    first, *others = together(port, 3, [0, 1, 2])
+    assert first.problems == (
+        f"astra's source code is {versions[SOURCE]} on hosts 0, 1 and 0123 on host 2: install the same",
+        "JAX_ENABLE_X64 is False on hosts 0, 2 and True on host 1: give the same on every host",
+    )
+    assert [found.problems for found in others] == [("; ".join(first.problems),)] * 2
+
+
+def test_another_option_or_input_ends_all_at_once(port, monkeypatch):
+    """Before checkpoints are read and pairs are measured; after three differences their number is told."""
+    monkeypatch.setattr(preflight, "digest", lambda folders: pytest.fail("it was read"))
+    told = {0: {"--a": "1", "--b": "1", "--c": "1", "--d": "1"}, 1: {"--a": "1", "--b": "2", "--c": "2", "e": "'x'"}}
+    with ThreadPoolExecutor() as pool:
+        hosts = [Hosts(f"127.0.0.1:{port}", 2, host, 10.0) for host in range(2)]
+        other = pool.submit(take_part, hosts[1], [], lambda: told[1])
+        gathered = gather(hosts[0], [], SECONDS, lambda: told[0])
+        gathered.tell("end", "; ".join(gathered.findings.problems))
+        line, verdict = other.result(10)
+        line.close()
+    assert gathered.findings.problems == (
+        "--b is 1 on host 0 and 2 on host 1: give the same on every host",
+        "--c is 1 on host 0 and 2 on host 1: give the same on every host",
+        "--d is 1 on host 0 and not given on host 1: give the same on every host",
+        "and 1 more difference",
+    )
+    assert verdict["why"] == "; ".join(gathered.findings.problems)
+    assert gathered.findings.pairs == () and gathered.absent == []
+
+
+def test_a_host_that_cannot_read_its_inputs(port):
+    def unreadable():
+        raise AstraError("cat.png: cannot be read: check the path")
+
+    with ThreadPoolExecutor() as pool:
+        hosts = [Hosts(f"127.0.0.1:{port}", 2, host, 10.0) for host in range(2)]
+        other = pool.submit(take_part, hosts[1], [], unreadable)
+        gathered = gather(hosts[0], [], SECONDS, lambda: {"--a": "1"})
+        gathered.tell("end")
+        other.result(10)[0].close()
+    (why,) = gathered.findings.problems
+    assert why == f"host 1 ({socket.gethostname()}, 127.0.0.1): cat.png: cannot be read: check the path"
+
+
+def test_the_port_of_jax_is_reached_too(port, monkeypatch):
+    """As with a firewall that lets through the port that was given alone."""
+    connect = socket.create_connection
+
+    def blocked(place, timeout=None):
+        return connect(("127.0.0.2", 9) if place[1] == port + 1 else place, timeout=timeout)
+
+    monkeypatch.setattr(socket, "create_connection", blocked)
+    first, second = together(port, 2, [0, 1])
+    assert second.problems == ("; ".join(first.problems),)
+    assert first.problems[1].endswith(
+        f"no connection to host 0 at 127.0.0.1:{port + 1} (Connection refused): let TCP to this port through its "
+        "firewall, too"
+    )
+
+
 def test_a_checkpoint_that_differs_by_one_byte(port, tmp_path):
     for host, content in enumerate([b"12345", b"12345", b"12346"]):
         (tmp_path / str(host)).mkdir()
@@ -194,10 +263,18 @@ def test_a_stranger_is_noted(port):
     assert first.notes == ("something at 127.0.0.1 connected that is no host of this command: ignored",)
 
 
+def same():
+    """What a host says of settings."""
+    body = json.dumps(settings()).encode()
+    return json.dumps({"bytes": len(body)}).encode() + b"\n" + body
+
+
 def host_1(port, until):
     """Says what a host says, and goes once it has heard something."""
     with caller(port) as connection:
-        connection.sendall(json.dumps(HELLO | {"address": "127.0.0.1"}).encode() + b'\n{"digest": null}\n')
+        connection.sendall(
+            json.dumps(HELLO | {"address": "127.0.0.1"}).encode() + b"\n" + same() + b'{"digest": null}\n'
+        )
         for line in connection.makefile():
             if until in line:
                 break

@@ -7,10 +7,11 @@ import socket
 import pytest
 
 from astra_jax import meeting, preflight
+from astra_jax.agreement import digest
 from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.line import Line
-from astra_jax.meeting import About, digest
+from astra_jax.meeting import About
 from astra_jax.preflight import Findings, Pair, Way, check_hosts, pair_rows
 from eval import net
 
