@@ -41,11 +41,13 @@ from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from astra_jax.wire import tokens_per_packet
 from checkpoints import Checkpoint
 from eval import plots
+from eval.account import Tell, telling
 from eval.data import DataArgs, batches, check_counts
+from eval.labels import model_classes
 from eval.loss import Loss, arrived
 from eval.network import Link, parse_rate, pass_seconds
 from eval.perplexity import NextTokenLoss, perplexity
-from eval.text import run_batches, windows
+from eval.text import encode, run_batches, windows
 from eval.timing import compute_seconds
 from eval.traffic import messages
 
@@ -284,7 +286,8 @@ def mean_and_spread(found: Sequence[Metrics]) -> Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A checkpoint on N devices, about to show what it can do; `say` is told what is done to its texts."""
+    """A checkpoint on N devices, about to show what it can do; `say` is told what is done to its texts, and `tell` what
+    is read."""
 
     checkpoint: Checkpoint
     args: Args
@@ -293,6 +296,7 @@ class Trial:
     say: Callable[[str], None]
     loss: Loss | None
     near: Near | None
+    tell: Tell
 
     @property
     def speeds(self) -> tuple[float, ...]:
@@ -340,14 +344,7 @@ class Trial:
 
     def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The token ids of texts, cut to `limit` tokens if given."""
-        tokenizer, encoded, cut = self.checkpoint.tokenizer, [], 0
-        with progress("tokens", len(texts)) as advance:
-            for text in texts:
-                ids = tokenizer.encode(text)
-                if limit is not None and len(ids) > limit:
-                    ids, cut = tokenizer.encode(text, limit), cut + 1
-                encoded.append(ids)
-                advance()
+        encoded, cut = encode(self.checkpoint.tokenizer, texts, limit)
         if cut:
             self.say(f"{cut:,} of {len(texts):,} texts were cut to {limit:,} tokens")
         return encoded
@@ -379,7 +376,8 @@ class Trial:
 def image_accuracy(trial: Trial) -> Metrics:
     """Share of the images whose highest logit is their label."""
     args, batch = trial.args, trial.args.batch_size or 64
-    data = args.open(trial.checkpoint.labels)
+    data = args.open(model_classes(trial.checkpoint))
+    trial.tell(data.account.first(args.limit, data.labels))
     total = min(len(data), args.limit or len(data))
 
     def score(run: Run, label: str) -> Metrics:
@@ -398,7 +396,8 @@ def image_accuracy(trial: Trial) -> Metrics:
 
 def text_accuracy(trial: Trial) -> Metrics:
     """Share of the texts whose highest logit is their label."""
-    data = trial.args.open_labelled(trial.checkpoint.labels)
+    data = trial.args.open_labelled(model_classes(trial.checkpoint))
+    trial.tell(data.account.first(trial.args.limit, data.labels))
     rows = [data[i] for i in range(min(len(data), trial.args.limit or len(data)))]
     labels, sequences = [row["label"] for row in rows], trial.short_texts([row["text"] for row in rows])
 
@@ -412,7 +411,9 @@ def text_accuracy(trial: Trial) -> Metrics:
 def text_perplexity(trial: Trial) -> Metrics:
     """Perplexity of the documents over sliding windows."""
     length, stride = window(trial.checkpoint.config, trial.args)
-    documents = trial.encode(trial.args.open_documents()[: trial.args.limit])
+    texts = trial.args.open_documents()
+    trial.tell(texts.account.first(trial.args.limit))
+    documents = trial.encode(texts[: trial.args.limit])
     trial.say(f"{len(documents):,} document(s) in windows of {length:,} tokens, stride {stride:,}")
     trial.say_short([part.ids for ids in documents for part in windows(ids, length, stride)], "windows")
 
@@ -425,7 +426,9 @@ def text_perplexity(trial: Trial) -> Metrics:
 
 def similarity(trial: Trial) -> Metrics:
     """How the cosines of the embeddings of two sentences correlate with what people say of them."""
-    first, second, scores = zip(*trial.args.open_pairs()[: trial.args.limit], strict=True)
+    pairs = trial.args.open_pairs()
+    trial.tell(pairs.account.first(trial.args.limit))
+    first, second, scores = zip(*pairs[: trial.args.limit], strict=True)
     sequences = trial.short_texts(first + second)
 
     def score(run: Run, label: str) -> Metrics:
@@ -460,8 +463,12 @@ def correlations(
 MEASURES = {"perplexity": text_perplexity, "classification": text_accuracy, "similarity": similarity}
 
 
-def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | None = None) -> dict[str, Any]:
-    """One row of the table: what a checkpoint reaches and what it costs. `say` is told what is done to its texts.
+def measure(
+    path: Path, args: Args, say: Callable[[str], None], groups: int | None = None, tell: Tell | None = None
+) -> dict[str, Any]:
+    """One row of the table: what a checkpoint reaches and what it costs.
+
+    `say` is told what is done to its texts, and `tell` what is read; without `tell` that is said, too.
 
     With `groups` only the first so many are used, where it has a codec that allows that.
 
@@ -484,7 +491,8 @@ def measure(path: Path, args: Args, say: Callable[[str], None], groups: int | No
     make, fast_path = make_of(strategy, args.code_order, near), args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
-    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, near)
+    told = tell or (lambda account: say(str(account)))
+    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, near, told)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     inputs = example(checkpoint, T)
     coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order, near=near) if astra else None
@@ -539,8 +547,9 @@ def main(args: Args) -> None:
         notes.append(text)
         report.say(text, notes=notes)
 
+    tell = telling(report)
     rows = [
-        measure(path, args, say, groups)
+        measure(path, args, say, groups, tell)
         for path in args.checkpoints
         for groups in (args.groups if checkpoints.read_meta(path).astra else ()) or (None,)
     ]

@@ -1,33 +1,83 @@
-"""Rows of a data set: from the hub, tables, text files, pictures and folders of them; their columns and labels."""
+"""Rows of a data set: from the hub, tables, text files and pictures with metadata; their columns and labels."""
 
+import dataclasses
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Int
+from typing import Any, NamedTuple
 
 from astra_jax.errors import AstraError
+from eval.account import Account
+from eval.files import allowed, is_regular, kinds, shown, suffix_of, walk
+from eval.splits import Part, chosen, meaning, names_of, resolve, split_of
+from eval.tables import is_numeric, read_table, read_text
 
-# Files that are read -> the loader of `datasets` and its options.
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".jsonl": ("json", {}),
-    ".txt": ("text", {}),
-}
+# Files that are read -> what reads them. Of a folder with several kinds those that come first here are the data.
+KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".txt": "text"}
 
 
-def read(source: str, split: str, *, pictures: bool = False, separator: str | None = None) -> Any:
-    """The rows of a split as a `datasets.Dataset`; of text files a row per document, without empty ones.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows that were asked for.
+
+    Attributes:
+      table: a `datasets.Dataset`.
+      where: what messages call the data.
+      of: rows of the splits that were asked for.
+      every: tables of all splits of the data, whatever was asked for.
+      root: the folder of files that a row may name; None for none.
+      numeric: columns of text whose values are all numbers.
+      left_out, notes: see `Account`.
+    """
+
+    table: Any
+    where: str
+    of: int = 0
+    every: Callable[[], list[Any]] = list
+    root: Path | None = None
+    numeric: frozenset[str] = frozenset()
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> Any:
+        """Column -> its type."""
+        return self.table.features
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def account(self, what: str, **values: Any) -> Account:
+        """What was read: all of it, if `values` do not say otherwise."""
+        found: dict[str, Any] = {"read": len(self), "of": self.of, "left_out": self.left_out, "notes": self.notes}
+        return Account(where=self.where, what=what, **(found | values))
+
+
+class Loaded(NamedTuple):
+    """A split, whole; see `Rows`."""
+
+    table: Any
+    numeric: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+class Found(NamedTuple):
+    """Data that are there: the names of their splits, how to load some of these, and files that are in none."""
+
+    splits: list[str]
+    load: Callable[[list[str]], dict[str, Loaded]]
+    left_out: dict[str, int]
+
+
+def read(source: str, split: str, *, pictures: bool = False, separator: str | None = None) -> Rows:
+    """The rows of a split; of text files a row per document, without empty ones.
 
     Args:
-      source: a hub id (`owner/name`), a file, a folder of files, or, for pictures, a folder of pictures.
+      source: a hub id (`owner/name`), a file, a folder of files, or, for pictures, a folder with metadata.
       split: `test`, `test[:1000]`, `train[10%:20%]`, `train+validation`. `valid`, `val` and `dev` are the same.
       pictures: whether pictures are wanted, which parquet files and folders of pictures hold, or text.
       separator: what stands between the documents of a text file; None if every file is one document.
@@ -35,52 +85,51 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
     Raises:
       AstraError: the data cannot be read, or the split does not exist.
     """
-    import datasets  # takes over a second: only for those who read data
-
-    parts = [re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", part.strip()) for part in split.split("+")]
-    if None in parts:
-        raise AstraError(f"--split {split}: write it like test, test[:1000] or train[10%:20%]")
-    suffixes = (".parquet",) if pictures else tuple(LOADERS)
-
-    path = Path(source).expanduser()
-    if not path.exists() and (path.suffix in LOADERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
+    wanted, path = names_of(split), Path(source).expanduser()
+    local = os.path.lexists(path)
+    if not local and (suffix_of(path) in KINDS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
         raise AstraError(f"{source}: no such file or folder: check the path, or give a hub id such as owner/name")
-    advice = (
-        "check the files and --split" if path.exists() else "no local folder has that name: check it, and the network"
-    )
-    features: Any = None
-    options: dict[str, Any] = {}
-    with reading(f"{source}, split {split}", advice):
-        if path.is_file():
-            if path.suffix not in suffixes:
-                raise AstraError(f"{path}: not a {' or '.join(suffixes)} file: give one, a folder or a hub id")
-            loader, options = LOADERS[path.suffix]
-            files = {_split_of(path.stem, split): [_literal(path)]}
-        elif path.is_dir() and not _is_dataset_repository(path, suffixes):
-            if not pictures:
-                raise AstraError(f"{path}: the folder has no {' or '.join(suffixes)} files: give another one")
-            loader, files = "imagefolder", _picture_files(path)
+    if separator == "":
+        raise AstraError("--separator is empty: write what separates documents, or leave the option out")
+    advice = "check the files and --split" if local else "no local folder has that name: check it, and the network"
+    where = f"{source}, split {split},"
+    with reading(where[:-1], advice):
+        if local and not has_card(path):
+            found = _in_files(path, meaning(wanted[0]), pictures, separator)
         else:
-            builder = datasets.load_dataset_builder(str(path) if path.is_dir() else source)
-            loader, features = builder.name, builder.info.features
-            files = {str(key): list(found) for key, found in (builder.config.data_files or {}).items()}
-            files = files or {str(key): [] for key in builder.info.splits or ()}
-        names = [_resolve(part[1], source, list(files)) for part in parts if part]
-        split = "+".join(name + (part[2] or "") for name, part in zip(names, parts, strict=True) if part)
-        wanted = {name: files[name] for name in sorted(set(names))}
-        if loader == "text":
-            return _documents(wanted, split, separator)
-        if separator is not None:
-            raise AstraError(f"--separator: {source} is no text file: a row is a document there; leave the option out")
-        if loader == "imagefolder" and path.is_dir():
-            # All splits, not only the wanted one: together they say which classes there are.
-            return datasets.load_dataset(loader, data_files=files, split=split, trust_remote_code=False)
-        if loader == "parquet" or path.is_file():
-            # load_dataset(name, split=...) would download every split; a parquet file names its classes by itself.
-            return datasets.load_dataset(
-                loader, data_files=wanted, features=features, split=split, **options, trust_remote_code=False
-            )
-        return datasets.load_dataset(str(path) if path.is_dir() else source, split=split, trust_remote_code=False)
+            found = _described(source, path if local else None, separator)
+        names = list(dict.fromkeys(resolve(name, source, found.splits) for name in wanted))
+        splits = found.load(names)
+        parts = chosen(split, {name: len(splits[name].table) for name in names}, source)
+        return Rows(
+            table=_joined([_rows(splits[part.split].table, part) for part in parts]),
+            where=where,
+            of=sum(len(splits[name].table) for name in names),
+            every=lambda: [loaded.table for loaded in found.load(found.splits).values()],
+            root=_root(path if local else None),
+            numeric=frozenset.intersection(*(splits[name].numeric for name in names)),
+            left_out=found.left_out,
+            notes=tuple(note for name in names for note in splits[name].notes),
+        )
+
+
+def _rows(table: Any, part: Part) -> Any:
+    return table.select(range(part.start, part.stop) if part.start < part.stop else [])
+
+
+def _joined(tables: list[Any]) -> Any:
+    import datasets
+
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def _root(path: Path | None) -> Path:
+    """Where files lie that data may name: of the hub, in the folder that it downloads to."""
+    import datasets
+
+    if path is None:
+        return Path(datasets.config.HF_CACHE_HOME)
+    return path if path.is_dir() else path.parent
 
 
 @contextmanager
@@ -102,6 +151,8 @@ def reading(what: str, advice: str) -> Iterator[None]:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         if isinstance(cause, UnicodeDecodeError):
             advice = "save the file as UTF-8"
+        if isinstance(cause, UnicodeEncodeError):
+            advice = "give the file a name in UTF-8"
         raise AstraError(f"{what}: cannot be read ({reason}): {advice}") from error
     finally:
         logging.disable(disabled)
@@ -109,62 +160,43 @@ def reading(what: str, advice: str) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _documents(files: dict[str, list[str]], split: str, separator: str | None) -> Any:
-    """Text files as rows with one column, `text`. A slice such as `test[:100]` counts documents."""
-    import datasets
-
-    if separator == "":
-        raise AstraError("--separator is empty: write what separates documents, or leave the option out")
-    # utf-8-sig: some editors put an invisible mark before UTF-8 text.
-    whole = datasets.load_dataset(
-        "text", data_files=files, sample_by="document", encoding="utf-8-sig", trust_remote_code=False
-    )
-    documents = {
-        name: [
-            document.strip()
-            for text in rows["text"]
-            for document in (text.split(separator) if separator else [text])
-            if document.strip()
-        ]
-        for name, rows in whole.items()
-    }
-    chosen = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(d) for name, d in documents.items()})
-    text = [document for part in chosen for document in documents[part.splitname][part.from_ : part.to]]
-    return datasets.Dataset.from_dict({"text": text}, features=datasets.Features({"text": datasets.Value("string")}))
+# --- files --------------------------------------------------------------------------------------------------------
 
 
-def _resolve(name: str, source: str, available: Sequence[str]) -> str:
-    """The split as the data call it. Raises AstraError if they have none of that name or meaning."""
-    words = _split_names()
-    same = [split for split in available if words.get(split, split) == words.get(name, name)]
-    if not same:
-        raise AstraError(
-            f"{source} has no split {name!r}; it has {', '.join(available) or 'none'}: choose with --split"
-        )
-    return name if name in same else same[0]
+def _in_files(path: Path, split: str, pictures: bool, separator: str | None) -> Found:
+    """The data in a file, or in files of a folder."""
+    suffixes = [".parquet"] if pictures else list(KINDS)
+    if not path.is_dir():
+        if suffix_of(path) not in suffixes:
+            raise AstraError(f"{path}: not a {' or '.join(suffixes)} file: give one, a folder or a hub id")
+        files = {split_of(path.stem) or split: [str(path.absolute())]}
+        return Found(list(files), _loader(KINDS[suffix_of(path)], files, separator), {})
+    inside = [file for file in walk(path) if file != "README.md"]
+    data = [file for file in inside if suffix_of(file) in suffixes and os.path.basename(file) != "metadata.parquet"]
+    if data:
+        files = _splits(data)
+        used = {file for of_split in files.values() for file in of_split}
+        whole = {name: [str(path.absolute() / file) for file in of_split] for name, of_split in files.items()}
+        load = _loader(KINDS[suffix_of(next(iter(used)))], whole, separator)
+        return Found(list(files), load, kinds([file for file in inside if file not in used]))
+    if not pictures:
+        raise AstraError(f"{path}: the folder has no {' or '.join(suffixes)} files: give another one")
+    files = _picture_files(path)
+    return Found(list(files), lambda names: _load("imagefolder", data_files=files), {})
 
 
-def _split_names() -> dict[str, str]:
-    """Words in names of files and folders -> split, as everywhere in `datasets` (`val` -> `validation`)."""
-    from datasets.data_files import SPLIT_KEYWORDS
-
-    return {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-
-
-def _split_of(stem: str, wanted: str) -> str:
-    """`test-00000-of-00001` -> `test`; a file with no such word in its name is whichever split is wanted of it."""
-    names = _split_names()
-    first = re.split(r"[\[+]", wanted)[0].strip()
-    return next((names[word] for word in re.split(r"[-._ 0-9]+", stem) if word in names), names.get(first, first))
-
-
-def _is_dataset_repository(folder: Path, suffixes: Sequence[str]) -> bool:
-    """Whether `datasets` finds its way: files of these kinds, or a card that lists files."""
-    card = folder / "README.md"
-    found = (file.name for s in suffixes for pattern in (f"*{s}", f"*/*{s}") for file in folder.glob(pattern))
-    return any(name != "metadata.parquet" for name in found) or (
-        card.is_file() and "data_files:" in card.read_text(encoding="utf8", errors="replace")
-    )
+def _splits(files: Sequence[str]) -> dict[str, list[str]]:
+    """Split -> files of one kind. Where some names say a split, the files whose names do not are in none."""
+    by_kind: dict[str, dict[str | None, list[str]]] = {kind: {} for kind in KINDS}
+    for file in files:
+        parts = Path(file).with_suffix("").parts
+        split = next((found for part in reversed(parts) if (found := split_of(part))), None)
+        by_kind[suffix_of(file)].setdefault(split, []).append(file)
+    there = [splits for splits in by_kind.values() if splits]
+    best = next((splits for splits in there if set(splits) != {None}), there[0])
+    named = {split: of_split for split, of_split in best.items() if split is not None}
+    order = ["train", "validation", "test"]
+    return {split: named[split] for split in order if split in named} or {"train": best[None]}
 
 
 def _picture_files(folder: Path) -> dict[str, list[str]]:
@@ -174,132 +206,113 @@ def _picture_files(folder: Path) -> dict[str, list[str]]:
     would become splits and the other classes vanish. Here only a top folder that itself holds class folders (or a
     metadata file) is a split.
     """
-    names = _split_names()
     splits: dict[str, list[str]] = {}
     for child in sorted(folder.iterdir()):
-        inside = child.iterdir() if child.is_dir() and child.name in names else ()
+        inside = child.iterdir() if child.is_dir() and split_of(child.name) else ()
         if any(inner.is_dir() or inner.stem == "metadata" for inner in inside):
-            splits.setdefault(names[child.name], []).append(f"{_literal(child)}/**")
+            splits.setdefault(split_of(child.name) or "", []).append(f"{_literal(child)}/**")
     return splits or {"train": [f"{_literal(folder)}/**"]}
 
 
-def _literal(path: Path) -> str:
+def _literal(path: str | Path) -> str:
     """A path in which `[`, `*` and `?` are no wildcards, absolute since `datasets` would otherwise look it up twice."""
-    return glob.escape(str(path.absolute()))
+    return glob.escape(str(Path(path).absolute()))
 
 
-# --- columns and labels -------------------------------------------------------------------------------------------
+def has_card(path: Path) -> bool:
+    """Whether a folder's README.md lists the files of a data set."""
+    card = path / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf8", errors="replace")
 
 
-def is_text(feature: Any) -> bool:
-    """Whether a column of `datasets` holds text."""
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def need_column(features: Any, name: str, option: str, where: str) -> str:
-    """The column of that name. Raises AstraError where there is none."""
-    if name not in features:
-        raise AstraError(f"{option} {name}: {where} has no such column; it has {', '.join(features)}")
-    return name
-
-
-def choose_column(features: Any, name: str | None, fits: Callable[[Any], bool], what: str, where: str) -> str:
-    """The named column, or the only one that fits, or the one of those that is called `what`.
-
-    Raises AstraError where there is none or a choice.
-    """
-    if name is not None:
-        return need_column(features, name, f"--{what}-column", where)
-    found = [column for column, feature in features.items() if fits(feature)]
-    if len(found) != 1 and what in features:
-        return what
-    if len(found) > 1:
-        raise AstraError(f"{where} has several {what} columns, {', '.join(found)}: choose with --{what}-column")
-    if not found:
-        hint = " (FOLDER/CLASS/PICTURE or FOLDER/SPLIT/CLASS/PICTURE with two or more classes names them)"
-        raise AstraError(
-            f"{where} has no {what} column among {', '.join(features)}{hint if what == 'label' else ''}: "
-            f"choose with --{what}-column"
-        )
-    return found[0]
-
-
-def read_labels(
-    rows: Any, label_column: str | None, classes: Sequence[str] | None, where: str
-) -> tuple[Int[np.ndarray, "rows"], tuple[str, ...]]:
-    """The class of every row, and the names of the classes.
-
-    Args:
-      rows: a `datasets.Dataset`.
-      label_column: needed only where the columns' types leave a choice.
-      classes: those of a checkpoint; see `class_indices`.
-
-    Raises:
-      AstraError: the column does not exist or holds no labels, or they do not fit the classes.
-    """
+def _described(source: str, folder: Path | None, separator: str | None) -> Found:
+    """Data whose files the hub knows, or the card of a local folder."""
     import datasets
 
-    column = choose_column(
-        rows.features, label_column, lambda feature: isinstance(feature, datasets.ClassLabel), "label", where
-    )
-    values, names = _labels(rows, column, classes, where)
-    indices = class_indices(names, classes, where)
-    outside = np.flatnonzero((values < 0) | (values >= len(names)))
-    if outside.size:
-        row = int(outside[0])
-        raise AstraError(
-            f"{where} row {row}: the label {values[row]} is outside the classes 0..{len(names) - 1}: "
-            "is this split unlabelled, or the data set another one?"
-        )
-    return indices[values], tuple(classes or names)
+    builder = datasets.load_dataset_builder(str(folder) if folder else source)
+    kind, config = builder.name, builder.config
+    files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
+    if folder:
+        for file in (file for of_split in files.values() for file in of_split):
+            if allowed(file.split("::")[-1], folder) is None:
+                raise AstraError(f"{folder / 'README.md'} lists {file}, which is no file in the folder: correct it")
+    splits = list(files) or [str(split) for split in builder.info.splits or ()]
+    if kind in ("csv", "text"):
+        delimiter = getattr(config, "sep", None)
+        if folder:
+            return Found(splits, _loader(kind, files, separator, delimiter), {})
+
+        def fetched(names: list[str]) -> dict[str, Loaded]:
+            local = {name: datasets.DownloadManager().download_and_extract(files[name]) for name in names}
+            return _loader(kind, local, separator, delimiter)(names)
+
+        return Found(splits, fetched, {})
+    _no_separator(source, separator)
+    if kind == "parquet":
+        # load_dataset(name) would download every split; a parquet file names its classes by itself.
+        wanted = {split: list(map(_literal, found)) if folder else found for split, found in files.items()}
+        features = builder.info.features
+        return Found(splits, lambda names: _load(kind, data_files=_only(wanted, names), features=features), {})
+    return Found(splits, lambda names: _load(str(folder) if folder else source), {})
 
 
-def _labels(
-    rows: Any, column: str, classes: Sequence[str] | None, where: str
-) -> tuple[Int[np.ndarray, "rows"], tuple[str, ...]]:
-    """Numbers of all rows and the names of these numbers. A column of text or of plain numbers works when named."""
+def _loader(
+    kind: str, files: dict[str, list[str]], separator: str | None, delimiter: str | None = None
+) -> Callable[[list[str]], dict[str, Loaded]]:
+    """Loads splits of local files."""
+    for file in (file for of_split in files.values() for file in of_split):
+        if not is_regular(file):
+            raise AstraError(f"{shown(file)}: is no regular file: give one, a folder or a hub id")
+    if kind == "text":
+        return lambda names: {name: _documents(files[name], separator) for name in names}
+    _no_separator(next(iter(files.values()))[0], separator)
+    if kind == "csv":
+        return lambda names: {name: _table(files[name], delimiter) for name in names}
+    literal = {split: list(map(_literal, found)) for split, found in files.items()}
+    return lambda names: _load(kind, data_files=_only(literal, names))
+
+
+def _only(files: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
+    return {name: files[name] for name in names}
+
+
+def _no_separator(source: str, separator: str | None) -> None:
+    if separator is not None:
+        raise AstraError(f"--separator: {source} is no text file: a row is a document there; leave the option out")
+
+
+def _load(*args: Any, **options: Any) -> dict[str, Loaded]:
     import datasets
 
-    feature, values = rows.features[column], rows.data.column(column)
-    if values.null_count:
-        row = values.is_null().index(True).as_py()
-        raise AstraError(f"{where} row {row}: has no label in the column {column!r}: remove the row")
-    numbers = values.to_numpy()
-    if isinstance(feature, datasets.ClassLabel):
-        return numbers, tuple(feature.names)
-    if numbers.dtype.kind in "iu":
-        # Without names a label is the checkpoint's own number.
-        return numbers, tuple(classes or map(str, range(int(numbers.max()) + 1)))
-    if is_text(feature):
-        names, numbers = np.unique(numbers.astype(str), return_inverse=True)
-        return numbers, tuple(map(str, names))
-    raise AstraError(f"--label-column {column}: {where} has {feature} there; labels are whole numbers or text")
+    loaded = datasets.load_dataset(*args, **options, trust_remote_code=False)
+    return {str(name): Loaded(table) for name, table in loaded.items()}
 
 
-def class_indices(names: Sequence[str], classes: Sequence[str] | None, where: str) -> Int[np.ndarray, "names"]:
-    """Index into the checkpoint's classes of every class of the data, int32.
+def _documents(files: Sequence[str], separator: str | None) -> Loaded:
+    """Text files as rows with one column, `text`."""
+    texts = [read_text(Path(file)) for file in files]
+    documents = [part.strip() for text in texts for part in (text.split(separator) if separator else [text])]
+    kept = [document for document in documents if document]
+    return Loaded(_strings({"text": kept}))
 
-    By name where the names are the same, by number where one side only numbers its classes, or both have equally many
-    and none has moved.
-    """
-    own = np.arange(len(names), dtype=np.int32)
-    if classes is None or tuple(names) == tuple(classes):
-        return own
-    if len(names) > len(classes):
-        raise AstraError(
-            f"{where} has {len(names)} classes and the model {len(classes)}: "
-            "evaluate a checkpoint that was trained on these classes"
-        )
-    shared = set(names) & set(classes)
-    if len(shared) == len(names) == len(set(names)) and all(classes.count(name) == 1 for name in names):
-        return np.asarray([classes.index(name) for name in names], np.int32)
-    in_place = all(name == other for name, other in zip(names, classes, strict=False) if {name, other} & shared)
-    number = re.compile(r"((label|class)_)?\d+", re.IGNORECASE)
-    numbered = any(all(number.fullmatch(name) for name in side) for side in (names, classes))
-    if in_place and (numbered or len(names) == len(classes)):
-        return own
-    unknown = next((name for name in names if name not in shared), names[0])
-    raise AstraError(
-        f"{where} has classes that do not match the model's: {unknown!r} is not (or not once) among its "
-        f"{len(classes)} classes, such as {classes[0]!r}: rename the classes, or choose another --label-column"
-    )
+
+def _table(files: Sequence[str], delimiter: str | None) -> Loaded:
+    """Files of one table, one below the other."""
+    tables = [read_table(Path(file), delimiter or ("\t" if suffix_of(file) == ".tsv" else ",")) for file in files]
+    columns = tables[0].columns
+    for file, table in zip(files, tables, strict=True):
+        if set(table.columns) != set(columns):
+            raise AstraError(
+                f"{shown(file)} has the columns {', '.join(table.columns)}, and {shown(files[0])} has "
+                f"{', '.join(columns)}: give one of them"
+            )
+    joined = {name: [value for table in tables for value in table.columns[name]] for name in columns}
+    numeric = frozenset(name for name, values in joined.items() if is_numeric(values))
+    return Loaded(_strings(joined), numeric, tuple(table.note for table in tables if table.note))
+
+
+def _strings(columns: dict[str, list[str]]) -> Any:
+    import datasets
+
+    kinds_of = datasets.Features({name: datasets.Value("large_string") for name in columns})
+    return datasets.Dataset.from_dict(columns, features=kinds_of)

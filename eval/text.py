@@ -9,6 +9,20 @@ from jaxtyping import Int
 
 from astra_jax.console import progress
 from astra_jax.text import Text, bucket, pad
+from astra_jax.tokenizer import Tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], limit: int | None = None) -> tuple[list[list[int]], int]:
+    """The token ids of texts, cut to `limit` tokens if given, and how many were cut."""
+    encoded, cut = [], 0
+    with progress("tokens", len(texts)) as advance:
+        for text in texts:
+            ids = tokenizer.encode(text)
+            if limit is not None and len(ids) > limit:
+                ids, cut = tokenizer.encode(text, limit), cut + 1
+            encoded.append(ids)
+            advance()
+    return encoded, cut
 
 
 class Window(NamedTuple):

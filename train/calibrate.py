@@ -28,7 +28,9 @@ from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import Text
 from checkpoints import Checkpoint
+from eval.account import Tell, telling
 from eval.data import DataArgs
+from eval.labels import model_classes
 from train import rotation
 from train.data import sequences
 from train.kmeans import kmeans
@@ -82,14 +84,16 @@ class Args(DataArgs):
     """Also write everything printed to this file."""
 
 
-def inputs(checkpoint: Checkpoint, args: Args) -> list[Any]:
-    """Batches of what the model takes: images, or `Text` of equal length."""
+def inputs(checkpoint: Checkpoint, args: Args, tell: Tell) -> list[Any]:
+    """Batches of what the model takes: images, or `Text` of equal length. `tell` is told what is read."""
     if checkpoint.family == "vit":
-        data = args.open()
+        # Whose classes they are matters to nobody here, but what is said of them is to be right.
+        data = args.open(model_classes(checkpoint) if args.labels else None)
         rows = np.random.default_rng(args.seed).permutation(len(data))[: args.samples]
+        tell(data.account.some(rows, data.labels))
         parts = np.split(rows, range(32, len(rows), 32))
         return [checkpoint.processor([data[int(i)]["image"] for i in part]) for part in parts]
-    text, _ = sequences(checkpoint, args, args.length)
+    text, _ = sequences(checkpoint, args, args.length, tell)
     rows = np.random.default_rng(args.seed).permutation(len(text.ids))[: args.samples]
     size = max(1, TOKENS_AT_ONCE // text.ids.shape[1])
     return [Text(text.ids[part], text.lengths[part]) for part in np.split(rows, range(size, len(rows), size))]
@@ -401,7 +405,7 @@ def main(args: Args) -> None:
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
     if astra.side_info != "none" and source.family == "vit":
         raise AstraError(f"--side-info {astra.side_info} is for texts; this is a {source.family}: leave it out")
-    batches = inputs(source, args)
+    batches = inputs(source, args, telling(report))
     S = 1
     if astra.predictor == "mlp":  # which looks at the tokens around: as long as shards of the trials
         S = max(1, int(np.median(_sent(source.model, batches[0]).sum(1))) // TRIAL_SHARDS)

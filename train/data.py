@@ -17,7 +17,10 @@ from astra_jax.preprocess import ImageProcessor
 from astra_jax.text import Text, longest, pad
 from astra_jax.tokenizer import Tokenizer
 from checkpoints import Checkpoint
+from eval.account import Tell
 from eval.data import DataArgs, ImageData
+from eval.labels import model_classes
+from eval.text import encode
 
 CACHE_BYTES = 2**30  # resized pixels up to this size are kept in memory
 DECODE_CHUNK = 64  # images that a thread decodes at a time
@@ -176,13 +179,17 @@ def packed(documents: Sequence[str], tokenizer: Tokenizer, eos: Sequence[int], l
     return Text(np.asarray(ids[: n * length], np.int32).reshape(n, length), np.full(n, length, np.int32))
 
 
-def sequences(checkpoint: Checkpoint, data: DataArgs, length: int | None) -> tuple[Text, Int[np.ndarray, "n"] | None]:
+def sequences(
+    checkpoint: Checkpoint, data: DataArgs, length: int | None, tell: Tell
+) -> tuple[Text, Int[np.ndarray, "n"] | None]:
     """The text of a data set as a checkpoint takes it: all sequences, padded to the same length, and their classes.
 
-    A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it.
+    A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it, a
+    sentence encoder both texts of a row that is a pair.
 
     Args:
       length: tokens of a sequence; None for the model's limit, but at most 512.
+      tell: is told what is read.
 
     Raises:
       AstraError: the data cannot be read, `length` is not from 2 to the model's limit, or there is too little text.
@@ -193,12 +200,19 @@ def sequences(checkpoint: Checkpoint, data: DataArgs, length: int | None) -> tup
     if not 2 <= length <= limit:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
     if config.task == "causal-lm":
-        return packed(data.open_documents(), tokenizer, checkpoint.eos_ids, length), None
+        documents = data.open_documents()
+        tell(documents.account)
+        return packed(documents, tokenizer, checkpoint.eos_ids, length), None
+    labels = None
     if config.task == "embedding":
-        return pad([tokenizer.encode(text, length) for text in data.open_documents()], limit), None
-    rows = data.open_labelled(checkpoint.labels)
-    labels = np.asarray([rows[i]["label"] for i in range(len(rows))], np.int32)
-    return pad([tokenizer.encode(rows[i]["text"], length) for i in range(len(rows))], limit), labels
+        read = data.open_documents(pairs=True)
+        texts, account = list(read), read.account
+    else:
+        rows = data.open_labelled(model_classes(checkpoint))
+        texts, labels, account = [rows[i]["text"] for i in range(len(rows))], rows.labels, rows.account
+    ids, cut = encode(tokenizer, texts, length)
+    tell(account.noted(f"{cut:,} of {len(texts):,} texts were cut to {length:,} tokens") if cut else account)
+    return pad(ids, limit), labels
 
 
 def _check(batch_size: int, seed: int, count: int, what: str) -> None:

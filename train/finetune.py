@@ -18,7 +18,9 @@ from astra_jax.console import Report
 from astra_jax.errors import AstraError
 from astra_jax.sharding import make_mesh, parse_devices
 from checkpoints import Checkpoint
+from eval.account import Tell, telling
 from eval.data import DataArgs
+from eval.labels import model_classes
 from train.data import Augment, sequences, text_batches, train_batches
 from train.loop import Batch, Training, train
 
@@ -49,19 +51,23 @@ class Args(DataArgs):
     """Also write everything printed to this file."""
 
 
-def training_batches(checkpoint: Checkpoint, args: Args) -> Iterator[Batch]:
-    """Endless batches of the checkpoint's kind of data. Raises AstraError for a model that no loss is known for."""
+def training_batches(checkpoint: Checkpoint, args: Args, tell: Tell) -> Iterator[Batch]:
+    """Endless batches of the checkpoint's kind of data; `tell` is told what is read.
+
+    Raises AstraError for a model that no loss is known for.
+    """
     training = args.training
     if checkpoint.family == "vit":
         augment = Augment(flip=args.flip) if args.augment else None
-        data = args.open(checkpoint.labels)
+        data = args.open(model_classes(checkpoint))
+        tell(data.account)
         return train_batches(data, checkpoint.processor, training.batch_size, training.seed, augment)
     if checkpoint.config.task == "embedding":
         raise AstraError(
             f"{args.checkpoint}: is a sentence encoder without a classifier, which there is no loss for: use it as "
             "`astra calibrate` made it"
         )
-    return text_batches(*sequences(checkpoint, args, args.length), training.batch_size, training.seed)
+    return text_batches(*sequences(checkpoint, args, args.length, tell), training.batch_size, training.seed)
 
 
 def main(args: Args) -> None:
@@ -71,7 +77,7 @@ def main(args: Args) -> None:
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
     checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype), coded_blocks=args.coded_blocks)
-    iterator = training_batches(checkpoint, args)
+    iterator = training_batches(checkpoint, args, telling(report))
     source = {
         "checkpoint": str(args.checkpoint),
         **args.source(),

@@ -14,6 +14,7 @@ from PIL import Image
 from astra_jax.errors import AstraError
 from astra_jax.preprocess import ImageProcessor
 from eval.data import batches, load_images
+from eval.labels import match
 from train import data as train_data
 from train.data import Augment, Decoded, DigitsData, decode, train_batches, write_digits
 
@@ -107,7 +108,7 @@ def test_folder_with_metadata(tmp_path):
     (folder / "test" / "metadata.csv").write_text("file_name,kind\n3.png,dog\n")
     assert "--label-column" in message(str(folder), "train")
     assert sorted(content(load_images(str(folder), "train", label_column="kind"))) == [(1, "dog"), (2, "cat")]
-    data = load_images(str(folder), "test", label_column="kind", labels=("cat", "dog"))
+    data = load_images(str(folder), "test", label_column="kind", classes=("cat", "dog"))
     assert content(data) == [(3, "dog")] and data[0]["label"] == 1
 
 
@@ -206,27 +207,24 @@ def test_columns_of_text_and_numbers_work_when_named(tmp_path):
     assert "has no label column among picture, text, number, real" in message(path, "train")
     assert [name for _, name in content(load_images(path, "train", label_column="text"))] == list("babcaa")
     assert load_images(path, "train", label_column="number").names == ("0", "1", "2")
-    assert load_images(path, "train", label_column="number", labels=("x", "y", "z")).names == ("x", "y", "z")
+    assert load_images(path, "train", label_column="number", classes=("x", "y", "z")).names == ("x", "y", "z")
     assert "float32" in message(path, "train", label_column="real")
-    assert "row 1: the label 2 is outside the classes 0..1" in message(
-        path, "train", label_column="number", labels=("x", "y")
-    )
+    assert "has 3 classes and the model 2" in message(path, "train", label_column="number", classes=("x", "y"))
 
 
 @given(st.permutations(["ant", "bee", "cat", "dog"]), st.integers(2, 4))
 def test_labels_are_matched_by_name(order, kept):
     """The name of every row stays the same, whatever the order of the checkpoint's classes."""
-    from eval.sources import class_indices
-
     names = ("ant", "bee", "cat", "dog")[:kept]
-    indices = class_indices(names, tuple(order), "set")
+    indices, how = match(names, tuple(order), "set")
+    assert how == "by name"
     assert [order[i] for i in indices] == list(names)
 
 
 def test_labels_end_to_end(tmp_path):
     path = str(write_parquet(tmp_path / "train.parquet", label=classes("a", "b", "c")))
     before = content(load_images(path, "train"))
-    data = load_images(path, "train", labels=("c", "a", "x", "b"))
+    data = load_images(path, "train", classes=("c", "a", "x", "b"))
     assert data.names == ("c", "a", "x", "b") and content(data) == before
     assert [data[i]["label"] for i in range(3)] == [1, 3, 0]
 
@@ -234,14 +232,14 @@ def test_labels_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     "labels",
     [
-        ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"),  # numbered only
-        ("n01", "n02", "n03"),  # as many, all named differently
-        ("a", "b", "sea"),  # equal names stand at equal places
+        ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"),
+        ("class 0", "class 1", "class 2"),
+        ("0", "1", "2"),
     ],
 )
 def test_labels_that_keep_their_numbers(tmp_path, labels):
     path = str(write_parquet(tmp_path / "train.parquet", label=classes("a", "b", "c")))
-    data = load_images(path, "train", labels=labels)
+    data = load_images(path, "train", classes=labels)
     assert [data[i]["label"] for i in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
@@ -249,14 +247,17 @@ def test_labels_that_keep_their_numbers(tmp_path, labels):
     "labels, problem",
     [
         (("a", "b"), "has 3 classes and the model 2"),
-        (("b", "a", "sea"), "'c' is not"),
-        (("w", "x", "y", "z"), "'a' is not"),
+        (("b", "a", "sea"), "the data's are a, b, c; the model's are b, a, sea"),
+        (("w", "x", "y", "z"), "do not match"),
         (("a", "b", "d", "c", "c"), "do not match"),
+        # as many, and even some of the same at the same places: that says nothing
+        (("n01", "n02", "n03"), "do not match"),
+        (("a", "b", "sea"), "do not match"),
     ],
 )
 def test_labels_that_do_not_match(tmp_path, labels, problem):
     path = str(write_parquet(tmp_path / "train.parquet", label=classes("a", "b", "c")))
-    assert problem in message(path, "train", labels=labels)
+    assert problem in message(path, "train", classes=labels)
 
 
 def test_unlabelled_rows_are_named(tmp_path):
@@ -440,7 +441,7 @@ def test_digits_as_a_folder_of_pictures(tmp_path):
     rows = decode(data, ImageProcessor(size=(32, 32)))
     files = sorted((tmp_path / "digits" / "test").glob("*/*.png"))
     assert len(files) == 600 and all(re.fullmatch(r"\d{4}", file.stem) for file in files)
-    order = np.argsort([int(Path(data._rows[i]["image"]["path"]).stem) for i in range(600)])
+    order = np.argsort([int(Path(file).stem) for file in data._files])
     np.testing.assert_array_equal(rows.pixels[order], digits.pixels)
     np.testing.assert_array_equal(rows.labels[order], digits.labels)
     assert len(load_images(str(tmp_path / "digits"), "train")) == 1197

@@ -152,7 +152,7 @@ def test_labels_of_other_columns(tmp_path):
     data = args(path, label_column="star").open_labelled(("x", "y", "z"))
     assert [data[i]["label"] for i in range(2)] == [0, 2]
     assert "row 2: has no text" in message(lambda: data[2])
-    assert "row 1: the label 2 is outside" in message(lambda: args(path, label_column="star").open_labelled(("x", "y")))
+    assert "3 classes and the model 2" in message(lambda: args(path, label_column="star").open_labelled(("x", "y")))
     text = write_texts(tmp_path / "texts", train="just text")
     assert "no label column among text" in message(args(text).open_labelled)
 
