@@ -57,8 +57,18 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
+# What file browsers, systems and NFS leave in folders, which is no part of anything.
+FOREIGN = (".DS_Store", "._*", ".nfs*", ".directory", "Thumbs.db", "desktop.ini")
+
+
+def is_foreign(entry: Path) -> bool:
+    """Whether something in a folder was put there by a file browser or the system."""
+    return any(fnmatchcase(entry.name, pattern) for pattern in FOREIGN)
+
+
 def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
-    """Whether nothing is in the way of writing a folder: it is absent, or holds only names of the patterns `but_for`.
+    """Whether nothing is in the way of writing a folder: it is absent, or holds only names of the patterns `but_for`,
+    and what `is_foreign`.
 
     Raises:
       AstraError: there is something, but no folder.
@@ -67,7 +77,7 @@ def is_empty(folder: Path, *, but_for: tuple[str, ...] = ()) -> bool:
         return True
     if not folder.is_dir():
         raise AstraError(f"{folder}: is a file; the output must be a folder: choose another name")
-    return all(any(fnmatchcase(entry.name, pattern) for pattern in but_for) for entry in folder.iterdir())
+    return all(any(fnmatchcase(entry.name, pattern) for pattern in (*but_for, *FOREIGN)) for entry in folder.iterdir())
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 Weights are read, written and converted part by part, so that no more than one part of a model is in memory twice.
 """
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -48,6 +51,19 @@ def cut(model: Any) -> Iterator[Part]:
             yield name, jax.tree.map(np.asarray, _take(blocks, int(name.removeprefix(BLOCK))))
         else:
             yield name, {path: np.asarray(flat[path]) for path in shapes}
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 in hexadecimal of a part's arrays: of their names, dtypes, shapes and bytes."""
+
+    def one(path: str) -> bytes:
+        a = arrays[path]
+        found = hashlib.sha256(f"{path}\0{a.dtype}\0{a.shape}\0".encode())
+        found.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data)
+        return found.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # which hashing needs no lock of Python for
+        return hashlib.sha256(b"".join(pool.map(one, sorted(arrays)))).hexdigest()
 
 
 def assemble(model: Any, parts: Iterable[Part], param_dtype: Any = None, shardings: Any = None) -> Any:

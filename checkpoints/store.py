@@ -2,21 +2,26 @@
 
     OUT/astra.json     what the model is: its configuration, codebooks' configuration, labels, image preprocessing,
                        the Hugging Face config.json it came from, how it was made, and which weights folder counts
+                       and the SHA-256 of every part of it, of every file of the tokenizer, and of what astra.json says
     OUT/weights-0001/  its parameters, codebooks and statistics: an Orbax checkpoint for every part of the model, such
                        as `embed` and `block-0000`, so that no more than one has to be in memory at a time
-    OUT/tokenizer/     the files of its tokenizer, if it reads text
+    OUT/tokenizer-0001/  the files of its tokenizer, if it reads text
 
-Saving over a checkpoint leaves the old one good until the new one is complete: the weights are written under a
-temporary name and renamed, astra.json is replaced at once, and only then the old weights are removed. Whatever else is
-in the folder (the state and log of a training run) is left alone.
+Saving over a checkpoint leaves the old one good until the new one is complete, whenever the process is killed: weights
+and tokenizer are written into folders of a new number, astra.json, which names them, is replaced at once, and only then
+the old folders are removed. Of several processes that save into one folder each waits for the one before. Whatever else
+is in the folder (the state and log of a training run) is left alone.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +33,25 @@ from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically, writing
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.tokenizer import FILES, Tokenizer
-from checkpoints.files import copy_files, is_empty, is_plain_name, quiet, read_json
+from checkpoints.files import copy_files, is_empty, is_foreign, quiet, read_json
 from checkpoints.keys import FAMILIES, build, config_class, flat_state, with_state
-from checkpoints.parts import Part, assemble, cut, outline
+from checkpoints.lock import alone, waiting
+from checkpoints.parts import Part, assemble, cut, digest, outline
 
-FORMAT = 2  # 1 had the weights in one Orbax checkpoint, blocks stacked
+# 2 had no checksums, and `tokenizer` without a number; 1 had the weights in one Orbax checkpoint, blocks stacked.
+FORMAT = 3
 META = "astra.json"
 WEIGHTS = "weights-"
-UNFINISHED = ".weights-"
 TOKENIZER = "tokenizer"
+LOCK = f".{META}.lock"
+# Folders of a save; with a dot those that earlier versions had not finished.
+OURS = re.compile(rf"\.?{WEIGHTS}([0-9]+)|{TOKENIZER}(?:-([0-9]+))?")
+DAMAGED = (
+    "is not as it was written (its SHA-256 differs): the disk or a copy damaged it: copy it again, or make it again"
+)
 CODEC = "blocks.attention.codec."
 # What may be in the folder before the first save: a training run's state and log, and what a killed save left.
-KNOWN = (f"{WEIGHTS}*", f"{UNFINISHED}*", f".{META}.*", TOKENIZER, "train", "train.jsonl")
+KNOWN = (f"{WEIGHTS}*", f".{WEIGHTS}*", f"{TOKENIZER}-*", f".{META}.*", TOKENIZER, "train", "train.jsonl", ".train.*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Checkpoint:
       model: the Flax module; abstract, or None, where only the description was read.
       generation: how text is generated: the content of a generation_config.json.
       tokenizer_files: a folder that holds the files of the model's tokenizer, among others.
+      digest: SHA-256 of the stored checkpoint that this was read from: the same of a copy, and another once anything of
+        it is changed; None where it was read from none, or from one that an earlier version wrote.
     """
 
     family: str
@@ -71,6 +85,7 @@ class Checkpoint:
     model: Any
     generation: dict[str, Any] | None = None
     tokenizer_files: Path | None = None
+    digest: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def processor(self) -> ImageProcessor:
@@ -112,33 +127,38 @@ def save(path: Path | str, checkpoint: Checkpoint, parts: Iterable[Part] | None 
       AstraError: `path` is something else than a checkpoint, or the disk is full or not writable.
     """
     path = Path(path)
-    first = not (path / META).is_file()
-    if first and not is_empty(path, but_for=KNOWN):
+    if not (path / META).is_file() and not is_empty(path, but_for=KNOWN):
         raise AstraError(f"{path}: is not empty and not a checkpoint: choose another output folder")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        name = f"{WEIGHTS}{1 + max(map(_number, path.glob(f'{WEIGHTS}*')), default=0):04d}"
-        temporary = path / f"{UNFINISHED}{name.removeprefix(WEIGHTS)}"
-        _remove_weights(path, UNFINISHED)  # what a killed save left
-        try:
-            temporary.mkdir()
-            _write_parts(temporary, cut(checkpoint.model) if parts is None else parts)
-            if checkpoint.tokenizer_files is not None:
-                _copy_tokenizer(checkpoint, path / TOKENIZER)
-            temporary.rename(path / name)
-            write_atomically(path / META, json.dumps(_meta(checkpoint, name), indent=2) + "\n")
-        except Exception:
-            # Not on Ctrl-C: astra.json may name the new weights already. The next save removes what is not in use.
-            _remove_weights(path, UNFINISHED, name)
-            if first:
-                shutil.rmtree(path / TOKENIZER, ignore_errors=True)
+    try:
+        with writing(path), alone(path / LOCK, waiting(path)) as locked:
+            _save(path, checkpoint, cut(checkpoint.model) if parts is None else parts, locked)
+    except Exception:
+        with contextlib.suppress(OSError):  # where something else is there by now
             for folder in made:
                 folder.rmdir()
-            raise
-    _remove_weights(path, WEIGHTS, but_for=name)
-    if checkpoint.tokenizer_files is None:
-        shutil.rmtree(path / TOKENIZER, ignore_errors=True)
+        raise
+
+
+def _save(path: Path, checkpoint: Checkpoint, parts: Iterable[Part], locked: bool) -> None:
+    before, there = _in_use(path), _folders(path)
+    if locked and before is not None:
+        _remove(path, there.keys() - before)  # what a killed save left
+        for unfinished in {*path.glob(f".{META}.*")} - {path / LOCK}:
+            unfinished.unlink(missing_ok=True)
+    number = f"{1 + max((n for name, n in there.items() if name[0] != '.'), default=0):04d}"
+    weights, tokenizer = f"{WEIGHTS}{number}", f"{TOKENIZER}-{number}"
+    try:
+        (path / weights).mkdir()
+        written = {"weights": weights, "parts": _write_parts(path / weights, parts), "tokenizer": None, "files": {}}
+        if checkpoint.tokenizer_files is not None:
+            written |= {"tokenizer": tokenizer, "files": _copy_tokenizer(checkpoint, path / tokenizer)}
+        write_atomically(path / META, json.dumps(_meta(checkpoint, written), indent=2) + "\n")
+    except BaseException:
+        # Ctrl-C may come when astra.json names the new folders already.
+        _remove(path, {weights, tokenizer} - (_in_use(path) or set()))
+        raise
+    _remove(path, (there.keys() if before is None else before) - {weights, tokenizer})
 
 
 def load(
@@ -167,9 +187,9 @@ def load(
       AstraError: the folder is missing, something else, damaged, or written by a newer version; or its codec has not so
         many groups, or only all or none; or it has not so many blocks, or no predictor for those without codes.
     """
-    meta, weights, version = _read(Path(path))
+    meta, stored = _read(Path(path))
     model = build(meta.family, meta.config, meta.astra, dtype)
-    parts = _read_parts(weights, model, version)
+    parts = _read_parts(stored, model)
     if groups is not None:
         if meta.astra is None or not meta.astra.rotated:
             raise AstraError(
@@ -190,7 +210,23 @@ def load(
             raise AstraError(f"--coded-blocks is {coded_blocks}; {path} has {L} blocks: give from 1 to {L}")
         meta = dataclasses.replace(meta, astra=dataclasses.replace(meta.astra, coded_blocks=coded_blocks))
         model = build(meta.family, meta.config, meta.astra, dtype)
-    return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, shardings and shardings(model)))
+    try:
+        if meta.tokenizer_files is not None and stored.files is not None:
+            _check_tokenizer(meta.tokenizer_files, stored.files)
+        return dataclasses.replace(meta, model=assemble(model, parts, param_dtype, shardings and shardings(model)))
+    except AstraError:
+        if stored.weights.name not in (_in_use(Path(path)) or {stored.weights.name}):
+            raise AstraError(f"{path}: was saved over while it was read: repeat the command") from None
+        raise
+
+
+def _check_tokenizer(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raises AstraError where the files of a tokenizer are not as they were written."""
+    if not folder.is_dir():
+        raise AstraError(f"{folder}: the tokenizer is missing: copy the whole checkpoint folder, or make it again")
+    found = _digests(folder)
+    if differ := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        raise AstraError(f"{folder / differ[0]}: {DAMAGED}")
 
 
 def _first_groups(parts: Iterable[Part], model: Any) -> Iterator[Part]:
@@ -233,36 +269,79 @@ def with_codebooks(checkpoint: Checkpoint, astra: AstraConfig, dtype: Any = jnp.
     return dataclasses.replace(checkpoint, astra=astra, model=with_state(model, flat))
 
 
-def _remove_weights(path: Path, *prefixes: str, but_for: str | None = None) -> None:
-    for entry in path.iterdir():
-        if entry.name.startswith(prefixes) and entry.name != but_for:
-            shutil.rmtree(entry, ignore_errors=True)
+def _folders(path: Path) -> dict[str, int]:
+    """Names of the folders of all saves, and their numbers."""
+    found = {entry.name: OURS.fullmatch(entry.name) for entry in path.iterdir()}
+    return {name: int(match[1] or match[2] or 0) for name, match in found.items() if match}
 
 
-def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+def _in_use(path: Path) -> set[str] | None:
+    """Names of the folders that astra.json names; None where it cannot be read."""
+    if not (path / META).exists():
+        return set()
+    try:
+        meta = read_json(path / META)
+    except AstraError:
+        return None
+    return {str(meta.get("weights")), str(meta.get("tokenizer", TOKENIZER))}
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        shutil.rmtree(path / name, ignore_errors=True)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Copies the files of a tokenizer, and returns their digests."""
+    folder.mkdir()
     assert checkpoint.tokenizer_files is not None
     copy_files(checkpoint.tokenizer_files, folder, FILES)
+    if not any(folder.iterdir()):
+        raise AstraError(f"{checkpoint.tokenizer_files}: the tokenizer is gone: was the checkpoint saved over?")
     if checkpoint.hf_config:  # some tokenizers do not say themselves of what kind they are
         write_atomically(folder / "config.json", json.dumps(checkpoint.hf_config, indent=2) + "\n")
+    return _digests(folder)
 
 
-def _number(weights: Path) -> int:
-    digits = weights.name.removeprefix(WEIGHTS)
-    return int(digits) if digits.isdecimal() else 0
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files in a folder, by name."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+        if file.is_file() and not is_foreign(file)
+    }
 
 
-def _meta(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+def _meta(checkpoint: Checkpoint, written: Mapping[str, Any]) -> dict[str, Any]:
     """The content of astra.json."""
-    elsewhere = ("model", "tokenizer_files")
+    elsewhere = ("model", "tokenizer_files", "digest")
     fields = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in elsewhere}
     config, astra = fields["config"], fields["astra"]
     fields |= {"config": dataclasses.asdict(config), "astra": dataclasses.asdict(astra) if astra else None}
-    return {"format": FORMAT, **fields, "weights": weights}
+    return sealed({"format": FORMAT, **fields, **written})
 
 
-def _read(path: Path) -> tuple[Checkpoint, Path, int]:
-    """The description of a checkpoint, without model, its weights folder, and the format of that."""
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of astra.json with its own SHA-256, which is that of the checkpoint: it has the parts' and the
+    files', and does not depend on the names of folders."""
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    counts = {name: value for name, value in content.items() if name not in ("weights", "tokenizer")}
+    as_read = json.dumps(json.loads(json.dumps(counts)), sort_keys=True)
+    return {**content, "sha256": hashlib.sha256(as_read.encode()).hexdigest()}
+
+
+class Stored(NamedTuple):
+    """Where the weights of a checkpoint are, in which format, and the digests of its parts and its tokenizer's files;
+    None of a checkpoint that an earlier version wrote."""
+
+    weights: Path
+    version: int
+    parts: Mapping[str, str] | None
+    files: Mapping[str, str] | None
+
+
+def _read(path: Path) -> tuple[Checkpoint, Stored]:
+    """The description of a checkpoint, without model, and where the rest is."""
     if not path.exists():
         raise AstraError(f"{path}: there is no such checkpoint: `astra convert` makes one")
     if not (path / META).is_file():
@@ -270,16 +349,18 @@ def _read(path: Path) -> tuple[Checkpoint, Path, int]:
             raise AstraError(f"{path}: is a Hugging Face folder: run `astra convert {path} OUT` first and use OUT")
         raise AstraError(f"{path}: is not a checkpoint (it has no {META}): `astra convert` makes one")
     where, meta = path / META, read_json(path / META)
-    version = meta.pop("format", None)
+    seal, version = sealed(meta)["sha256"], meta.pop("format", None)
     if not isinstance(version, int):
         raise AstraError(f"{where}: has no format number: is the file damaged?")
     if version > FORMAT:
         raise AstraError(f"{where}: has format {version}; this version reads up to {FORMAT}: upgrade astra-jax")
-    weights = meta.pop("weights", None)
-    if not is_plain_name(weights) or not weights.startswith(WEIGHTS):
-        raise AstraError(f"{where}: weights is {weights!r}; it must be the name of a {WEIGHTS}… folder beside it")
-    meta = {"generation": None, **meta}  # which is newer than the format
+    if version < 3:
+        has_tokenizer = any((path / TOKENIZER / name).is_file() for name in FILES)
+        meta |= {"tokenizer": TOKENIZER if has_tokenizer else None, "parts": {}, "files": {}, "sha256": None}
+        meta = {"generation": None, **meta}  # which is newer than the format
     _check_types(meta, where)
+    weights, tokenizer = _folder(meta.pop("weights", None), where, "weights"), meta.pop("tokenizer")
+    parts, files, said = meta.pop("parts"), meta.pop("files"), meta.pop("sha256")
     if meta["family"] not in FAMILIES:
         raise AstraError(f"{where}: family is {meta['family']!r}; known are {', '.join(sorted(FAMILIES))}")
     labels, astra = meta["labels"], meta["astra"]
@@ -294,9 +375,19 @@ def _read(path: Path) -> tuple[Checkpoint, Path, int]:
         raise AstraError(
             f"{where}: a value has the wrong type ({str(error).splitlines()[0]}): is the file damaged?"
         ) from error
-    has_tokenizer = any((path / TOKENIZER / name).is_file() for name in FILES)
-    meta |= {"model": None, "tokenizer_files": path / TOKENIZER if has_tokenizer else None}
-    return from_dict(Checkpoint, meta, str(where)), path / weights, version
+    tokenizer = None if tokenizer is None else path / _folder(tokenizer, where, "tokenizer")
+    meta |= {"model": None, "tokenizer_files": tokenizer, "digest": said}
+    checkpoint = from_dict(Checkpoint, meta, str(where))
+    if said is not None and said != seal:
+        raise AstraError(f"{where}: {DAMAGED}")
+    return checkpoint, Stored(path / weights, version, *((parts, files) if version >= 3 else (None, None)))
+
+
+def _folder(name: Any, where: Path, field: str) -> str:
+    """The name of a folder that astra.json names. Raises AstraError for one that is not of a save."""
+    if not isinstance(name, str) or not OURS.fullmatch(name) or not name.startswith(field):
+        raise AstraError(f"{where}: {field} is {name!r}; it must be the name of a {field}-… folder beside it")
+    return name
 
 
 def _config(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -318,15 +409,21 @@ def _check_types(meta: Mapping[str, Any], where: Path) -> None:
         "dtype": str,
         "history": list,
         "generation": dict | None,
+        "tokenizer": str | None,
+        "parts": dict,
+        "files": dict,
+        "sha256": str | None,
     }
     wrong = sorted(name for name, kind in expected.items() if name not in meta or not isinstance(meta[name], kind))
     if wrong:
         raise AstraError(f"{where}: {', '.join(wrong)} is missing or of the wrong type: is the file damaged?")
 
 
-def _write_parts(folder: Path, parts: Iterable[Part]) -> None:
+def _write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, str]:
+    """Writes a weights folder part by part, and returns the parts' digests."""
     import orbax.checkpoint as ocp
 
+    digests: dict[str, str] = {}
     with quiet():
         # A file per array, written from where it is in memory: a copy, or a compressed one, would be there as a whole,
         # and weights hardly compress.
@@ -336,21 +433,32 @@ def _write_parts(folder: Path, parts: Iterable[Part]) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=handlers)
         with ocp.Checkpointer(handler) as checkpointer:
             for name, arrays in parts:
+                digests[name] = digest(arrays)
                 checkpointer.save((folder / name).absolute(), arrays)
                 del arrays  # or this part is still there while the next one is read
+    return digests
 
 
-def _read_parts(folder: Path, model: Any, version: int) -> Iterator[Part]:
-    """Reads a weights folder part by part into arrays of exactly the paths and shapes of an abstract model."""
+def _read_parts(stored: Stored, model: Any) -> Iterator[Part]:
+    """Reads a weights folder part by part into arrays of exactly the paths and shapes of an abstract model.
+
+    Raises:
+      AstraError: they are not those, or not as they were written.
+    """
+    folder, digests = stored.weights, stored.parts
     if not folder.is_dir():
         raise AstraError(f"{folder}: the weights are missing: copy the whole checkpoint folder, or make it again")
-    if version == 1:
+    if stored.version == 1:
         yield "", _read_part(folder, flat_state(model))
         return
     expected = outline(model)
-    _check_same(folder, dict.fromkeys(expected, ()), {part.name: () for part in folder.iterdir()})
+    _check_same(folder, dict.fromkeys(expected, ()), {p.name: () for p in folder.iterdir() if not is_foreign(p)})
     for name, shapes in expected.items():
-        yield name, _read_part(folder / name, shapes)
+        arrays = _read_part(folder / name, shapes)
+        if digests is not None and digest(arrays) != digests.get(name):
+            raise AstraError(f"{folder / name}: {DAMAGED}")
+        yield name, arrays
+        del arrays  # or this part is still there while the next one is read
 
 
 def _read_part(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -361,6 +469,8 @@ def _read_part(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarra
             tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
             found = traverse_util.flatten_dict(tree, sep=".")
             _check_same(folder, *({path: tuple(a.shape) for path, a in arrays.items()} for arrays in (expected, found)))
+            for path, a in found.items():
+                _check_chunks(folder, path, a)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             arrays = checkpointer.restore(folder.absolute(), restore_args=as_numpy)
             return traverse_util.flatten_dict(arrays, sep=".")
@@ -372,6 +482,17 @@ def _read_part(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarra
             f"{folder}: the weights cannot be read ({type(error).__name__}: {reason}): the folder is damaged or "
             "incomplete: copy it again, or make it again"
         ) from error
+
+
+def _check_chunks(folder: Path, path: str, a: Any) -> None:
+    """Raises AstraError where the pieces in which an array is stored are larger than itself: TensorStore makes room for
+    a whole piece, and ends the process where there is none."""
+    pieces = a.storage and a.storage.chunk_shape
+    if pieces and any(piece > max(1, size) for piece, size in zip(pieces, a.shape, strict=True)):
+        raise AstraError(
+            f"{folder}: {path} of shape {list(a.shape)} is stored in pieces of {list(pieces)}, which are larger: the "
+            "folder is damaged: copy it again, or make it again"
+        )
 
 
 def _check_same(folder: Path, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -226,7 +226,7 @@ def damaged(done, place) -> Path:
         save_file(tensors, place / name / "model.safetensors")
     (place / "short.txt").write_text("w1 w2")
     shutil.copytree(place / "original", place / "bare")
-    shutil.rmtree(place / "bare" / "tokenizer")
+    shutil.rmtree(place / "bare" / "tokenizer-0001")
     return place
 
 
