@@ -830,7 +830,8 @@ def test_a_description_that_does_not_fit(
     changes: dict[str, Any], expected: str, calibrated: checkpoints.Checkpoint, tmp_path: Path
 ) -> None:
     checkpoints.save(tmp_path, calibrated)
-    edit_json(tmp_path / "astra.json", **changes)
+    meta = json.loads((tmp_path / "astra.json").read_text()) | changes
+    (tmp_path / "astra.json").write_text(json.dumps(store.sealed(meta)))
     assert expected in refused(tmp_path)
 
 
