@@ -14,10 +14,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,9 @@ _XLA_FLAGS = (
 _NO_PROXY = "no_grpc_proxy"  # gRPC knows it in small letters alone
 VERDICT_SECONDS = 1.5  # what the lifeline may take to say which host is gone, after an error that does not
 QUEUE_BITS = 8 << 16  # what may wait before a link, and a sign of life behind it
+TORN_SECONDS = 10.0  # what other hosts may take to fail where this one did, before they count as left behind
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +270,62 @@ def membership() -> Membership | None:
 def again() -> Again | None:
     """What happened where this program began anew without a host that is gone; None where it did not."""
     return _again
+
+
+class Torn(Exception):
+    """This host failed while others wait for it within a collective, where nothing reaches them."""
+
+
+def agreed(
+    work: Callable[[], Result], exchanges: bool, tell: Callable[[Result], Any] = lambda result: None
+) -> tuple[Result, list[Any]]:
+    """What `work` gives, once it has gone well on all hosts, which all have to call this in the same order. So no host
+    goes on to a collective that another one does not come to.
+
+    Args:
+      exchanges: whether hosts wait for each other within `work`.
+      tell: what is told of the result to host 0; JSON must be able to say it.
+
+    Returns:
+      The result of this host, and on host 0 what each host told of its own.
+
+    Raises:
+      AstraError: on all hosts, where `work` failed on any: how, and on which.
+      Torn: it failed here, and other hosts are left waiting in a collective.
+    """
+    if _membership is None:
+        result = work()
+        return result, [tell(result)]
+    failure: Exception | None = None
+    try:
+        result = work()
+        mine = {"told": tell(result)}
+    except Exception as error:
+        failure, mine = error, {"failed": reason(error)}
+    lifeline, seconds = _membership.lifeline, TORN_SECONDS + _membership.slow if failure and exchanges else None
+    try:
+        found = lifeline.gather(mine, seconds)
+        failed = lifeline.spread(found and _failed(found), seconds)
+    except TimeoutError:
+        raise Torn(mine["failed"]) from failure
+    if failed or failure:
+        raise AstraError(str(failed or mine["failed"])) from failure
+    return result, [one.get("told") for one in found or ()]
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    kind = "" if isinstance(error, AstraError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:1000]}"
+
+
+def _failed(found: Sequence[Any]) -> str:
+    """How what hosts did failed: on host 0, or else on the first where it did; empty where it went well on all."""
+    for host, one in enumerate(found):
+        if not isinstance(one, dict) or "told" not in one:
+            why = str(one.get("failed"))[:2000] if isinstance(one, dict) else "it did not say what it did"
+            return f"host {host}: {why}" if host else why
+    return ""
 
 
 def leave() -> None:

@@ -25,7 +25,9 @@ from astra_jax.errors import AstraError
 from astra_jax.parallel import Make, make_for, on_mesh, place
 from astra_jax.sharding import DATA, SEQ
 from astra_jax.strategies import Astra, Remote, Single, Strategy
-from astra_jax.text import Text, bucket
+from astra_jax.text import Text, bucket, check_text
+
+TEMPERATURES = (1e-6, 1e6)  # beyond these, float32 makes infinities of logits, or nothing of their differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Sampling:
     """How the next token is drawn, in this order.
 
     Raises:
-      AstraError: a value is outside its range.
+      AstraError: a value is of another type, or outside its range.
     """
 
     temperature: float = 0.0
@@ -46,35 +48,60 @@ class Sampling:
     """Seed of the drawing."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not math.isfinite(self.temperature):
-            raise AstraError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more: try 0.8")
-        if self.top_k < 0:
+        low, high = TEMPERATURES
+        if not is_number(self.temperature) or not (self.temperature == 0 or low <= self.temperature <= high):
+            raise AstraError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy), or from {low:f} to {high:,.0f}: try 0.8"
+            )
+        if not is_whole(self.top_k) or self.top_k < 0:
             raise AstraError(f"--top-k is {self.top_k}; it must be 0 (all tokens) or more: try 40")
-        if not 0 < self.top_p <= 1:
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise AstraError(f"--top-p is {self.top_p}; it must be above 0 and at most 1: try 0.9")
-        if not 0 <= self.seed < 2**32:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**32:
             raise AstraError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}")
 
+    @property
+    def numbers(self) -> tuple[int | float, ...]:
+        """What `sample` computes with: nothing (greedy), the temperature, or also top_k and top_p. How many they are
+        takes a program of its own, and not what they are."""
+        if self.temperature == 0:
+            return ()
+        if self.top_k == 0 and self.top_p == 1:
+            return (float(self.temperature),)
+        return (float(self.temperature), min(self.top_k, 2**31 - 1), float(self.top_p))
 
-def restrict(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no bool."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def restrict(
+    logits: Float[Array, "B V"], top_k: int | Int[Array, ""], top_p: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
     """The logits of tokens that may be drawn, as in `Sampling`; -inf for all others."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)  # not `top_k`, which would bring rows of all devices together
-    kept = jnp.arange(logits.shape[-1]) < (top_k or logits.shape[-1])
-    if top_p < 1:
-        p = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-        # A token stays if those before it have not reached top_p yet; the likeliest always does.
-        kept = kept & (p.cumsum(-1) - p < top_p)
+    ordered, place = jnp.sort(logits, axis=-1, descending=True), jnp.arange(logits.shape[-1])
+    kept = (place < top_k) | (jnp.asarray(top_k) == 0)  # no `lax.top_k`, which would bring rows of all devices together
+    p = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+    # A token stays if those before it have not reached top_p yet; the likeliest always does.
+    kept = kept & ((p.cumsum(-1) - p < top_p) | (jnp.asarray(top_p) >= 1) | (place == 0))
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def sample(logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling) -> Int[Array, "B"]:
-    """Draws the next token of every sequence."""
-    if sampling.temperature == 0:
+def sample(logits: Float[Array, "B V"], key: Key[Array, ""], numbers: Sequence[Any]) -> Int[Array, "B"]:
+    """Draws the next token of every sequence. `numbers` are those of `Sampling`."""
+    if not numbers:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k > 0 or sampling.top_p < 1:
-        logits = restrict(logits, sampling.top_k, sampling.top_p)
+    temperature, *restrictions = numbers
+    logits = logits / temperature
+    if restrictions:
+        logits = restrict(logits, *restrictions)
     return jax.random.categorical(key, logits)
 
 
@@ -140,6 +167,14 @@ class Decode(Strategy):
         return jnp.ones((1, 1), bool)
 
 
+def check_stop(stop: Sequence[Any]) -> None:
+    """Raises AstraError for a stop string that is empty, or no text."""
+    for one in stop:
+        check_text("--stop", one)
+        if not one:
+            raise AstraError("--stop is an empty string: give at least one character")
+
+
 class Continuation:
     """The text that a prompt goes on with, up to an end-of-text token or a stop string.
 
@@ -150,8 +185,7 @@ class Continuation:
     """
 
     def __init__(self, stream: Callable[[int], str], eos: Sequence[int], stop: Sequence[str] = ()):
-        if "" in stop:
-            raise AstraError("--stop is an empty string: give at least one character")
+        check_stop(stop)
         self._stream, self._eos, self._stop = stream, frozenset(eos), tuple(stop)
         self._shown = 0
         self.text, self.count, self.done = "", 0, False
@@ -170,8 +204,13 @@ class Continuation:
             self.text, self.done = self.text[: min(ends)], True
             return self.rest()
         # A tail that may become a stop string is held back.
-        held = max((n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        held = max((self._begun(stop) for stop in self._stop), default=0)
         return self._show(len(self.text) - held)
+
+    def _begun(self, stop: str) -> int:
+        """How many characters at the end of the text are the first of a stop string."""
+        lengths = range(min(len(stop) - 1, len(self.text)), 0, -1)
+        return next((n for n in lengths if self.text.endswith(stop[:n])), 0)
 
     def rest(self) -> str:
         """What has not been shown yet, when no token follows."""
@@ -255,8 +294,8 @@ class Generator:
         self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state) if self.here else None
         self._prefill = prefill_program(model, self.graphdef, mesh, make)
         self._cache = jax.jit(_make_cache, static_argnames="more")
-        self._decode = jax.jit(self._run_decode, static_argnames="sampling", donate_argnames="cache")
-        self._sample = jax.jit(sample, static_argnames="sampling")
+        self._decode = jax.jit(self._run_decode, donate_argnames="cache")
+        self._sample = jax.jit(sample)
 
     def _at_the_end(self, array: Array, spec: P) -> Array:
         """What the devices of the last shard hold of an array, as an array on them alone: nothing moves."""
@@ -286,27 +325,27 @@ class Generator:
         return logits[:, 0], cache
 
     def _run_decode(
-        self, state: Any, cache: Cache, ids: Int[Array, "B"], key: Key[Array, ""], sampling: Sampling
+        self, state: Any, cache: Cache, ids: Int[Array, "B"], key: Key[Array, ""], numbers: Any
     ) -> tuple[Cache, Float[Array, "B V"], Int[Array, "B"]]:
         model = nnx.merge(self.graphdef, state)
         states, kept = model.states(ids[:, None], Decode(cache))
         logits = model.logits(states)[:, 0]
-        return cache.append(kept), logits, sample(logits, key, sampling)
+        return cache.append(kept), logits, sample(logits, key, numbers)
 
     def decode(
         self, cache: Cache, ids: Int[Array, "B"], key: Key[Array, ""], sampling: Sampling
     ) -> tuple[Cache, Float[Array, "B V"], Int[Array, "B"]]:
         """One token more: cache (which is used up) and the last tokens -> cache, logits and the next tokens."""
-        return self._decode(self.end_state, cache, ids, key, sampling=sampling)
+        return self._decode(self.end_state, cache, ids, key, sampling.numbers)
 
     def check(self, text: Text, new_tokens: int) -> None:
         """Raises AstraError if prompts and new tokens together are longer than the model's limit."""
-        limit, lengths = self.model.config.max_position_embeddings, np.asarray(text.lengths)
+        limit, longest = self.model.config.max_position_embeddings, int(np.max(text.lengths))
         if new_tokens < 1:
             raise AstraError(f"the number of new tokens is {new_tokens}; it must be at least 1")
-        if lengths.max() + new_tokens > limit + 1:  # the last token drawn is not read
+        if longest + new_tokens > limit + 1:  # the last token drawn is not read
             raise AstraError(
-                f"a prompt of {lengths.max()} and {new_tokens} new tokens are more than the model takes, {limit}: "
+                f"a prompt of {longest} and {new_tokens} new tokens are more than the model takes, {limit}: "
                 "ask for fewer or shorten the prompt"
             )
 
@@ -330,7 +369,7 @@ class Generator:
         key = jax.random.key(sampling.seed)
         logits, cache = self.prefill(text, new_tokens)
         self.cache_memory = memory(cache)
-        ids = self._sample(logits, jax.random.fold_in(key, 0), sampling=sampling)
+        ids = self._sample(logits, jax.random.fold_in(key, 0), sampling.numbers)
         yield np.asarray(ids)[:B]
         for step in range(1, new_tokens):
             cache, _, ids = self.decode(cache, ids, jax.random.fold_in(key, step), sampling)

@@ -7,6 +7,7 @@ those that are left begin anew without it, as host 0 says.
 """
 
 import contextlib
+import json
 import os
 import queue
 import threading
@@ -19,6 +20,7 @@ from astra_jax.line import GONE, Line
 BEAT_SECONDS = 1.0  # between two signs of life
 GRACE_SECONDS = 0.5  # for news of other hosts that went at the same time
 MOST_BYTES = 1 << 28  # that host 0 sends with a request
+MOST_TOLD = 1 << 20  # bytes that another host sends at once
 
 Policy = Literal["fail", "single", "shrink"]
 
@@ -27,7 +29,7 @@ def die(message: str) -> NoReturn:
     """Ends this process at once with one line and exit code 2. By itself JAX would wait for hosts that are gone."""
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads, also XLA's, say from now on is no last line
-    os.write(stderr, f"astra: error: {' '.join(message.split())}\n".encode())
+    os.write(stderr, f"astra: error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
     os._exit(2)
 
 
@@ -59,6 +61,7 @@ class Lifeline:
         # Is told why this host ends, and whether it begins anew.
         self.farewell: Callable[[str, bool], Any] = lambda message, goes_on: None
         self._lines, self._gone, self._needed = lines, dict[int, str](), True
+        self._told = {other: queue.SimpleQueue[bytes]() for other in lines}  # what they told, and nobody heard yet
         self._over, self._lock = threading.Event(), threading.Lock()
         self._done = {other: threading.Event() for other in lines}
         for other, line in lines.items():
@@ -68,9 +71,47 @@ class Lifeline:
 
     def ask(self, request: bytes) -> None:
         """On host 0: sends a request to all other hosts, which find it in their `requests`."""
+        self._send(request, request=True)
+
+    def gather(self, value: Any, seconds: float | None = None) -> list[Any] | None:
+        """Brings what every host gives here, which JSON can say, to host 0.
+
+        Args:
+          seconds: how long a host may take; None where it may take as long as it lives.
+
+        Returns:
+          On host 0, all of it, by the hosts' numbers; None on the others, which do not wait.
+
+        Raises:
+          TimeoutError: a host took longer.
+        """
+        if self.host:
+            self._send(json.dumps(value).encode(), told=True)
+            return None
+        return [value, *(self._heard(other, seconds) for other in sorted(self._lines))]
+
+    def spread(self, value: Any, seconds: float | None = None) -> Any:
+        """What host 0 gives here, which JSON can say, on all hosts. For `seconds` and errors see `gather`."""
+        if self.host:
+            return self._heard(0, seconds)
+        self._send(json.dumps(value).encode(), told=True)
+        return value
+
+    def _heard(self, other: int, seconds: float | None) -> Any:
+        try:
+            return json.loads(self._told[other].get(timeout=seconds))
+        except queue.Empty:
+            raise TimeoutError(f"host {other} said nothing for {seconds} s") from None
+        except (ValueError, RecursionError):
+            return None
+
+    def _send(self, body: bytes, **message: Any) -> None:
+        """Sends bytes to all hosts that this one has a connection to."""
         for line in self._lines.values():
-            with contextlib.suppress(OSError):  # a host that is gone shows elsewhere
-                line.send(self.patience, request, request=True)
+            try:
+                line.send(self.patience, body, **message)
+            except OSError:  # it has a part of it, and what follows would not be understood: it is gone, which shows
+                line.close()
 
     def need(self, needed: bool) -> None:
         """On host 0: whether the others are needed. While they are not, one that is gone does no harm; it does
@@ -81,6 +122,11 @@ class Lifeline:
             self._needed, gone = needed, list(self._gone.values())
         if needed and gone:
             self._fail(gone[0], a_fault=True)
+
+    @property
+    def needs(self) -> bool:
+        """Whether the others are needed, by what `need` was told last."""
+        return self._needed
 
     def abandon(self, message: str, a_fault: bool) -> None:
         """Tells the other hosts that this one ends with an error; `a_fault` is one that they can do without it."""
@@ -120,7 +166,7 @@ class Lifeline:
     def _watch(self, other: int) -> None:
         while not self._over.is_set():
             try:
-                message = self._lines[other].receive(self.patience, MOST_BYTES if self.host else 0)
+                message = self._lines[other].receive(self.patience, MOST_BYTES if self.host else MOST_TOLD)
             except TimeoutError:
                 silent = f"has given no sign of life for {self.patience:.3g} s: is its link cut?"
                 message = {"lost": f"host {other} {silent}"}
@@ -134,6 +180,8 @@ class Lifeline:
                 return  # nothing more comes from there, and that its connection ends is as it should be
             elif "request" in message:
                 self.requests.put(message.get("body", b""))
+            elif "told" in message:
+                self._told[other].put(message.get("body", b""))
             elif "again" in message:
                 self._over.set()
                 self.again(str(message.get("why")), int(message["again"]), int(message["host"]))

@@ -5,6 +5,7 @@ What comes from elsewhere is not trusted: lines and bytes have limits, and whate
 
 import contextlib
 import json
+import math
 import os
 import select
 import socket
@@ -31,34 +32,38 @@ class Line:
         if connection.family == socket.AF_INET:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def send(self, within: float = 5.0, body: bytes = b"", **message: Any) -> None:
-        """Sends a message, and bytes with it. Raises TimeoutError where nothing is taken within so many seconds."""
+    def send(self, within: float = 5.0, body: bytes = b"", total: float = math.inf, **message: Any) -> None:
+        """Sends a message, and bytes with it. Raises TimeoutError where nothing is taken within so many seconds, or not
+        all within a total of seconds."""
+        line = json.dumps(message | ({"bytes": len(body)} if body else {})).encode() + b"\n"
         with self._writing:
-            self._write(json.dumps(message | ({"bytes": len(body)} if body else {})).encode() + b"\n" + body, within)
+            self._write(line + body, within, time.monotonic() + total)
 
     def beat(self) -> None:
         """A sign of life; none where something is being sent, which is one, or where the link takes nothing."""
         if self._writing.acquire(blocking=False):
             try:
-                self._write(b'{"alive": true}\n', 0.0)
+                self._write(b'{"alive": true}\n', 0.0, math.inf)
             except OSError:
                 pass  # who reads will notice
             finally:
                 self._writing.release()
 
-    def receive(self, seconds: float, most: int = 0) -> dict[str, Any]:
+    def receive(self, seconds: float, most: int = 0, total: float = math.inf) -> dict[str, Any]:
         """The next message; what came with it is its `body`.
 
         Args:
           seconds: how long it may take, and for the bytes how long nothing may come.
           most: how many bytes may come with it.
+          total: how long all of it may take, also where it comes bit by bit.
 
         Raises:
           TimeoutError, ConnectionError: it took longer; the connection ended, or what came is no message.
         """
         self._check()
         try:
-            deadline = time.monotonic() + seconds
+            end = time.monotonic() + total
+            deadline = min(time.monotonic() + seconds, end)
             while b"\n" not in self._read:
                 if len(self._read) > LONGEST:
                     raise ConnectionError("it sent a line that is too long")
@@ -66,7 +71,7 @@ class Line:
             line, _, self._read = self._read.partition(b"\n")
             message = _parse(line)
             if "bytes" in message:
-                message["body"] = self._body(message.pop("bytes"), seconds, most)
+                message["body"] = self._body(message.pop("bytes"), seconds, most, end)
             return message
         except OSError as error:
             self._lost = error
@@ -113,10 +118,10 @@ class Line:
         if self._lost:
             raise ConnectionError("it is lost")
 
-    def _write(self, data: bytes, seconds: float) -> None:
+    def _write(self, data: bytes, seconds: float, end: float) -> None:
         rest = memoryview(data)
         while rest:
-            if not self._ready(seconds):
+            if not self._ready(min(seconds, end - time.monotonic())):
                 raise TimeoutError("timed out")
             try:
                 rest = rest[self._connection.send(rest, socket.MSG_DONTWAIT) :]
@@ -131,12 +136,12 @@ class Line:
             raise ConnectionError("it closed the connection")
         return read
 
-    def _body(self, size: Any, seconds: float, most: int) -> bytes:
+    def _body(self, size: Any, seconds: float, most: int, end: float) -> bytes:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most:
             raise ConnectionError("it sent more than is taken")
         parts, there = [self._read], len(self._read)
         while there < size:
-            parts.append(self._some(time.monotonic() + seconds))
+            parts.append(self._some(min(time.monotonic() + seconds, end)))
             there += len(parts[-1])
         read = b"".join(parts)
         self._read = read[size:]

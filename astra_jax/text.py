@@ -23,6 +23,20 @@ class Text(NamedTuple):
     lengths: Int[Array | np.ndarray, "B"]
 
 
+def check_text(option: str, value: Any) -> None:
+    """Raises AstraError for what is no text, also a string with half a character in it: Python makes such of arguments
+    that are not UTF-8, and no tokenizer takes them."""
+    if not isinstance(value, str):
+        raise AstraError(f"{option} is {value!r}; it must be a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(value[error.start])
+        raise AstraError(
+            f"{option}: its character {error.start + 1} is {found}, which is none: give the text in UTF-8"
+        ) from error
+
+
 def longest(config: Any) -> int:
     """The most tokens of a text that a model of this configuration takes."""
     return getattr(config, "max_seq_length", None) or config.max_position_embeddings

@@ -24,7 +24,7 @@ from astra_jax import cluster
 from astra_jax.agreement import Same, options
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
-from astra_jax.generate import Continuation, Generator, Sampling
+from astra_jax.generate import Continuation, Generator, Sampling, check_stop, is_whole
 from astra_jax.hosts import Hosts
 from astra_jax.lifeline import Policy
 from astra_jax.near import near_of, near_on
@@ -33,14 +33,16 @@ from astra_jax.preflight import pair_rows
 from astra_jax.preprocess import decode_image
 from astra_jax.sharding import SEQ, hosts_of
 from astra_jax.strategies import Astra, Order
-from astra_jax.text import Text, longest, pad
+from astra_jax.text import Text, bucket, check_text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from checkpoints import Checkpoint
-from eval.breakdown import from_all_hosts, observe, rows
+from eval.breakdown import heard, observe, rows, told
 from eval.flops import flops
 from eval.network import volume
 from eval.timing import share
 from eval.traffic import abstract
+
+MOST_CHARACTERS = 1 << 22  # of a prompt, our choice: more than 2^17 tokens have, and no tokenizer takes long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,11 @@ class Wishes:
     """End where one of these strings comes up; it is not printed."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
+        if not is_whole(self.top) or self.top < 1:
             raise AstraError(f"--top is {self.top}; it must be at least 1")
+        if self.max_new_tokens is not None and not is_whole(self.max_new_tokens):
+            raise AstraError(f"--max-new-tokens is {self.max_new_tokens}; it must be a whole number")
+        check_stop(self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +106,21 @@ class Request:
       names: of the pictures.
       files: their contents, in any format that Pillow reads.
       prompts: the texts.
+
+    Raises:
+      AstraError: a prompt is no text, or longer than any model takes.
     """
 
     names: tuple[str, ...] = ()
     files: tuple[bytes, ...] = ()
     prompts: tuple[str, ...] = ()
     wishes: Wishes = Wishes()
+
+    def __post_init__(self) -> None:
+        for prompt in self.prompts:
+            check_text("--prompt", prompt)
+            if len(prompt) > MOST_CHARACTERS:
+                raise AstraError(f"--prompt has {len(prompt):,} characters; at most {MOST_CHARACTERS:,} are read")
 
 
 def sent_bytes(model: Any, N: int, inputs: Any, make: Make = Astra.of) -> int:
@@ -190,7 +204,7 @@ class Answerer:
             self.generator = Generator(self.model, self.mesh, self.fast_path, self.make)
         else:
             self.program = parallelize(self.model, self.mesh, self.make, self.fast_path)
-        self._compiled = set[str]()  # shapes of inputs
+        self._compiled = set[Any]()  # shapes of inputs, and what else needs a program of its own
         self._counted = dict[tuple[str, int], int]()
 
     @property
@@ -221,8 +235,9 @@ class Answerer:
             takes, gave, not_ = ("pictures", "image", "prompt") if self.images else ("text", "prompt", "image")
             raise AstraError(f"{self.name}: takes {takes}: give --{gave}, not --{not_}")
         if self.images:
-            pictures = [decode_image(file, name) for file, name in zip(request.files, request.names, strict=True)]
-            return np.asarray(self.checkpoint.processor(pictures))
+            # One after the other: many that are small as files may be too large for the memory as pictures.
+            pictures = zip(request.files, request.names, strict=True)
+            return np.concatenate([self.checkpoint.processor([decode_image(file, name)]) for file, name in pictures])
         if self.task == "embedding" and len(request.prompts) < 2:
             raise AstraError(f"{self.name}: is a sentence encoder: give two or more texts with --prompt")
         text = pad([self.checkpoint.tokenizer.encode(p) for p in request.prompts], longest(self.checkpoint.config))
@@ -230,22 +245,34 @@ class Answerer:
             self.generator.check(text, self._new_tokens(text, request.wishes))
         return text
 
-    def answer(self, request: Request, inputs: Any, report: Report) -> None:
-        """Answers a request whose `inputs` are these; on several hosts all of them have to."""
+    def answer(self, read: Callable[[], tuple[Request, Any]], report: Report) -> None:
+        """Answers a request; on several hosts all of them have to, and only host 0 reports.
+
+        Args:
+          read: gives the request and its `inputs`.
+
+        Raises:
+          AstraError: on all hosts, where one of them cannot read or compute it. They can answer another request.
+          Torn: see `astra_jax.cluster.agreed`.
+        """
+        (request, inputs), _ = cluster.agreed(read, exchanges=False)
+        work = self._generate if self.task == "causal-lm" else self._classify
+        work(request, inputs, report)
+
+    def _preface(self, inputs: Any, report: Report) -> None:
         if again := cluster.again():
             report.say(
                 f"answered by {again.hosts} of {again.were} hosts: {again.why}", began_anew=dataclasses.asdict(again)
             )
         if not self.images and (shortest := int(np.min(inputs.lengths))) < self.N:
             report.say(f"a prompt of {shortest} token(s) uses {shortest} of the {self.N} devices")
-        if self.task == "causal-lm":
-            self._generate(request, inputs, report)
-        else:
-            self._classify(request, inputs, report)
 
     def _classify(self, request: Request, inputs: Any, report: Report) -> None:
         names = request.names or request.prompts
-        output, seconds, first = self._passed(inputs, lambda: self.program(inputs), report)
+        output, seconds, first = self._passed(inputs, lambda: self.program(inputs))
+        if jax.process_index():
+            return
+        self._preface(inputs, report)
         where = f"{self.name} on {self.mesh.size} device(s)"
         if self.task == "embedding":
             report.table("similarities", where, similarity_rows(output, names))
@@ -280,9 +307,11 @@ class Answerer:
         def compile_all() -> Any:
             return list(itertools.islice(generator.tokens(text, new_tokens, wishes.sampling), 2))
 
-        step, first_seconds, compiled = self._passed(text, first_token, report, compile_all)
+        programs = (len(wishes.sampling.numbers), bucket(new_tokens, 1 << 30), new_tokens > 1)
+        step, first_seconds, compiled = self._passed(text, first_token, compile_all, programs)
         if not generator.here:
             return
+        self._preface(text, report)
         prompts = [row[:length].tolist() for row, length in zip(text.ids, lengths, strict=True)]
         texts = [
             Continuation(self.checkpoint.tokenizer.stream(p), self.checkpoint.eos_ids, wishes.stop) for p in prompts
@@ -330,39 +359,48 @@ class Answerer:
         self._say_where_time_went(report, text)
 
     def _passed(
-        self, inputs: Any, call: Callable[[], Any], report: Report, compile_all: Callable[[], Any] | None = None
+        self, inputs: Any, call: Callable[[], Any], compile_all: Callable[[], Any] | None = None, programs: Any = None
     ) -> tuple[Any, float, float]:
         """One pass: what `call` gives, its seconds, and those of an earlier one that had to compile (0: none had to).
 
         From here on host 0 needs no other host to answer.
+
+        Args:
+          compile_all: what compiles, if `call` is not all that has to be.
+          programs: what, beside the shapes of inputs, has programs of its own.
         """
-        shapes, compiled = str(jax.tree.map(np.shape, inputs)), 0.0
-        if shapes not in self._compiled:
+        key, compiled = (str(jax.tree.map(np.shape, inputs)), programs), 0.0
+        if key not in self._compiled:
             start = time.perf_counter()
-            jax.block_until_ready((compile_all or call)())
-            if self.here:
-                from_all_hosts(observe(lambda: None)[1])
+            cluster.agreed(lambda: jax.block_until_ready((compile_all or call)()), exchanges=True)
             compiled = time.perf_counter() - start
-            self._compiled.add(shapes)
+            self._compiled.add(key)
         if not self.here:
             start = time.perf_counter()
             result = jax.block_until_ready(call())
             return result, time.perf_counter() - start, compiled
-        result, passed = observe(call)
-        self._passes = from_all_hosts(passed)
+        (result, passed), all_told = cluster.agreed(lambda: observe(call), True, lambda found: told(found[1]))
+        self._passes = list(map(heard, all_told))
         self.here.lifeline.need(False)
         return result, passed.seconds, compiled
 
     def _say_where_time_went(self, report: Report, inputs: Any) -> None:
-        """On several hosts: the table of what each did, and what one device alone would have taken."""
+        """On host 0 of several: what each did, and what one device alone would have taken. The answer is there already,
+        so that what fails here is no failure of it."""
         if not self.here or jax.process_index():
             return
+        try:
+            self._say_passes(report, inputs)
+        except Exception as error:
+            report.say(f"where the time went is not known: {cluster.reason(error)}")
+
+    def _say_passes(self, report: Report, inputs: Any) -> None:
         B = len(inputs.lengths) if isinstance(inputs, Text) else len(inputs)
         messages = self.make(self.model, self.N, inputs).messages(self.model) * B
         table = rows(self._passes, volume(messages, self.N, "each")[0] / 8)
         report.table("hosts", "where the time went", table)
         computed = [row["compute ms"] for row in table]
-        if None in computed:
+        if None in computed or table[0]["total ms"] is None:
             return
         operations = [self._operations(inputs, n) for n in (1, self.N)]
         alone, here = max(computed) * operations[0] / operations[1], table[0]["total ms"]

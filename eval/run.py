@@ -67,5 +67,5 @@ def main(args: Args) -> None:
         ask(args.workers, args.setup.checkpoint, request(), report)
     else:
         answerer = Answerer(args.setup, report, lambda: brought(request()))
-        answerer.answer(request(), answerer.inputs(request()), report)
+        answerer.answer(lambda: (request(), answerer.inputs(request())), report)
     report.close()

@@ -96,9 +96,9 @@ def test_generation_sends_codes_in_prefill_and_nothing_after_it(tiny_llama, rand
     check_codes(gather, model, text, 4, data)
 
     logits, cache = generator.prefill(text, new_tokens=4)
-    sampling = Sampling(temperature=1.0, top_k=5, top_p=0.9)
-    ids = generator._sample(logits, jax.random.key(0), sampling=sampling)
-    decode = generator._decode.lower(generator.end_state, cache, ids, jax.random.key(0), sampling=sampling).compile()
+    numbers = Sampling(temperature=1.0, top_k=5, top_p=0.9).numbers
+    ids = generator._sample(logits, jax.random.key(0), numbers)
+    decode = generator._decode.lower(generator.end_state, cache, ids, jax.random.key(0), numbers).compile()
     assert collectives_in(decode.as_text()) == []
 
 

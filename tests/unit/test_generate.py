@@ -1,5 +1,6 @@
 """Generation: how tokens are drawn, where a text ends, what is refused. What is decoded: see tests/multidevice."""
 
+import time
 from collections import Counter
 
 import jax
@@ -27,7 +28,7 @@ def key(seed):
 )
 def test_greedy(sampling):
     for seed in range(5):
-        np.testing.assert_array_equal(sample(LOGITS, key(seed), sampling), LOGITS.argmax(-1))
+        np.testing.assert_array_equal(sample(LOGITS, key(seed), sampling.numbers), LOGITS.argmax(-1))
 
 
 @given(seed=st.integers(0, 999), top_k=st.integers(0, V + 2), top_p=st.floats(0.01, 1))
@@ -53,14 +54,25 @@ def test_frequencies_are_probabilities(sampling):
     if sampling.top_k:
         logits = restrict(logits[None], sampling.top_k, sampling.top_p)[0]
     p = np.asarray(jax.nn.softmax(logits), np.float64)
-    found = np.bincount(sample(jnp.broadcast_to(LOGITS[0], (draws, V)), key(0), sampling), minlength=V) / draws
+    found = np.bincount(sample(jnp.broadcast_to(LOGITS[0], (draws, V)), key(0), sampling.numbers), minlength=V) / draws
     assert (np.abs(found - p) <= 4 * np.sqrt(p * (1 - p) / draws)).all()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"temperature": -0.1}, "--temperature is -0.1; it must be 0 (greedy) or more: try 0.8"),
+        ({"temperature": -0.1}, "--temperature is -0.1; it must be 0 (greedy), or from 0.000001 to 1,000,000: try 0.8"),
+        ({"temperature": 1e-300}, "--temperature is 1e-300; it must be 0 (greedy), or from"),
+        ({"temperature": 1e7}, "--temperature is 10000000.0"),
+        ({"temperature": True}, "--temperature is True"),
+        ({"temperature": "1"}, "--temperature is 1;"),
+        ({"temperature": None}, "--temperature is None"),
+        ({"top_k": 1.0}, "--top-k is 1.0"),
+        ({"top_k": [1]}, "--top-k is [1]"),
+        ({"top_p": False}, "--top-p is False"),
+        ({"top_p": 10**400}, "--top-p is 1000"),
+        ({"seed": 2**32}, "--seed is 4294967296"),
+        ({"seed": 1.5}, "--seed is 1.5"),
         ({"temperature": float("nan")}, "--temperature is nan"),
         ({"temperature": float("inf")}, "--temperature is inf"),
         ({"top_k": -1}, "--top-k is -1; it must be 0 (all tokens) or more: try 40"),
@@ -69,10 +81,30 @@ def test_frequencies_are_probabilities(sampling):
         ({"seed": -1}, "--seed is -1; it must be from 0 to 4294967295"),
     ],
 )
-def test_sampling_out_of_range(values, message):
+def test_sampling_out_of_range(unchecked, values, message):
     with pytest.raises(AstraError) as raised:
         Sampling(**values)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("top_k", [V, V + 1, 2**31, 2**32, 10**30])
+def test_more_tokens_than_there_are_may_all_be_drawn(top_k):
+    """Also numbers that no array of JAX holds."""
+    numbers = Sampling(1.0, top_k=top_k).numbers
+    np.testing.assert_array_equal(sample(LOGITS, key(1), numbers), sample(LOGITS, key(1), Sampling(1.0).numbers))
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 5e-324])
+def test_the_likeliest_token_may_always_be_drawn(top_p):
+    """Also where float32 has no such probability."""
+    np.testing.assert_array_equal(sample(LOGITS, key(1), Sampling(1.0, top_p=top_p).numbers), LOGITS.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_the_hottest_and_the_coldest(temperature):
+    logits = jnp.asarray([[-1e30, -1e3, 1e3 - 1, 1e3]], jnp.float32)
+    drawn = {int(sample(logits, key(seed), Sampling(temperature).numbers)[0]) for seed in range(40)}
+    assert drawn == ({3} if temperature < 1 else {1, 2, 3})
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +203,28 @@ def test_what_is_shown_is_the_text_up_to_the_first_stop_string(ids, stop):
     expected = ends[0][: min(ends[0].find(s) for s in stop if s in ends[0])] if ends else whole
     assert shown == text.text == expected
     assert text.done == bool(ends)
+
+
+def test_sampling_in_another_way_compiles_nothing(generator):
+    def programs(*sampling):
+        tokens(generator, pad([[1, 2]], 64), 3, Sampling(*sampling))
+        return generator._sample._cache_size(), generator._decode._cache_size()
+
+    there = programs(0.7, 5, 0.9, 1)
+    assert there == programs(0.8, 6, 1.0, 2) == programs(1.5, 0, 0.3, 3) == programs(2.0, 2**40)
+
+
+def test_an_endless_stop_string_takes_no_time():
+    text = continuation("a" * 10_000_000, "ab")
+    start = time.perf_counter()
+    for _ in range(1000):
+        text.add(0)
+    assert time.perf_counter() - start < 2 and text.text == "a" * 1000 and not text.done
+
+
+def test_a_stop_string_that_is_no_text(unchecked):
+    with pytest.raises(AstraError, match="--stop is 7; it must be a text"):
+        continuation(7)
 
 
 def test_an_empty_stop_string():

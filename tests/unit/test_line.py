@@ -107,6 +107,37 @@ def test_bytes_may_take_long_as_long_as_some_come(line):
         here.receive(0.2, 8)
 
 
+def test_all_of_a_message_has_its_time_where_it_comes_bit_by_bit(line):
+    here, there = line
+
+    def slowly():
+        with contextlib.suppress(OSError):
+            there.sendall(b'{"bytes": 100}\n')
+            for _ in range(100):
+                time.sleep(0.05)
+                there.sendall(b"x")
+
+    threading.Thread(target=slowly).start()
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        here.receive(1.0, 100, total=0.5)
+    assert 0.4 < time.monotonic() - start < 2
+
+
+def test_all_of_a_message_has_its_time_where_it_is_taken_bit_by_bit(line):
+    here, there = line
+
+    def slowly():
+        with contextlib.suppress(OSError):
+            while there.recv(1 << 12):
+                time.sleep(0.05)
+
+    threading.Thread(target=slowly, daemon=True).start()
+    with pytest.raises(TimeoutError):
+        here.send(1.0, bytes(1 << 24), total=0.5, a=1)
+    here.close()
+
+
 def test_a_sign_of_life_waits_for_nobody(line):
     """While bytes are sent that the other end does not take."""
     here, _ = line
