@@ -6,8 +6,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from astra_jax import __version__
-from astra_jax.errors import AstraError
+from astra_jax import __version__, terminal
+from astra_jax.errors import AstraError, first_line
+from astra_jax.terminal import one_line
 
 # verb -> (module, what it does). Every module has a dataclass `Args` and a function `main(args)`.
 VERBS = {
@@ -36,44 +37,75 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
+    """Runs a verb. Returns the exit code, as `guarded` does."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log; what goes wrong there is raised here, too
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)  # what follows is not ours: the command of `astra lab`
     debug = "--debug" in argv[:end]
     argv = [a for a in argv[:end] if a != "--debug"] + argv[end:]
+    return guarded(lambda: _start(argv), debug)
+
+
+def _start(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] in ("-V", "--version", "version"):
-        print(__version__)
-        return 0
-    return guarded(lambda: _run(argv[0], argv[1:]), debug)
+        terminal.write(f"{usage()}\n")
+    elif argv[0] in ("-V", "--version", "version"):
+        terminal.write(f"{__version__}\n")
+    else:
+        _run(argv[0], argv[1:])
 
 
-def guarded(work: Callable[[], object], debug: bool = False) -> int:
-    """Runs `work` and turns what a user can fix into one line and an exit code: 0, 2 or, after Ctrl-C, 130."""
-    _keep_programs()
+def guarded(work: Callable[[], object], debug: bool | None = None) -> int:
+    """Runs `work`, and turns what goes wrong into one line and an exit code.
+
+    Args:
+      debug: whether tracebacks are shown, too; None for those of mistakes in astra alone.
+
+    Returns:
+      0, 2 for what the user can fix, 1 for a mistake in astra, 130 after Ctrl-C.
+    """
+    terminal.prepare()
+    _set_up_jax()
     try:
         work()
         _of("cluster", "leave")
         _of("console", "say_status")  # only now, when host 0 has its answer
+        if fault := terminal.fault():
+            raise AstraError(f"not all could be written to stdout: {fault.strerror or fault}")
         return 0
     except (AstraError, OSError) as error:  # OSError: permissions, a full disk
-        if debug:
-            traceback.print_exc()
-        _of("cluster", "abandon", str(error))
-        print(f"astra: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(str(error), "abandon", str(error), debug=bool(debug))
     except KeyboardInterrupt:
         _of("cluster", "abandon", "stopped by Ctrl-C")
-        print("astra: stopped", file=sys.stderr)
+        terminal.complain("astra: stopped")
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _of("cluster", "lost", error)
-        raise
+        explained = _explained(error)
+        shown = bool(debug) if explained else debug is not False
+        mistake = f"{first_line(error)}: this is a mistake in astra: please report it with " + (
+            "the lines above" if shown else "what --debug shows"
+        )
+        return _failed(explained or mistake, "lost", error, debug=shown, code=2 if explained else 1)
+    finally:
+        terminal.write("")  # what was printed otherwise, such as help: nothing is left for Python's own end
+
+
+def _failed(message: str, tell: str, told: object, *, debug: bool, code: int = 2) -> int:
+    """Tells the other hosts and the user, who has `message`, and perhaps a traceback, on stderr."""
+    if debug:
+        terminal.complain(traceback.format_exc().rstrip())
+    _of("cluster", tell, told)
+    terminal.complain(f"astra: error: {one_line(message)}")
+    return code
+
+
+def _explained(error: Exception) -> str | None:
+    """What of the machine or the environment is behind an error, if that is so."""
+    if "jax" not in sys.modules:
+        return None
+    from astra_jax import environment
+
+    return environment.explain(error)
 
 
 def _of(module: str, name: str, *args: object) -> None:
@@ -82,11 +114,13 @@ def _of(module: str, name: str, *args: object) -> None:
         getattr(loaded, name)(*args)
 
 
-def _keep_programs() -> None:
-    """Lets JAX keep what it compiles, once JAX is there; importing it takes long."""
+def _set_up_jax() -> None:
+    """Lets JAX keep what it compiles, and compute what is right, once JAX is there; importing it takes long."""
     if "jax" in sys.modules:
-        from astra_jax import programs
+        from astra_jax import environment, programs
 
+        if changed := environment.fix():
+            terminal.complain(f"astra: {' and '.join(changed)} is ignored: no program of astra is made for it")
         programs.keep()
 
 
@@ -97,11 +131,11 @@ def _run(verb: str, rest: Sequence[str]) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"verbs are {', '.join(VERBS)}"
         raise AstraError(f"there is no verb {verb!r}: {hint}")
-    import tyro
-
     module = importlib.import_module(VERBS[verb][0])
-    args = tyro.cli(module.Args, prog=f"astra {verb}", description=module.__doc__, args=rest)
-    _keep_programs()
+    from astra_jax.arguments import parse
+
+    args = parse(module.Args, rest, prog=f"astra {verb}", description=module.__doc__)
+    _set_up_jax()
     module.main(args)
 
 

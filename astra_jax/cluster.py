@@ -31,12 +31,13 @@ from jaxlib import _jax
 from astra_jax.agreement import Same
 from astra_jax.collectives import Peers
 from astra_jax.console import be_quiet, print_table
-from astra_jax.errors import AstraError
+from astra_jax.errors import AstraError, first_line
 from astra_jax.hosts import Hosts, check, detect, own_address, parse_address
 from astra_jax.lifeline import Lifeline, Policy, die
 from astra_jax.meeting import number
 from astra_jax.preflight import BRIEFLY, Findings, gather, pair_rows, take_part
 from astra_jax.sharding import SEQ, make_mesh, parse_devices
+from astra_jax.terminal import complain, one_line
 
 # What JAX and XLA give up after: never, as it were. That a slow link is no dead host is for the lifeline to know.
 GIVE_UP_SECONDS = 24 * 3600
@@ -98,7 +99,7 @@ _again = Again(**json.loads(os.environ["ASTRA_AGAIN"])) if "ASTRA_AGAIN" in os.e
 def _begin_again(coordinator: str, were: int, why: str, hosts: int, host: int) -> None:
     """Starts this program from its beginning, in the same process, as one of the hosts that are left."""
     left = f"{hosts} hosts go on" if hosts > 1 else "host 0 goes on alone"
-    print(f"\nastra: {' '.join(why.split())}: {left}", file=sys.stderr, flush=True)
+    complain(f"\nastra: {one_line(why)}: {left}")
     os.environ["ASTRA_AGAIN"] = json.dumps(dataclasses.asdict(Again(coordinator, hosts, host, were, why)))
     for entry in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         if int(entry) > 2:  # connections of gloo and JAX would stay open
@@ -360,7 +361,7 @@ def lost(error: BaseException) -> None:
     the lifeline time to say which one (it ends the process), or else tells the others and ends it."""
     if _membership is not None:
         time.sleep(VERDICT_SECONDS + _membership.slow)
-        abandon(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", a_fault=True)
+        abandon(first_line(error), a_fault=True)
 
 
 def open_mesh(

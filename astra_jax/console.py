@@ -3,42 +3,58 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rich.box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from astra_jax import terminal
 from astra_jax.files import STDOUT, check_output, write_output
+from astra_jax.terminal import visible
+
+WIDEST = 1 << 20  # characters of a line where there is no terminal, which has a width: nothing is wrapped
 
 
 def _console(stderr: bool) -> Console:
     found = Console(highlight=False, stderr=stderr)
-    # A file or a pipe has no width of its own.
-    return found if found.is_terminal else Console(highlight=False, stderr=stderr, width=180)
+    return found if found.is_terminal else Console(highlight=False, stderr=stderr, width=WIDEST)
 
 
-console = _console(stderr=False)  # the answer
-_aside = _console(stderr=True)  # what goes on beside it
+_answer = _console(stderr=False)
+_aside = _console(stderr=True)  # what goes on beside the answer
 
 
+_quiet = False
+_beside = False  # whether all goes to stderr, because stdout has something else to carry
 _status = ""  # what is printed at the end where all else is not
 
 
 def be_quiet(status: str) -> None:
     """Prints and writes nothing from now on but errors and, at the end, this line: another host has the answer."""
-    global _status
-    console.quiet = _aside.quiet = True
-    _status = status
+    global _quiet, _status
+    _quiet, _status = True, status
+    _aside.quiet = True
 
 
 def say_status() -> None:
     """Prints the line of `be_quiet`, if there is one."""
     if _status:
-        print(_status)
+        terminal.write(f"{_status}\n")
+
+
+def _put(text: str) -> None:
+    if not _quiet:
+        (partial(terminal.complain, end="") if _beside else terminal.write)(text)
+
+
+def say(text: str) -> None:
+    """Prints a line, or several. What a name in it would do to a terminal is written out (`astra_jax.terminal`)."""
+    _put(visible(text, keep="\n") + "\n")
 
 
 class Report:
@@ -55,42 +71,54 @@ class Report:
     def __init__(self, verb: str, path: Path | None = None):
         self.path = path
         self.data: dict[str, Any] = {"verb": verb}
-        console.stderr = path == STDOUT  # which then is the JSON's alone
+        global _beside
+        _beside = path == STDOUT  # which then is the JSON's alone
         if path is not None:
             check_output("--json", path)
 
     def say(self, text: str, **values: Any) -> None:
         """Prints a line; `values` are what it says, for machines."""
-        console.print(text, soft_wrap=True, markup=False)
+        say(text)
         self.data.update(values)
 
     def show(self, text: str) -> None:
-        """Prints a piece of text as it comes; it is part of nothing else."""
-        console.print(text, end="", markup=False, soft_wrap=True)
+        """Prints a piece of text as it comes, exactly, but for what would drive a terminal if it goes to one. It is
+        part of nothing else."""
+        _put(visible(text, keep="\n\t") if terminal.on_terminal(stderr=_beside) else text)
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
         """Prints rows (dicts with the same keys) as a table and records them under `name`."""
-        console.print(_table(title, rows))
+        say(title)
+        _put(_rendered(_table(rows), _aside if _beside else _answer))
         self.data[name] = list(rows)
 
     def close(self) -> None:
         """Writes the JSON file, whole or not at all."""
-        if self.path is not None and not console.quiet:
+        if self.path is not None and not _quiet:
             write_output(self.path, json.dumps(self.data, indent=2) + "\n")
 
 
 def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Prints rows as a table beside the answer: on stderr."""
-    _aside.print(_table(title, rows))
+    if not _quiet:
+        terminal.complain(f"{visible(title)}\n{_rendered(_table(rows), _aside)}")
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    # As `Text`: brackets in names, such as test[:100], are no markup.
-    table = Table(title=Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+def _rendered(table: RenderableType, console: Console) -> str:
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    # As `Text`: what looks like markup or an emoji's name, such as test[:100], is none.
+    table = Table(box=rich.box.SIMPLE_HEAD)
     for column in rows[0] if rows else []:
-        table.add_column(Text(column), justify="left" if isinstance(rows[0][column], str) else "right")
+        table.add_column(
+            Text(visible(column)), justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+        table.add_row(*(Text(visible(_cell(value))) for value in row.values()))
     return table
 
 
@@ -105,18 +133,18 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Any]:
     """A progress bar, on stderr if that is a terminal. Yields `advance(n=1, **fields)`; `fields`, such as loss=0.3, are
     shown behind it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=_aside, disable=not _aside.is_terminal) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+    with Progress(*columns, console=_aside, disable=not _aside.is_terminal, redirect_stdout=False) as bar:
+        task = bar.add_task(visible(label), total=total, completed=done, note="")
 
         def advance(n: int = 1, **fields: Any) -> None:
             note = "  ".join(f"{key} {_cell(value)}" for key, value in fields.items())
-            bar.update(task, advance=n, note=note)
+            bar.update(task, advance=n, note=visible(note))
 
         yield advance

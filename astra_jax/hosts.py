@@ -113,7 +113,7 @@ def parse_address(text: str, allow_public: bool) -> tuple[str, int]:
     Raises:
       AstraError: it is no address with a port, the name is not known, or it is public.
     """
-    match = re.fullmatch(r"([\w.-]+):(\d{1,5})", text.strip())
+    match = re.fullmatch(r"([\w.-]+):([0-9]{1,5})", text.strip())
     if not match or not 0 < int(match[2]) < 65535:  # the next port is used, too
         raise AstraError(f"--coordinator is {text!r}; write the address of host 0 and a port, such as 10.0.0.1:7777")
     try:

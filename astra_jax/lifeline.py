@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
 from astra_jax.line import GONE, Line
+from astra_jax.terminal import one_line
 
 BEAT_SECONDS = 1.0  # between two signs of life
 GRACE_SECONDS = 0.5  # for news of other hosts that went at the same time
@@ -29,7 +30,7 @@ def die(message: str) -> NoReturn:
     """Ends this process at once with one line and exit code 2. By itself JAX would wait for hosts that are gone."""
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads, also XLA's, say from now on is no last line
-    os.write(stderr, f"astra: error: {' '.join(message.split())}\n".encode(errors="backslashreplace"))
+    os.write(stderr, f"astra: error: {one_line(message)}\n".encode())
     os._exit(2)
 
 

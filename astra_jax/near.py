@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from astra_jax.errors import AstraError
+from astra_jax.numerals import whole
 from astra_jax.quantizer import Quantizer, RotatedQuantizer
 
 
@@ -81,7 +82,7 @@ def near_of(near: str | None, far_groups: int | None) -> Near | None:
         given, other = ("--near", "--far-groups 4") if far_groups is None else ("--far-groups", "--near 0,1/2,3")
         raise AstraError(f"{given} needs to know more: give something like {other}, too")
     try:
-        neighbourhoods = tuple(tuple(map(int, devices.split(","))) for devices in near.split("/"))
+        neighbourhoods = tuple(tuple(map(whole, devices.split(","))) for devices in near.split("/"))
     except ValueError:
         raise AstraError(f"near is {near!r}: write numbers of devices, such as 0,1/2,3") from None
     return Near(neighbourhoods, far_groups)

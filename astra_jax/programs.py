@@ -8,7 +8,6 @@ machines of different kinds may share a home. Ours are the folder, and how files
 import contextlib
 import os
 import stat
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax._src.compilation_cache_interface import CacheInterface
 
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
+from astra_jax.terminal import complain, one_line
 
 MOST_BYTES = 1 << 28  # our choice: a program takes 2 to 70 KiB on a CPU
 
@@ -119,7 +119,7 @@ def keep() -> None:
         if path is None or not make(path):
             return
     except AstraError as error:
-        print(f"astra: compiled programs are not kept: {error}", file=sys.stderr)
+        complain(f"astra: compiled programs are not kept: {one_line(error)}")
         return
     most = config.compilation_cache_max_size.value
     compilation_cache._cache = Programs(path, MOST_BYTES if most < 0 else most)

@@ -24,7 +24,7 @@ Table = Array | np.ndarray  # a numpy table is known when a program is traced, a
 
 def parse_devices(text: str) -> tuple[int, int]:
     """Reads `--devices`: `"4"` is (1, 4), four shards of the tokens; `"2x4"` is (2, 4), two batches of four shards."""
-    match = re.fullmatch(r"(?:(\d+)x)?(\d+)", text.strip())
+    match = re.fullmatch(r"(?:([0-9]{1,9})x)?([0-9]{1,9})", text.strip())
     data, seq = (int(match[1] or 1), int(match[2])) if match else (0, 0)
     if data < 1 or seq < 1:
         raise AstraError(

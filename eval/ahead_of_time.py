@@ -8,16 +8,17 @@ parameters, memory of one device as the compiler plans it, and bits on the link,
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 
-from astra_jax.arguments import Integers
+from astra_jax.arguments import Integers, parse
+from astra_jax.cli import guarded
 from astra_jax.config import AstraConfig, Site
 from astra_jax.console import Report
 from astra_jax.generate import prefill_program
@@ -96,4 +97,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

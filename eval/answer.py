@@ -334,7 +334,7 @@ class Answerer:
         show("\n")
         if not one:
             for prompt, continuation in zip(request.prompts, texts, strict=True):
-                report.say(f"--- {prompt}{continuation.text}")
+                report.show(f"--- {prompt}{continuation.text}\n")
         sent = sent_bytes(self.model, self.N, text, self.make)
         rate = (len(seconds) - 1) / seconds[-1] if len(seconds) > 1 else 0.0
         kept, full = generator.cache_memory

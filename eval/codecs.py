@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from astra_jax.arguments import Integers, Texts
+from astra_jax.arguments import Integers, Texts, parse
 from astra_jax.cli import guarded
 from astra_jax.collectives import Alone
 from astra_jax.config import RANKS, AstraConfig, Site, codec_and_predictor, doubling
@@ -307,4 +307,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -1,7 +1,6 @@
 """What a way to run a model costs its devices, whatever the link: operations, seconds, and what they send."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,6 +11,8 @@ from astra_jax.strategies import Message
 from eval.flops import flops
 from eval.timing import share
 from eval.workload import Setting, Workload
+
+FASTEST = 1e6  # of relative speeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,11 @@ def check_speeds(speeds: tuple[float, ...], N: int) -> tuple[float, ...]:
     if len(speeds) != N:
         raise AstraError(f"--speeds has {len(speeds)} numbers for {N} devices: give one for each")
     for speed in speeds:
-        if not 0 < speed < math.inf:
-            raise AstraError(f"--speeds has {speed:g}; a speed is above 0: leave the device out, or give 0.5, say")
+        if not 1 / FASTEST <= speed <= FASTEST:
+            raise AstraError(
+                f"--speeds has {speed:g}; a speed is above 0, from {1 / FASTEST:g} to {FASTEST:g}: leave it "
+                "out, or give 0.5, say"
+            )
     return speeds
 
 

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from astra_jax.config import from_dict
 from astra_jax.errors import AstraError
 from astra_jax.files import write_output
 from checkpoints.files import read_json
+
+SLOWEST, FASTEST = 1.0, 1e21  # FLOPs per second: beyond them times are no numbers any more that mean something
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +42,11 @@ class DeviceProfile:
             raise AstraError(f"name is {self.name!r}; it must be one line of text: name the device")
         speed = self.flops_per_second
         number = isinstance(speed, int | float) and not isinstance(speed, bool)
-        if not number or not 0 < speed <= sys.float_info.max:
-            raise AstraError(f"flops_per_second is {speed!r}; it must be a number above 0: try 1e12")
+        if not number or not SLOWEST <= speed <= FASTEST:
+            raise AstraError(
+                f"flops_per_second is {_short(speed)}; it must be a number above 0, "
+                f"from {SLOWEST:g} to {FASTEST:g}: try 1e12"
+            )
 
 
 def read_profile(path: Path) -> DeviceProfile:

@@ -9,6 +9,7 @@ what encoding must take of the block's operations, `2 S K D` for its one matmul.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astra_jax.arguments import Integers
+from astra_jax.arguments import Integers, parse
+from astra_jax.cli import guarded
 from astra_jax.collectives import Alone
 from astra_jax.config import AstraConfig
 from astra_jax.console import Report
@@ -141,4 +142,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

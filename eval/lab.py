@@ -463,7 +463,7 @@ def _relay(output: Iterable[str], prefix: str) -> None:
 
 def parse_loss(text: str) -> float:
     """`"5%"` -> 0.05. Raises AstraError without the sign."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*%", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)\s*%", text.strip())
     if not match:
         raise AstraError(f"the loss {text!r} is not understood: write a percentage, such as 5%")
     return float(match[1]) / 100

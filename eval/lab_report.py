@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from astra_jax.arguments import Texts
+from astra_jax.arguments import Texts, parse
 from astra_jax.cli import guarded
 from astra_jax.console import Report
 from astra_jax.errors import AstraError
@@ -131,4 +129,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

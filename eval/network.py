@@ -33,16 +33,17 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 def _quantity(text: str, units: Mapping[str, float]) -> float | None:
     """`"10mbit"` -> 10e6, of these units; None where the text is something else."""
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(units)})", text.strip().lower())
-    value = float(match[1]) * units[match[2]] if match else math.inf
-    return value if math.isfinite(value) else None
+    match = re.fullmatch(rf"([0-9]{{1,15}}(?:\.[0-9]{{1,15}})?)\s*({'|'.join(units)})", text.strip().lower())
+    return float(match[1]) * units[match[2]] if match else None
 
 
 def parse_rate(text: str) -> float:
     """`"10mbit"` -> 10e6 bits per second. Raises AstraError without a unit."""
     rate = _quantity(text, _RATES)
-    if not rate:
+    if rate is None:
         raise AstraError(f"the rate {text!r} is not understood: write a number and kbit, mbit or gbit, such as 10mbit")
+    if rate < 1:
+        raise AstraError(f"the rate {text!r} is less than 1 bit per second: write one such as 10mbit")
     return rate
 
 

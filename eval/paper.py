@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from astra_jax.arguments import parse
 from astra_jax.cli import guarded
 from astra_jax.console import Report
 from astra_jax.errors import AstraError
@@ -222,4 +221,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -29,12 +29,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array
 from PIL import Image
 
 import checkpoints
+from astra_jax.arguments import parse
 from astra_jax.attention import Partial, attend
 from astra_jax.cli import guarded
 from astra_jax.config import AstraConfig
@@ -358,4 +358,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

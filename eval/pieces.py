@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array
 
-from astra_jax.arguments import Integers
+from astra_jax.arguments import Integers, parse
 from astra_jax.attention import sum_of_rows
 from astra_jax.cli import guarded
 from astra_jax.console import Report
@@ -107,4 +106,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

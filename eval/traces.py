@@ -25,6 +25,9 @@ from eval.network import Counting, link_bits
 
 FOLDER = Path(__file__).parent / "link_traces"
 HEADER = ["seconds", "bits_per_second"]
+FASTEST = 1e15  # bits per second; a link that carries anything carries 1 bit per second
+SHORTEST, LONGEST = 1e-3, 1e7  # seconds of a trace
+MOST_REQUESTS = 10_000_000  # of a replay: minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,19 @@ class Trace:
         if not 0 < self.sent[-1] < math.inf:
             raise AstraError(
                 f"all rows together carry {self.sent[-1]} bits; that must be finite and above 0: correct the rates"
+            )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Numbers that are far from all links would make others of them that are none."""
+        for row, rate in enumerate(self.rates, 1):
+            if rate and not 1 <= rate <= FASTEST:
+                raise AstraError(
+                    f"row {row}: bits_per_second is {rate}; it must be 0 (an outage), or 1 to {FASTEST:g}: correct it"
+                )
+        if not SHORTEST <= self.edges[-1] <= LONGEST:
+            raise AstraError(
+                f"it lasts {self.edges[-1]:g} seconds; that must be from {SHORTEST:g} to {LONGEST:g}: correct the times"
             )
 
     @functools.cached_property
@@ -102,6 +118,8 @@ def read_trace(name: str) -> Trace:
 
 def _numbers(number: int, row: Sequence[str]) -> tuple[float, float]:
     try:
+        if any("_" in cell or not cell.isascii() for cell in row):  # which Python reads, and nobody else
+            raise ValueError
         second, rate = map(float, row)
     except ValueError:
         found = ",".join(row)[:40]
@@ -151,7 +169,15 @@ def replay(
       trace: the link's rate.
       duration: the last request starts before this second; `trace.edges[-1]` is once through the trace.
       latency, counting: as in `eval.network.Link`.
+
+    Raises:
+      AstraError: so many requests fit that to replay them takes too long.
     """
+    if duration > MOST_REQUESTS * float(np.max(compute)):
+        raise AstraError(
+            f"more than {MOST_REQUESTS:,} requests of {1e3 * float(np.max(compute)):.3g} ms fit into {duration:g} s of "
+            "the trace: give one that ends sooner"
+        )
     block_seconds = float(np.max(compute)) / L
     exchanges = [
         [link_bits(m, N, counting) for m in messages if N > 1 for _ in range(_due(m, block, L))] for block in range(L)

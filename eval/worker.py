@@ -16,7 +16,6 @@ import os
 import queue
 import socket
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -34,6 +33,7 @@ from astra_jax.generate import Sampling, is_whole
 from astra_jax.hosts import parse_address
 from astra_jax.lifeline import MOST_BYTES
 from astra_jax.line import Line
+from astra_jax.terminal import complain, one_line, write
 from eval.answer import Answerer, Request, Setup, Wishes
 
 START_SECONDS = 60.0  # for workers that begin anew
@@ -148,7 +148,7 @@ def ask(coordinator: str, checkpoint: Path, request: Request, report: Report) ->
             line.close()
         if again is None:
             return
-        print(f"astra: {again}: asking again those that are left", file=sys.stderr, flush=True)
+        complain(f"astra: {one_line(again)}: asking again those that are left")
         deadline = time.monotonic() + START_SECONDS
 
 
@@ -359,7 +359,7 @@ def main(args: Args) -> None:
     answerer = Answerer(setup, report)
     here = answerer.here
     if here and here.lifeline.host:
-        print(f"host {here.lifeline.host}: ready", flush=True)
+        write(f"host {here.lifeline.host}: ready\n")
         while True:
             body = here.lifeline.requests.get()
             with contextlib.suppress(AstraError):  # all hosts agree on it, and host 0 tells who asked

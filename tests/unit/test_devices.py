@@ -29,6 +29,11 @@ def test_a_whole_number_is_a_speed(tmp_path):
         ('{"name": "a", "flops_per_second": NaN}', "flops_per_second is nan"),
         ('{"name": "a", "flops_per_second": Infinity}', "flops_per_second is inf"),
         ('{"name": "a", "flops_per_second": 1' + "0" * 400 + "}", "flops_per_second is 1"),
+        (
+            '{"name": "a", "flops_per_second": 1e-320}',
+            "flops_per_second is 1e-320; it must be a number above 0, from 1 to",
+        ),
+        ('{"name": "a", "flops_per_second": 1e300}', "flops_per_second is 1e.300"),
         ('{"name": "a", "flops_per_second": "1e12"}', "flops_per_second is '1e12'"),
         ('{"name": "a", "flops_per_second": true}', "flops_per_second is True"),
         ('{"name": 7, "flops_per_second": 1.0}', "name is 7; it must be one line of text"),

@@ -213,3 +213,24 @@ def test_the_traces_that_come_along_are_as_described():
     faded = rates < 9e6
     assert rates.max() <= 80e6 and rates[~faded].min() >= 10e6 and 0 < faded.mean() < 0.1
     assert 30e6 < np.median(rates) < 50e6
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("0,1e-320", "row 1: bits_per_second is 1e-320; it must be 0 .an outage., or 1 to"),
+        ("0,1e30", "row 1: bits_per_second is 1e.30"),
+        ("0,1_000", "row 1: '0,1_000' must be two numbers"),
+        ("0,\uff110", "row 1: '0,.0' must be two numbers"),
+        ("0,1e6\n1e-9,1e6", "it lasts 2e-09 seconds; that must be from 0.001 to 1e.07"),
+        ("0,1e6\n1e8,1e6", "it lasts 2e.08 seconds"),
+    ],
+)
+def test_numbers_that_are_no_link(tmp_path, rows, message):
+    with pytest.raises(AstraError, match=message):
+        read_trace(written(tmp_path, f"seconds,bits_per_second\n{rows}\n"))
+
+
+def test_a_replay_without_end_is_refused():
+    with pytest.raises(AstraError, match="more than 10,000,000 requests of 0.001 ms fit into 60 s"):
+        replay(1e-6, [], 1, 1, read_trace("wifi"), 60.0)

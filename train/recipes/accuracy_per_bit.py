@@ -21,10 +21,10 @@ from urllib.parse import quote
 import tyro
 
 import checkpoints
-from astra_jax.arguments import Integers, Texts
+from astra_jax.arguments import Integers, Texts, parse
 from astra_jax.cli import guarded
 from astra_jax.config import Codec, Site, codec_and_predictor
-from astra_jax.console import Report, console
+from astra_jax.console import Report, say
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from eval import evaluate, plots
@@ -254,7 +254,7 @@ def coded(name: str, args: Args) -> list[dict[str, Any]]:
     codec, predictor = codec_and_predictor(name)
     if codec == "nested-pq":
         most = max(args.groups)
-        console.rule(f"{name}, the first of {most} groups")
+        say(f"\n--- {name}, the first of {most} groups")
         start = calibrated_one(name, most, args)
         for k in (None, *(args.coded_blocks if predictor != "none" else ())):
             groups = groups_of(k, predictor, args)
@@ -269,7 +269,7 @@ def coded(name: str, args: Args) -> list[dict[str, Any]]:
                         add(how, label, checkpoint, N, m, k)
         return rows
     for G in args.groups:
-        console.rule(f"{name}, G={G}")
+        say(f"\n--- {name}, G={G}")
         start = calibrated_one(name, G, args)
         for N in args.devices:
             add("calibrated", name, start, N)
@@ -327,4 +327,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
-
+from astra_jax.arguments import parse
 from astra_jax.cli import guarded
-from astra_jax.console import console
+from astra_jax.console import say
 from train.data import write_digits
 
 GROUPS = (1, 8, 32)
@@ -39,8 +38,7 @@ class Args:
 
 def run(*command: str) -> None:
     """Prints a command and runs it; the demo ends where it fails."""
-    console.rule(style="dim")
-    console.print(f"$ {shlex.join(command)}", markup=False, style="bold", soft_wrap=True)
+    say(f"\n$ {shlex.join(command)}")
     module = {"astra": "astra_jax.cli"}.get(command[0])
     argv = [sys.executable, "-m", module, *command[1:]] if module else [sys.executable, *command[1:]]
     code = subprocess.run(argv, check=False).returncode
@@ -55,7 +53,7 @@ def main(args: Args) -> None:
     out, data, N = args.out, str(args.out / "digits"), str(args.devices)
     out.mkdir(parents=True, exist_ok=True)
     write_digits(out / "digits")
-    console.print(f"wrote 1,797 real scanned digits to {data}", markup=False)
+    say(f"wrote 1,797 real scanned digits to {data}")
     hf, original = str(out / "vit-digits-hf"), str(out / "original")
     run(
         *("python", "-m", "train.recipes.pretrain", hf, "--data", data, "--no-flip"),
@@ -77,20 +75,17 @@ def main(args: Args) -> None:
         *("--plot", str(plot), "--json", str(table)),
     )
     picture = next((out / "digits" / "test" / "7").iterdir())
-    console.rule(style="dim")
-    console.print(
-        "A model this small computes in about a millisecond, so that several devices cannot make it faster; it shows\n"
-        "accuracy and bits. docs/results.md has times at the size of ViT-Base.\n"
+    say(
+        "\nA model this small computes in about a millisecond, so that several devices cannot make it faster;\n"
+        "it shows accuracy and bits. docs/results.md has times at the size of ViT-Base.\n"
         f"done in {time.perf_counter() - start:.0f} s. Look at:\n"
         f"  {plot}   accuracy over bits, latency over the link's rate\n"
         f"  {table}  the table, for machines\n"
         f"  {finetuned[-1]}  a checkpoint, with its training log train.jsonl\n"
         f"Try next:\n"
-        f"  .venv/bin/astra run {finetuned[-1]} --image {picture} --devices {N}",
-        markup=False,
-        soft_wrap=True,
+        f"  .venv/bin/astra run {finetuned[-1]} --image {picture} --devices {N}"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from astra_jax.arguments import Integers
+from astra_jax.arguments import Integers, parse
 from astra_jax.cli import guarded
 from astra_jax.config import Site
-from astra_jax.console import Report, console
+from astra_jax.console import Report, say
 from eval import evaluate
 from eval.data import DataArgs
 from train import calibrate, finetune
@@ -109,7 +109,7 @@ def main(args: Args) -> None:
         row = {"N": 1, "G": None, "bits": None, "made by": made}
         rows.append(row | perplexities(checkpoint, 1, args))
     for G in args.groups:
-        console.rule(f"G={G}")
+        say(f"\n--- G={G}")
         for made, checkpoint in checkpoints_of(G, args).items():
             for N in args.devices:
                 row = {"N": N, "G": G, "bits": 10 * G, "made by": made}
@@ -119,4 +119,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -15,8 +15,9 @@ import tyro
 from flax import nnx
 
 import checkpoints
+from astra_jax.arguments import parse
 from astra_jax.cli import guarded
-from astra_jax.console import console
+from astra_jax.console import say
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.sharding import make_mesh
@@ -101,8 +102,8 @@ def main(args: Args) -> None:
         model=model,
     )
     write_folder(checkpoint, args.out)
-    console.print(f"wrote {args.out}", markup=False)
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

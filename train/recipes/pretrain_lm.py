@@ -17,8 +17,9 @@ import tyro
 from flax import nnx
 
 import checkpoints
+from astra_jax.arguments import parse
 from astra_jax.cli import guarded
-from astra_jax.console import console
+from astra_jax.console import say
 from astra_jax.files import write_atomically
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.sharding import make_mesh
@@ -76,7 +77,7 @@ def main(args: Args) -> None:
     folder = args.tokenizer or kept / "tokenizer"
     if args.tokenizer is None and not (folder / "tokenizer_config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        console.print(f"finding a tokenizer of {args.vocab_size:,} entries")
+        say(f"finding a tokenizer of {args.vocab_size:,} entries")
         find_tokenizer(documents, args.vocab_size, args.length, folder)
     tokenizer = Tokenizer(folder, sys.maxsize)
     config = GPT2Config(
@@ -88,7 +89,7 @@ def main(args: Args) -> None:
     )
     (eos,) = tokenizer.encode(END)
     text = packed(documents, tokenizer, [eos], args.length)
-    console.print(f"{text.ids.size:,} tokens")
+    say(f"{text.ids.size:,} tokens")
     model = nnx.jit(lambda: GPT2(config, rngs=nnx.Rngs(args.training.seed)))()  # one program instead of many small ones
     model, done = train(
         model,
@@ -116,8 +117,8 @@ def main(args: Args) -> None:
         generation={"eos_token_id": eos},
     )
     write_folder(checkpoint, args.out)
-    console.print(f"wrote {args.out}", markup=False)
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

@@ -15,8 +15,9 @@ import numpy as np
 import tyro
 
 import checkpoints
+from astra_jax.arguments import parse
 from astra_jax.cli import guarded
-from astra_jax.console import console, progress
+from astra_jax.console import progress, say
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
 from astra_jax.generate import Continuation, Generator, Sampling
@@ -66,8 +67,8 @@ def main(args: Args) -> None:
             texts += [row.text.strip() for row in rows]
             advance(args.batch_size)
     write_output(args.out, SEPARATOR.join(texts[: args.texts]) + "\n")
-    console.print(f"wrote {args.texts:,} texts to {args.out}", markup=False)
+    say(f"wrote {args.texts:,} texts to {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))

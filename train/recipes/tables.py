@@ -16,10 +16,10 @@ from typing import Annotated, get_args
 
 import tyro
 
-from astra_jax.arguments import Integers
+from astra_jax.arguments import Integers, parse
 from astra_jax.cli import guarded
 from astra_jax.config import ClassToken
-from astra_jax.console import Report, console
+from astra_jax.console import Report, say
 from astra_jax.files import write_atomically
 from astra_jax.sharding import make_mesh
 from eval import evaluate
@@ -69,7 +69,7 @@ def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
     result = tuned / "accuracy.json"
     if result.exists():
         return json.loads(result.read_text(encoding="utf8"))["accuracy %"]
-    console.rule(tuned.name)
+    say(f"\n--- {tuned.name}")
     data = args.source()
     start = calibrated(
         calibrate.Args(
@@ -113,4 +113,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args, description=__doc__))))
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))
