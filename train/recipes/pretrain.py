@@ -58,7 +58,7 @@ def main(args: Args) -> None:
     """Runs the recipe."""
     mesh = make_mesh(1)
     data = args.open()
-    console.print(str(data.account), markup=False)
+    say(str(data.account))
     config = ViTConfig(
         hidden_size=args.hidden_size,
         num_hidden_layers=args.layers,

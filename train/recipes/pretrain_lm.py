@@ -73,7 +73,7 @@ def main(args: Args) -> None:
     """Runs the recipe."""
     mesh, kept = make_mesh(1), args.out.with_name(args.out.name + "-training")
     documents = args.open_documents()
-    console.print(str(documents.account), markup=False)
+    say(str(documents.account))
     folder = args.tokenizer or kept / "tokenizer"
     if args.tokenizer is None and not (folder / "tokenizer_config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
