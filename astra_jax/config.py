@@ -58,11 +58,12 @@ class AstraConfig:
     coded_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.groups, int) or self.groups < 1:
+        if not _whole(self.groups):
             raise AstraError(f"groups is {self.groups!r}; it must be a whole number of at least 1: try 1, 8 or 32")
         K = self.codewords
-        if not isinstance(K, int) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
-            nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if isinstance(K, int | float) else 1024
+        if not _whole(K) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
+            near = isinstance(K, int | float) and abs(K) < 2**31
+            nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if near else 1024
             raise AstraError(f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}")
         for field, choices in (
             *(("site", Site), ("class_token", ClassToken), ("codec", Codec)),
@@ -72,23 +73,23 @@ class AstraConfig:
             if value not in allowed:
                 raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
         expected = self.groups if self.rotated else 0
-        if len(self.widths) != expected or any(not isinstance(n, int) or n < 1 for n in self.widths):
+        if len(self.widths) != expected or not all(map(_whole, self.widths)):
             raise AstraError(
                 f"widths is {list(self.widths)}; codec {self.codec} with {self.groups} groups has {expected} of them, "
                 "each a whole number of at least 1"
             )
         nested = self.codec == "nested-pq"
-        if sum(self.levels) != nested * self.groups or any(not isinstance(n, int) or n < 1 for n in self.levels):
+        if not all(map(_whole, self.levels)) or sum(self.levels) != nested * self.groups:
             raise AstraError(
                 f"levels is {list(self.levels)}; those of codec {self.codec} with {self.groups} groups have "
                 f"{nested * self.groups} together, each a whole number of at least 1"
             )
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not _whole(self.rank):
             raise AstraError(f"rank is {self.rank!r}; it must be a whole number of at least 1: try 16")
         if self.side_info != "none" and self.predictor == "none":
             raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
         if self.coded_blocks is not None:
-            if not isinstance(self.coded_blocks, int) or self.coded_blocks < 1:
+            if not _whole(self.coded_blocks):
                 raise AstraError(
                     f"coded_blocks is {self.coded_blocks!r}; it must be at least 1, or none for all blocks"
                 )
@@ -150,6 +151,11 @@ class AstraConfig:
         starts = itertools.accumulate(self.levels, initial=0)
         levels = tuple(min(n, groups - start) for n, start in zip(self.levels, starts, strict=False) if start < groups)
         return dataclasses.replace(self, groups=groups, widths=self.widths[:groups], levels=levels)
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is a whole number of at least 1, and no more than arrays can have of anything."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def doubling(G: int) -> tuple[int, ...]:

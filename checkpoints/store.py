@@ -34,7 +34,7 @@ from astra_jax.files import write_atomically, writing
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.tokenizer import FILES, Tokenizer
 from checkpoints.files import copy_files, is_empty, is_foreign, quiet, read_json
-from checkpoints.keys import FAMILIES, build, config_class, flat_state, with_state
+from checkpoints.keys import FAMILIES, build, classifies, config_class, flat_state, with_state
 from checkpoints.lock import alone, waiting
 from checkpoints.parts import Part, assemble, cut, digest, outline
 
@@ -50,6 +50,7 @@ DAMAGED = (
     "is not as it was written (its SHA-256 differs): the disk or a copy damaged it: copy it again, or make it again"
 )
 CODEC = "blocks.attention.codec."
+EXPORTED = ("float32", "float16", "bfloat16")  # dtypes of the weights in a Hugging Face export
 # What may be in the folder before the first save: a training run's state and log, and what a killed save left.
 KNOWN = (f"{WEIGHTS}*", f".{WEIGHTS}*", f"{TOKENIZER}-*", f".{META}.*", TOKENIZER, "train", "train.jsonl", ".train.*")
 
@@ -109,10 +110,20 @@ class Checkpoint:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
+        """The tokens that end a text; transformers' -1, which no token has, is one that never comes.
+
+        Raises:
+          AstraError: what the configuration says is no number of a token, nor a list of them.
+        """
         ids = (self.generation or {}).get("eos_token_id")
         ids = self.hf_config.get("eos_token_id") if ids is None else ids
-        return tuple(id for id in (ids if isinstance(ids, list) else [ids]) if isinstance(id, int))
+        found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(isinstance(id, bool) or not isinstance(id, int) or not -1 <= id < 2**31 for id in found):
+            raise AstraError(
+                f"eos_token_id is {ids!r}; it must be the number of a token, or a list of them: correct it in "
+                "generation_config.json or config.json, and convert the model again"
+            )
+        return tuple(found)
 
 
 def save(path: Path | str, checkpoint: Checkpoint, parts: Iterable[Part] | None = None) -> None:
@@ -350,7 +361,7 @@ def _read(path: Path) -> tuple[Checkpoint, Stored]:
         raise AstraError(f"{path}: is not a checkpoint (it has no {META}): `astra convert` makes one")
     where, meta = path / META, read_json(path / META)
     seal, version = sealed(meta)["sha256"], meta.pop("format", None)
-    if not isinstance(version, int):
+    if not isinstance(version, int) or version < 1:
         raise AstraError(f"{where}: has no format number: is the file damaged?")
     if version > FORMAT:
         raise AstraError(f"{where}: has format {version}; this version reads up to {FORMAT}: upgrade astra-jax")
@@ -375,6 +386,7 @@ def _read(path: Path) -> tuple[Checkpoint, Stored]:
         raise AstraError(
             f"{where}: a value has the wrong type ({str(error).splitlines()[0]}): is the file damaged?"
         ) from error
+    _check_labels(meta["labels"], meta["config"], where)
     tokenizer = None if tokenizer is None else path / _folder(tokenizer, where, "tokenizer")
     meta |= {"model": None, "tokenizer_files": tokenizer, "digest": said}
     checkpoint = from_dict(Checkpoint, meta, str(where))
@@ -415,8 +427,21 @@ def _check_types(meta: Mapping[str, Any], where: Path) -> None:
         "sha256": str | None,
     }
     wrong = sorted(name for name, kind in expected.items() if name not in meta or not isinstance(meta[name], kind))
+    if not wrong and not all(isinstance(step, dict) for step in meta["history"]):
+        wrong = ["history"]
+    if not wrong and meta["dtype"] not in EXPORTED:
+        wrong = ["dtype"]
     if wrong:
         raise AstraError(f"{where}: {', '.join(wrong)} is missing or of the wrong type: is the file damaged?")
+
+
+def _check_labels(labels: tuple[Any, ...] | None, config: Any, where: Path) -> None:
+    """Raises AstraError unless labels are texts, one for every class."""
+    if labels is None:
+        return
+    classes = config.num_labels if classifies(config) else 0
+    if len(labels) != classes or not all(isinstance(label, str) for label in labels):
+        raise AstraError(f"{where}: labels are no names of the {classes} classes of the model: is the file damaged?")
 
 
 def _write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, str]:

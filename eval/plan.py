@@ -42,6 +42,7 @@ GAIN = 0.05  # several devices must save this share of the time of one, or else 
 GROUPS = (1, 16, 32)  # G of astra where neither the user nor a file says it
 SHOWN = 8  # rows of the table, one device not counted
 REPEATS = 3  # of every measurement
+LIMITS = {"perplexity": (1.0, 1e300), "accuracy %": (0.0, 100.0), "Spearman": (-1.0, 1.0)}  # what there can be
 UNITS = {"perplexity": "%", "accuracy %": " points", "Spearman": " hundredths"}  # in which a budget counts
 
 
@@ -129,10 +130,9 @@ def read_quality(path: Path) -> Quality:
                     f"{path}: row {number} has no column {column or ' or '.join(METRICS.values())!r}: "
                     "give the file of a run of `astra eval --json`"
                 )
-            if not isinstance(row[column], kinds) or isinstance(row[column], bool):
-                raise AstraError(f"{path}: row {number}: {column} is {row[column]!r}; it must be a number: correct it")
+            _check(row[column], column, kinds, f"{path}: row {number}")
     originals = [row[metric] for row in rows if row["N"] == 1]
-    if not originals or not math.isfinite(originals[0]) or (metric == "perplexity" and originals[0] <= 0):
+    if not originals or not math.isfinite(originals[0]):
         raise AstraError(f"{path}: no row says what the original reaches on one device: give it to astra eval first")
     quality = Quality(metric, float(originals[0]), {})
     reached: dict[tuple[int, int], float] = {}
@@ -141,6 +141,18 @@ def read_quality(path: Path) -> Quality:
             way = row["N"], row["G"]
             reached[way] = min(float(row[metric]), reached.get(way, float(row[metric])), key=quality.loss)
     return dataclasses.replace(quality, reached=reached)
+
+
+def _check(value: Any, column: str, kinds: tuple[Any, ...], where: str) -> None:
+    """Raises AstraError for what a column cannot say; what is not finite was not measured, which it may."""
+    if value is None and type(None) in kinds:
+        return
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise AstraError(f"{where}: {column} is {value!r}; it must be a number: correct it")
+    least, most = LIMITS.get(column, (1, 2**31))
+    measured = not isinstance(value, float) or math.isfinite(value)
+    if measured and not least <= value <= most:
+        raise AstraError(f"{where}: {column} is {value!r}; it is from {least:g} to {most:g}: correct it")
 
 
 def candidates(work: Workload, speeds: Sequence[float], groups: Sequence[int]) -> list[Setting]:

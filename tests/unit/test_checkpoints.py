@@ -818,6 +818,10 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
         ({"weights": "weights-0007"}, "weights are missing"),
         ({"family": "resnet"}, "known are bert, gpt2, llama, vit"),
         ({"labels": "cat"}, "labels is missing or of the wrong type"),
+        ({"labels": ["cat", "dog"]}, "labels are no names of the 3 classes"),
+        ({"labels": ["cat", "dog", None]}, "labels are no names of the 3 classes"),
+        ({"dtype": "int8"}, "dtype is missing or of the wrong type"),
+        ({"history": ["convert"]}, "history is missing or of the wrong type"),
         ({"astra": {"groups": "2"}}, "wrong type"),
         ({"astra": {"bits": 2}}, "unknown ['bits']"),
         ({"astra": {"groups": 4, "codewords": 8}}, "do not fit"),
@@ -1068,11 +1072,19 @@ def test_a_tokenizer_that_does_not_fit(
         (None, {"eos_token_id": [9, 8]}, (9, 8)),
         ({}, {"eos_token_id": None}, ()),
         (None, {}, ()),
-        (None, {"eos_token_id": "</s>"}, ()),
+        (None, {"eos_token_id": -1}, (-1,)),  # of configurations that have none
+        ({"eos_token_id": []}, {"eos_token_id": 9}, ()),
     ],
 )
 def test_what_ends_a_text(generation: Any, hf_config: dict[str, Any], expected: tuple[int, ...]) -> None:
     assert described("gpt2", GPT2, generation=generation, hf_config=hf_config).eos_ids == expected
+
+
+@pytest.mark.parametrize("ids", ["</s>", 2.0, True, [2, None], [[2]], -2, 2**31, {"id": 2}, math.nan], ids=repr)
+def test_what_cannot_end_a_text(ids: Any) -> None:
+    """It would be left out without a word, and texts would go on and on."""
+    with pytest.raises(AstraError, match="eos_token_id is .*; it must be the number of a token, or a list of them"):
+        _ = described("gpt2", GPT2, generation={"eos_token_id": ids}).eos_ids
 
 
 # Memory

@@ -65,6 +65,14 @@ def test_a_verb_like_no_other_lists_all(capsys):
     assert f"verbs are {verbs}" in capsys.readouterr().err
 
 
+def test_a_message_is_no_longer_than_what_is_read_of_it():
+    """A value in it may come from a file, and be of any length; what to do stands at the end."""
+    message = str(AstraError(f"config.json: model_type is {'x' * 10**6!r}; known are bert and vit: correct it"))
+    assert len(message) < 1010 and message.startswith("config.json: model_type is 'xxx")
+    assert message.endswith("xxx'; known are bert and vit: correct it")
+    assert str(AstraError("a" * 1000)) == "a" * 1000
+
+
 @pytest.mark.usefixtures("verb")
 def test_debug_shows_the_traceback(capsys):
     assert cli.main(["work", "--how", "badly", "--debug"]) == 2
