@@ -116,8 +116,9 @@ def read_labels(
     outside = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
     if outside.size:
         row = int(outside[0])
+        known = f"the classes 0..{len(names) - 1}" if names else "all classes"
         raise AstraError(
-            f"{rows.where} row {row}: the label {values[row]} is outside the classes 0..{len(names) - 1}: "
+            f"{rows.where} row {row}: the label {values[row]} is outside {known}: "
             "is this split unlabelled, or the data set another one?"
         )
     if classes is None:

@@ -60,7 +60,7 @@ class DataArgs:
     @property
     def where(self) -> str:
         """What error messages call the data."""
-        return f"{self.data}, split {self.split},"
+        return f"{shown(self.data)}, split {self.split},"
 
     def source(self) -> dict[str, Any]:
         """The options that say what is read, under their names. Runs of before `labels` do not name it."""
@@ -308,7 +308,7 @@ def load_images(
     """
     import datasets  # takes over a second: only for those who read data
 
-    where, folder = f"{source}, split {split},", Path(source).expanduser()
+    where, folder = f"{shown(source)}, split {split},", Path(source).expanduser()
     if folder.is_dir() and not has_card(folder) and has_pictures_alone(files := list(walk(folder))):
         with reading(where[:-1], "check the files and --split"):
             images = FolderImages(folder, files, split, where, classes, said)

@@ -92,7 +92,7 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
     if separator == "":
         raise AstraError("--separator is empty: write what separates documents, or leave the option out")
     advice = "check the files and --split" if local else "no local folder has that name: check it, and the network"
-    where = f"{source}, split {split},"
+    where = f"{shown(source)}, split {split},"
     with reading(where[:-1], advice):
         if local and not has_card(path):
             found = _in_files(path, meaning(wanted[0]), pictures, separator)

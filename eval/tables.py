@@ -34,6 +34,8 @@ def read_table(path: Path, delimiter: str) -> Table:
     """
     text = path.read_bytes().decode("utf-8-sig")
     lines = _rows(text, delimiter, csv.QUOTE_NONE)
+    if not lines:
+        raise AstraError(f"{shown(path)}: is empty: give another file")
     rows = lines if '"' not in text else _quoted(text, delimiter)
     note = ""
     if rows is None or _misled(rows, lines):
@@ -42,10 +44,10 @@ def read_table(path: Path, delimiter: str) -> Table:
         note = f"{shown(path)}: some of its {len(lines) - 1:,} lines are parts of values in quotes"
     if (bad := _uneven(rows)) is not None:
         raise AstraError(
-            f"{shown(path)}: row {bad} has {len(rows[bad])} values and the header {len(rows[0])}: correct the row, or "
-            "the quotes before it"
+            f"{shown(path)}: row {bad - 1} has {len(rows[bad])} values and the header {len(rows[0])}: correct the "
+            "row, or the quotes before it"
         )
-    header = rows[0] if rows else []
+    header = rows[0]
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise AstraError(f"{shown(path)}: two columns are called {twice!r}: rename one")
