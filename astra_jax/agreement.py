@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from astra_jax import __version__
 
@@ -116,6 +117,14 @@ def shown(value: Any) -> str:
         return text
     beginning = "".join(c if c.isprintable() and c != "[" else " " for c in text[:40])
     return f"{beginning}... ({len(text):,} characters, hash {_hash(text.encode(errors='surrogatepass'))})"
+
+
+def fingerprint(arrays: Any) -> str:
+    """A short hash of a tree of arrays: of types, shapes and contents."""
+    parts = [
+        (a.dtype.str, a.shape, hashlib.sha256(a.tobytes()).digest()) for a in map(np.asarray, jax.tree.leaves(arrays))
+    ]
+    return _hash(repr(parts).encode())
 
 
 def _hash(content: bytes) -> str:

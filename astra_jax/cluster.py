@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxlib import _jax
 
-from astra_jax.agreement import Same
+from astra_jax.agreement import Same, fingerprint
 from astra_jax.collectives import Peers
 from astra_jax.console import be_quiet, print_table
 from astra_jax.errors import AstraError, first_line
@@ -36,7 +36,7 @@ from astra_jax.hosts import Hosts, check, detect, own_address, parse_address
 from astra_jax.lifeline import Lifeline, Policy, die
 from astra_jax.meeting import number
 from astra_jax.preflight import BRIEFLY, Findings, gather, pair_rows, take_part
-from astra_jax.sharding import SEQ, make_mesh, parse_devices
+from astra_jax.sharding import DATA, SEQ, make_mesh, parse_devices
 from astra_jax.terminal import complain, one_line
 
 # What JAX and XLA give up after: never, as it were. That a slow link is no dead host is for the lifeline to know.
@@ -128,8 +128,14 @@ def _gloo_at(address: str) -> None:
 
 def _meet(mesh: Mesh) -> None:
     """The first collectives, which connect the hosts with each other. gloo says so on the output: not here."""
+    # Of one row of the mesh, and where there are several of its columns and of all of it: who they are differs.
+    groups: list[Any] = [SEQ, DATA, (DATA, SEQ)] if mesh.shape[DATA] > 1 else [SEQ]
     total = jax.shard_map(
-        lambda: Peers(SEQ).total(jnp.zeros(())), mesh=mesh, in_specs=(), out_specs=P(), check_vma=False
+        lambda: [Peers(group).total(jnp.zeros(())) for group in groups],
+        mesh=mesh,
+        in_specs=(),
+        out_specs=P(),
+        check_vma=False,
     )
     sys.stdout.flush()
     output = os.dup(1)
@@ -327,6 +333,17 @@ def _failed(found: Sequence[Any]) -> str:
             why = str(one.get("failed"))[:2000] if isinstance(one, dict) else "it did not say what it did"
             return f"host {host}: {why}" if host else why
     return ""
+
+
+def say_read(what: str, inputs: Any) -> None:
+    """Where this is one of several hosts: ends all of them where they have not read the same. Waits for nobody.
+
+    Args:
+      what: what these inputs are called.
+      inputs: arrays.
+    """
+    if _membership is not None:
+        _membership.lifeline.say_read(f"{what} (hash {fingerprint(inputs)})")
 
 
 def leave() -> None:

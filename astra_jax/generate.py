@@ -237,6 +237,21 @@ def memory(cache: Cache) -> Memory:
     return Memory(cache.codes.nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)
 
 
+def ends_of(mesh: Mesh) -> Mesh:
+    """The devices of the last shard, one per data row, where all prompts end.
+
+    Raises:
+      AstraError: they are on several hosts, of which none could go on with all prompts.
+    """
+    ends, (data, hosts) = mesh.devices[:, -1], (mesh.shape[DATA], len({d.process_index for d in mesh.devices.flat}))
+    if len({device.process_index for device in ends}) > 1:
+        raise AstraError(
+            f"--devices {data}x{mesh.shape[SEQ]}: texts end on several of the {hosts} hosts, and one has to go on with "
+            f"all of them: use --devices {hosts}, or at least {data}x{hosts}"
+        )
+    return Mesh(ends, (DATA,))
+
+
 def prefill_program(model: Any, graphdef: Any, mesh: Mesh, make: Make = Astra.of) -> Any:
     """Prefill on a mesh, jitted: weights and `Text` -> on every device, what decoding from its shard's end needs.
 
@@ -280,7 +295,8 @@ class Generator:
       make: what makes the strategy of prefill, an `Astra`.
 
     Raises:
-      AstraError: the model is no causal language model, or there are several shards and it has no codebooks.
+      AstraError: the model is no causal language model, there are several shards and it has no codebooks, or no host
+        has the ends of all prompts.
     """
 
     def __init__(self, model: Any, mesh: Mesh, fast_path: bool = True, make: Make = Astra.of):
@@ -288,9 +304,9 @@ class Generator:
             raise AstraError("this checkpoint is no language model: it cannot generate text")
         self.model, self.mesh = model, mesh
         self.graphdef, self.state = place(model, mesh, make, fast_path)
-        self.ends = Mesh(mesh.devices[:, -1], (DATA,))
         # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
-        self.here = all(device.process_index == jax.process_index() for device in self.ends.devices)
+        self.ends = ends_of(mesh)
+        self.here = self.ends.devices[0].process_index == jax.process_index()
         self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state) if self.here else None
         self._prefill = prefill_program(model, self.graphdef, mesh, make)
         self._cache = jax.jit(_make_cache, static_argnames="more")

@@ -63,6 +63,7 @@ class Lifeline:
         self.farewell: Callable[[str, bool], Any] = lambda message, goes_on: None
         self._lines, self._gone, self._needed = lines, dict[int, str](), True
         self._told = {other: queue.SimpleQueue[bytes]() for other in lines}  # what they told, and nobody heard yet
+        self._read: dict[int, list[str]] = {number: [] for number in (0, *lines)}  # what hosts said that they read
         self._over, self._lock = threading.Event(), threading.Lock()
         self._done = {other: threading.Event() for other in lines}
         for other, line in lines.items():
@@ -113,6 +114,25 @@ class Lifeline:
                 line.send(self.patience, body, **message)
             except OSError:  # it has a part of it, and what follows would not be understood: it is gone, which shows
                 line.close()
+
+    def say_read(self, what: str) -> None:
+        """Says what this host read, in words that are others where it is something else. All have to read the same, one
+        thing after the other, or all end with one line, wherever they are: nobody waits here."""
+        if self.host == 0:
+            self._compare(0, what)
+            return
+        with contextlib.suppress(OSError):  # host 0 is gone, which shows elsewhere
+            self._lines[0].send(self.patience, read=what)
+
+    def _compare(self, host: int, what: str) -> None:
+        with self._lock:
+            place = len(self._read[host])
+            self._read[host].append(what)
+            there = {number: said[place] for number, said in self._read.items() if len(said) > place}
+        for other, said in there.items():
+            if 0 in there and said != there[0]:
+                why = f"host 0 has read {there[0]}, and host {other} {said}: give the same on every host"
+                self._fail(why, a_fault=False)
 
     def need(self, needed: bool) -> None:
         """On host 0: whether the others are needed. While they are not, one that is gone does no harm; it does
@@ -179,6 +199,8 @@ class Lifeline:
             if "done" in message:
                 self._done[other].set()
                 return  # nothing more comes from there, and that its connection ends is as it should be
+            elif "read" in message:
+                self._compare(other, str(message["read"])[:200])
             elif "request" in message:
                 self.requests.put(message.get("body", b""))
             elif "told" in message:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jaxtyping import Int
 from PIL import Image
 
 import checkpoints
@@ -24,14 +25,14 @@ from astra_jax import cluster
 from astra_jax.agreement import Same, options
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
-from astra_jax.generate import Continuation, Generator, Sampling, check_stop, is_whole
+from astra_jax.generate import Continuation, Generator, Sampling, check_stop, ends_of, is_whole
 from astra_jax.hosts import Hosts
 from astra_jax.lifeline import Policy
 from astra_jax.near import near_of, near_on
-from astra_jax.parallel import Make, make_of, parallelize, shardings
+from astra_jax.parallel import Make, make_for, make_of, parallelize, shardings
 from astra_jax.preflight import pair_rows
 from astra_jax.preprocess import decode_image
-from astra_jax.sharding import SEQ, hosts_of
+from astra_jax.sharding import DATA, SEQ, hosts_of
 from astra_jax.strategies import Astra, Order
 from astra_jax.text import Text, bucket, check_text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
@@ -146,6 +147,12 @@ def similarity_rows(embeddings: Any, names: tuple[str, ...]) -> list[dict[str, A
     return [{"sentence": names[a], "and": names[b], "cosine": float(unit[a] @ unit[b])} for a, b in pairs]
 
 
+def ways_out(hosts: Int[np.ndarray, "data seq"]) -> list[int]:
+    """From how many of its devices each host sends to another one, where a row of the mesh is a ring."""
+    out = hosts != np.roll(hosts, -1, axis=1)
+    return [int(np.sum(out & (hosts == host))) for host in range(hosts.max() + 1)]
+
+
 class Answerer:
     """A checkpoint on a mesh.
 
@@ -174,6 +181,8 @@ class Answerer:
             policy=setup.on_failure,
             same=lambda: options(setup) | dict(same()),
         )
+        if getattr(checkpoints.read_meta(setup.checkpoint).config, "task", None) == "causal-lm":
+            ends_of(self.mesh)  # before anything is loaded
         self.make = make_of(setup.strategy, setup.code_order, near and near_on(near, hosts_of(self.mesh)))
         self.here = cluster.membership()
         if self.here:
@@ -395,18 +404,23 @@ class Answerer:
             report.say(f"where the time went is not known: {cluster.reason(error)}")
 
     def _say_passes(self, report: Report, inputs: Any) -> None:
-        B = len(inputs.lengths) if isinstance(inputs, Text) else len(inputs)
-        messages = self.make(self.model, self.N, inputs).messages(self.model) * B
-        table = rows(self._passes, volume(messages, self.N, "each")[0] / 8)
+        B, hosts = len(inputs.lengths) if isinstance(inputs, Text) else len(inputs), hosts_of(self.mesh)
+        rows_each, devices_each = -(-B // self.mesh.shape[DATA]), int(np.sum(hosts == 0))
+        messages = make_for(self.mesh, self.make)(self.model, self.N, inputs).messages(self.model) * rows_each
+        # A host's devices compute and exchange at the same time.
+        passes = [p._replace(collectives=tuple(s / devices_each for s in p.collectives)) for p in self._passes]
+        table = rows(passes, volume(messages, self.N, "each")[0] / 8)
+        for row, ways in zip(table, ways_out(hosts), strict=True):
+            row["predicted"] *= ways
         report.table("hosts", "where the time went", table)
-        computed = [row["compute ms"] for row in table]
-        if None in computed or table[0]["total ms"] is None:
+        computed, here = table[0]["compute ms"], table[0]["total ms"]
+        if computed is None or here is None:
             return
-        operations = [self._operations(inputs, n) for n in (1, self.N)]
-        alone, here = max(computed) * operations[0] / operations[1], table[0]["total ms"]
+        of_all, of_one = (self._operations(inputs, n) for n in (1, self.N))
+        alone = computed * of_all * B / (of_one * rows_each * devices_each)
         advice = f"{alone / here:.2f} times as long" if alone > here else "which is less: stay on one device"
         report.say(
-            f"one of these devices alone would take up to {alone:,.4g} ms (by its operations), {advice}",
+            f"host 0 alone would take {alone:,.4g} ms (by its operations), {advice}",
             single_ms=alone,
             speed_up=alone / here,
         )

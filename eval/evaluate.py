@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 import checkpoints
 from astra_jax.agreement import options
 from astra_jax.arguments import Integers, Numbers, Texts
-from astra_jax.cluster import open_mesh
+from astra_jax.cluster import open_mesh, say_read
 from astra_jax.config import AstraConfig
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
@@ -311,7 +311,13 @@ class Trial:
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
             make = make_of(self.strategy, self.args.code_order, self.near)
-            return parallelize(model, mesh, make, self.args.fast_path == "on")
+            program, batch = parallelize(model, mesh, make, self.args.fast_path == "on"), itertools.count(1)
+
+            def together(inputs: Any) -> Array:
+                say_read(f"batch {next(batch)} of the data", inputs)
+                return program(inputs)
+
+            return together
         graphdef, state = nnx.split(model)
         if seed is None:
             return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, near=self.near)
@@ -494,6 +500,7 @@ def measure(
     told = tell or (lambda account: say(str(account)))
     trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, near, told)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
+    say_read("all data", ())
     inputs = example(checkpoint, T)
     coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order, near=near) if astra else None
     sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from astra_jax import agreement
-from astra_jax.agreement import MOST_INPUTS, digest, inputs, options, settings, shown, versions
+from astra_jax.agreement import MOST_INPUTS, digest, fingerprint, inputs, options, settings, shown, versions
 from astra_jax.hosts import Hosts
 from eval import answer, bench, evaluate, run
 
@@ -108,6 +109,14 @@ def test_inputs_are_told_one_by_one_and_all_are():
     other = [*many[:-1], b"other"]
     assert len(inputs("picture", many)) == MOST_INPUTS + 1
     assert inputs("picture", many) != inputs("picture", other)
+
+
+def test_arrays_that_differ_have_other_fingerprints():
+    """Also where only shapes or types do."""
+    pixels = np.arange(12, dtype=np.float32)
+    others = [pixels[:-1], pixels.reshape(3, 4), pixels.reshape(4, 3), pixels.view(np.int32), [pixels, pixels], ()]
+    assert len(set(map(fingerprint, [pixels, *others]))) == 1 + len(others)
+    assert fingerprint(jax.numpy.asarray(pixels)) == fingerprint(pixels.reshape(2, 6)[:, ::1].reshape(12))
 
 
 def test_files_that_systems_leave_behind_are_no_part_of_a_checkpoint(tmp_path):

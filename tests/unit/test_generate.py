@@ -1,6 +1,7 @@
 """Generation: how tokens are drawn, where a text ends, what is refused. What is decoded: see tests/multidevice."""
 
 import time
+import types
 from collections import Counter
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astra_jax import generate
 from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling, restrict, sample
 from astra_jax.sharding import make_mesh
@@ -230,3 +232,19 @@ def test_a_stop_string_that_is_no_text(unchecked):
 def test_an_empty_stop_string():
     with pytest.raises(AstraError, match="--stop is an empty string: give at least one character"):
         continuation("")
+
+
+@pytest.mark.usefixtures("unchecked")  # of devices that are none
+@pytest.mark.parametrize(
+    ("rows", "whole"), [([[1, 2, 3, 0]], True), ([[1, 0], [1, 0]], True), ([[1, 3], [2, 0]], False)], ids=str
+)
+def test_texts_end_on_one_host(rows, whole, monkeypatch):
+    """Numbers are the hosts of a mesh's devices."""
+    monkeypatch.setattr(generate, "Mesh", lambda devices, axes: [device.process_index for device in devices])
+    devices = np.array([[types.SimpleNamespace(process_index=host) for host in row] for row in rows])
+    mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(("data", "seq"), devices.shape, strict=True)))
+    if whole:
+        assert generate.ends_of(mesh) == [row[-1] for row in rows]
+        return
+    with pytest.raises(AstraError, match="--devices 2x2: texts end on several of the 4 hosts, .* at least 2x4"):
+        generate.ends_of(mesh)

@@ -163,3 +163,24 @@ def test_bytes_to_a_host_that_takes_none_are_no_end():
     fellows.lines[0].ask(bytes(1 << 24))
     assert "host 1 has given no sign of life for 2 s" in fellows.all_told(2)[0]
     assert time.monotonic() - start < 6
+
+
+def test_hosts_that_read_the_same_go_on():
+    """Whoever is first."""
+    fellows = Fellows(3)
+    for host, what in [(1, "batch 1"), (0, "batch 1"), (2, "batch 1"), (1, "batch 2"), (0, "batch 2")]:
+        fellows.lines[host].say_read(what)
+    time.sleep(0.2)
+    assert fellows.told.empty()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=str)
+def test_hosts_that_read_something_else_end_all(order):
+    """Also host 1, which would wait for the others without end."""
+    fellows = Fellows(3)
+    for host in order:
+        fellows.lines[host].say_read("batch 1")
+    for host in order:
+        fellows.lines[host].say_read("the end" if host == 2 else "batch 2")
+    told = fellows.all_told(3)
+    assert set(told.values()) == {"host 0 has read batch 2, and host 2 the end: give the same on every host"}
