@@ -93,6 +93,36 @@ def _opened(path: Path) -> int | None:
     return found and (int(found[1]) if found[1] else {"stdout": 1, "stderr": 2}[found[2]])
 
 
+@contextmanager
+def in_utf8(folder: Path) -> Iterator[Path]:
+    """An absolute name of a folder for libraries that take no other than UTF-8 (Orbax, TensorStore): its own, or one by
+    the number under which it is open here; then it is made if it is not there.
+
+    Raises:
+      AstraError: its own name is not UTF-8, and this system has no other.
+    """
+    path = folder.absolute()
+    if _is_utf8(path):
+        yield path
+        return
+    if not Path("/proc/self/fd").is_dir():
+        raise AstraError(f"{path}: its name is not UTF-8: rename it")
+    path.mkdir(parents=True, exist_ok=True)
+    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/self/fd/{number}")
+    finally:
+        os.close(number)
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk is behind `error`, also where a library wrapped it and only the text is left."""
     while error is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from astra_jax.errors import AstraError
+from astra_jax.files import in_utf8
 
 # What a tokenizer's files may be called; nothing else of a folder is copied or read.
 FILES = (
@@ -63,7 +64,8 @@ class Tokenizer:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
             kind: Any = PreTrainedTokenizerFast if code else AutoTokenizer
-            self._inner = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            with in_utf8(folder) as where:
+                self._inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
             reason = str(error).strip().split("\n")[0][:160]
             raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error

@@ -30,7 +30,7 @@ from flax import nnx, traverse_util
 
 from astra_jax.config import AstraConfig, from_dict
 from astra_jax.errors import AstraError
-from astra_jax.files import write_atomically, writing
+from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.tokenizer import FILES, Tokenizer
 from checkpoints.files import copy_files, is_empty, is_foreign, quiet, read_json
@@ -449,7 +449,7 @@ def _write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, str]:
     import orbax.checkpoint as ocp
 
     digests: dict[str, str] = {}
-    with quiet():
+    with quiet(), in_utf8(folder) as folder:
         # A file per array, written from where it is in memory: a copy, or a compressed one, would be there as a whole,
         # and weights hardly compress.
         handlers = ocp.type_handlers.create_type_handler_registry(
@@ -459,7 +459,7 @@ def _write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, str]:
         with ocp.Checkpointer(handler) as checkpointer:
             for name, arrays in parts:
                 digests[name] = digest(arrays)
-                checkpointer.save((folder / name).absolute(), arrays)
+                checkpointer.save(folder / name, arrays)
                 del arrays  # or this part is still there while the next one is read
     return digests
 
@@ -490,14 +490,14 @@ def _read_part(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarra
     import orbax.checkpoint as ocp
 
     try:
-        with quiet(), ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        with in_utf8(folder) as where, quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(where).item_metadata.tree
             found = traverse_util.flatten_dict(tree, sep=".")
             _check_same(folder, *({path: tuple(a.shape) for path, a in arrays.items()} for arrays in (expected, found)))
             for path, a in found.items():
                 _check_chunks(folder, path, a)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            arrays = checkpointer.restore(folder.absolute(), restore_args=as_numpy)
+            arrays = checkpointer.restore(where, restore_args=as_numpy)
             return traverse_util.flatten_dict(arrays, sep=".")
     except AstraError:
         raise

@@ -395,6 +395,8 @@ def main(args: Args) -> None:
     for name in ("samples", "tokens", "iterations"):
         if (value := getattr(args, name)) < 1:
             raise AstraError(f"--{name} is {value}; it must be at least 1")
+    if args.seed < 0:
+        raise AstraError(f"--seed is {args.seed}; it must be 0 or more")
     report = Report("calibrate", args.json)
     astra = AstraConfig(
         *(args.groups, args.codewords, args.site, args.class_token),

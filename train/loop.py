@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
-from astra_jax.files import write_atomically, writing
+from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.predictor import Prediction
 from astra_jax.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.sharding import DATA, Shards
@@ -100,6 +100,7 @@ class Training:
             "accumulate": (1, None),
             "learning_rate": (0, None),
             "warmup": (0, 1),
+            "weight_decay": (0, None),
             "clip": (0, None),
             "noise": (0, None),
             "commitment": (0, None),
@@ -112,7 +113,7 @@ class Training:
         }
         for field, (low, high) in ranges.items():
             value = getattr(self, field)
-            if value < low or (high is not None and value > high):
+            if not value >= low or (high is not None and value > high):  # also what is not a number
                 allowed = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise AstraError(f"--{field.replace('_', '-')} is {value}; it must be {allowed}")
         if not self.shards or min(self.shards) < 1:
@@ -454,9 +455,11 @@ def train(
       the trained model, and how many steps it has had: fewer than asked for after Ctrl-C.
 
     Raises:
-      AstraError: `out` holds a run with other settings, the batch does not divide over the devices, the disk is full,
-        or the loss is not finite.
+      AstraError: `save_every` is below 1, `out` holds a run with other settings, the batch does not divide over the
+        devices, the disk is full, or the loss is not finite.
     """
+    if save_every < 1:
+        raise AstraError(f"--save-every is {save_every}; it must be at least 1: try 100")
     if training.batch_size % mesh.shape[DATA]:
         raise AstraError(
             f"--batch-size is {training.batch_size}; it must be a multiple of the {mesh.shape[DATA]} devices"
@@ -470,9 +473,10 @@ def train(
     teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
-    with ocp.CheckpointManager(
-        (out / "train").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as manager:
+    with (
+        in_utf8(out) as where,
+        ocp.CheckpointManager(where / "train", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager,
+    ):
         if manager.latest_step() is not None:
             state = restore(manager, state, data, settings, out)
         done = int(state.step)

@@ -187,6 +187,8 @@ def test_learning_rate_warms_up_and_falls_to_zero():
         ({"steps": 0}, "--steps is 0; it must be at least 1"),
         ({"warmup": 1.5}, "--warmup is 1.5; it must be from 0 to 1"),
         ({"noise": -1.0}, "--noise is -1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1; it must be at least 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan; it must be at least 0"),
         ({"distillation": -1.0}, "--distillation is -1.0; it must be at least 0"),
         ({"loss": 1.5}, "--loss is 1.5; it must be from 0 to 1"),
         ({"hidden": 1.0, "trains": "codebooks"}, "--trains codebooks learns from no teacher"),

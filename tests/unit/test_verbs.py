@@ -283,6 +283,13 @@ BAD = {
         "--samples is 0; .* at least 1",
     ),
     "no iterations": ("calibrate {place}/original {place}/new {data} --groups 4 --iterations 0", "--iterations is 0; "),
+    "a seed below 0": ("calibrate {place}/original {place}/new {data} --seed -1", "--seed is -1; it must be 0 or more"),
+    "a state every 0 steps": ("finetune {place}/calibrated {place}/new {data} --save-every 0", "--save-every is 0; "),
+    "a number that only Python reads": (
+        "eval {place}/tuned {data} --limit 1_0",
+        "--limit is '1_0': it must be a whole",
+    ),
+    "a number without end": ("eval {place}/tuned {data} --loss inf", "--loss is 'inf': it must be a number"),
     "a split that is not there": ("eval {place}/tuned {data} --split dev", "train"),
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
