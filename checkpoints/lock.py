@@ -4,12 +4,13 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from astra_jax.terminal import complain, one_line
 
 # What file systems say that know no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -43,7 +44,7 @@ def waiting(where: Path) -> Callable[[str], None]:
 
     def busy(who: str) -> None:
         if not said:
-            print(f"astra: {where}: {who} is saving there: waiting for it", file=sys.stderr, flush=True)
+            complain(f"astra: {one_line(where)}: {one_line(who)} is saving there: waiting for it")
             said.append(who)
         time.sleep(0.1)
 
