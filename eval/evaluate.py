@@ -420,6 +420,8 @@ def text_perplexity(trial: Trial) -> Metrics:
     texts = trial.args.open_documents()
     trial.tell(texts.account.first(trial.args.limit))
     documents = trial.encode(texts[: trial.args.limit])
+    if short := sum(len(ids) < 2 for ids in documents):
+        trial.say(f"{short:,} document(s) of less than 2 tokens are left out: nothing is predicted in them")
     trial.say(f"{len(documents):,} document(s) in windows of {length:,} tokens, stride {stride:,}")
     trial.say_short([part.ids for ids in documents for part in windows(ids, length, stride)], "windows")
 

@@ -162,8 +162,9 @@ def text_batches(
     return _endless(len(text.ids), batch_size, seed, batch, _ONE_THREAD)
 
 
-def packed(documents: Sequence[str], tokenizer: Tokenizer, eos: Sequence[int], length: int) -> Text:
-    """Documents for language modelling: token ids end to end, an end-of-text token behind each, cut into `length`.
+def packed(documents: Sequence[str], tokenizer: Tokenizer, eos: Sequence[int], length: int) -> tuple[Text, str]:
+    """Documents for language modelling: token ids end to end, an end-of-text token behind each, cut into `length`. And
+    in words how many there are.
 
     Raises:
       AstraError: there are fewer tokens than one sequence takes.
@@ -176,7 +177,8 @@ def packed(documents: Sequence[str], tokenizer: Tokenizer, eos: Sequence[int], l
     n = len(ids) // length
     if n < 1:
         raise AstraError(f"the text has {len(ids)} tokens, fewer than one sequence of {length}: use a smaller --length")
-    return Text(np.asarray(ids[: n * length], np.int32).reshape(n, length), np.full(n, length, np.int32))
+    text = Text(np.asarray(ids[: n * length], np.int32).reshape(n, length), np.full(n, length, np.int32))
+    return text, f"{n:,} sequences of {length:,} of their {len(ids):,} tokens"
 
 
 def sequences(
@@ -201,8 +203,9 @@ def sequences(
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
     if config.task == "causal-lm":
         documents = data.open_documents()
-        tell(documents.account)
-        return packed(documents, tokenizer, checkpoint.eos_ids, length), None
+        text, how = packed(documents, tokenizer, checkpoint.eos_ids, length)
+        tell(documents.account.noted(how))
+        return text, None
     labels = None
     if config.task == "embedding":
         read = data.open_documents(pairs=True)

@@ -363,6 +363,47 @@ def test_suffixes_in_capitals_and_files_beside(tmp_path):
     assert args(write(tmp_path / "TRAIN.TXT", "hello")).open_documents() == ["hello"]
 
 
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A folder whose folders the hub seems to have, as `own/NAME`."""
+    builder, load = datasets.load_dataset_builder, datasets.load_dataset
+
+    def there(source: str) -> str:
+        return str(tmp_path / source) if source.startswith("own/") else source
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda source, **given: builder(there(source), **given))
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, **given: load(there(source), **given))
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path))  # where it downloads to
+    return tmp_path / "own"
+
+
+def test_data_of_the_hub(hub):
+    """They are read by the same rules as local files."""
+    for split, text in {"train": "null", "test": "NA"}.items():
+        write(hub / "csv" / f"{split}.csv", f"text,label\n{text},{split[1]}\n")
+        write(hub / "json" / f"{split}.jsonl", f'{{"text": "{text}", "label": "{split[1]}"}}\n')
+        write(hub / "txt" / f"{split}.txt", f"{text}|two")
+        for name in "ab":
+            draw(hub / "pictures" / split / name / "1.png", 9)
+        columns = {"text": [text, "y"], "label": [0, 1]}
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+        )
+        (hub / "parquet").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, features).to_parquet(hub / "parquet" / f"{split}-00000-of-00001.parquet")
+    for kind in ("csv", "json"):
+        texts = args(f"own/{kind}", "test").open_labelled()
+        assert texts[0]["text"] == "NA" and texts.names == ("e", "r") and texts[0]["label"] == 0
+    texts = args("own/parquet", "test[:1]").open_labelled(("LABEL_0", "LABEL_1"))
+    assert texts[0] == {"text": "NA", "label": 0} and "read 1 of 2 texts" in str(texts.account)
+    assert args("own/txt", "test", separator="|").open_documents() == ["NA", "two"]
+    images = args("own/pictures", "test").open(("b", "a"))
+    assert [images[i]["label"] for i in range(2)] == [1, 0] and images[0]["image"].getpixel((0, 0)) == (9, 9, 9)
+
+
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
@@ -399,3 +440,11 @@ def test_an_account_is_said_once_and_kept_for_machines(tmp_path, capsys):
     assert lines == ["set read 3 of 9 pictures; left out: 1 x", "set read 2 of 9 pictures; left out: 1 x"]
     kept = json.loads((tmp_path / "out.json").read_text())["data"]
     assert [row["read"] for row in kept] == [3, 2] and kept[0]["left_out"] == {"x": 1}
+
+
+def test_tokens_that_fill_no_sequence_are_counted(tmp_path, word_tokenizer):
+    config = SimpleNamespace(task="causal-lm", max_position_embeddings=8, vocab_size=13)
+    model = Checkpoint("gpt2", config, None, None, None, {}, "float32", (), None, None, word_tokenizer(9))
+    told: list[Account] = []
+    text, _ = sequences(model, args(write(tmp_path / "train.txt", "w1 w2 w3 w4 w5")), 2, told.append)
+    assert text.ids.shape == (2, 2) and "2 sequences of 2 of their 5 tokens" in str(told[0])

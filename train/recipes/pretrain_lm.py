@@ -88,8 +88,8 @@ def main(args: Args) -> None:
         n_head=args.heads,
     )
     (eos,) = tokenizer.encode(END)
-    text = packed(documents, tokenizer, [eos], args.length)
-    say(f"{text.ids.size:,} tokens")
+    text, how = packed(documents, tokenizer, [eos], args.length)
+    say(how)
     model = nnx.jit(lambda: GPT2(config, rngs=nnx.Rngs(args.training.seed)))()  # one program instead of many small ones
     model, done = train(
         model,

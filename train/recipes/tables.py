@@ -57,9 +57,7 @@ class Args(DataArgs):
 
 def accuracy(checkpoint: Path, args: Args) -> float:
     """Accuracy in percent on `args.devices` devices, or on one for the original."""
-    options = evaluate.Args(
-        checkpoints=(checkpoint,), data=args.data, split=args.test, label_column=args.label_column, rates=()
-    )
+    options = evaluate.Args(checkpoints=(checkpoint,), rates=(), **(args.source() | {"split": args.test}))
     return evaluate.measure(checkpoint, dataclasses.replace(options, devices=str(args.devices)), print)["accuracy %"]
 
 
