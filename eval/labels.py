@@ -10,7 +10,7 @@ from jaxtyping import Int
 from astra_jax.errors import AstraError
 from checkpoints import Checkpoint
 
-SHOWN = 8  # names of a list that a message shows
+SHOWN = 12  # names of a list that a message shows
 
 
 def match(
