@@ -12,7 +12,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks, token_ids
-from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
 from astra_jax.predictor import SideInfo
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Pooling, Shards
@@ -75,9 +75,9 @@ class BertBlock(nnx.Module):
     def __init__(self, config: BertConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
         D, H, F, eps = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         self.attention = MixedPrecisionAttention(D, H, H, D // H, qkv_bias=True, astra=astra, dtype=dtype, rngs=rngs)
-        self.norm1 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
         attended, remote, report = self.attention(x, strategy, remote, block)
@@ -108,7 +108,7 @@ class Bert(nnx.Module):
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.max_position_embeddings, D)))
         self.token_type = nnx.Param(init(rngs.params(), (config.type_vocab_size, D)))
-        self.embed_norm = nnx.LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.embed_norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = stack_blocks(lambda r: BertBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.pooler = nnx.Linear(D, D, dtype=dtype, rngs=rngs) if config.pooler else None
         classifier = config.task == "classification"

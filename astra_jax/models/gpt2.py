@@ -11,7 +11,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
-from astra_jax.models.layers import MLP, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ class GPT2Block(nnx.Module):
 
     def __init__(self, config: GPT2Config, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
         D, H, F, eps = config.n_embd, config.n_head, config.intermediate_size, config.layer_norm_epsilon
-        self.norm1 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.attention = MixedPrecisionAttention(D, H, H, D // H, qkv_bias=True, astra=astra, dtype=dtype, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(D, F, config.activation_function, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
@@ -102,7 +102,7 @@ class GPT2(Decoder):
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.n_positions, D)))
         self.blocks = stack_blocks(lambda r: GPT2Block(config, astra, dtype, r), config.n_layer, rngs)
-        self.norm = nnx.LayerNorm(D, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(D, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.add_head(dtype, rngs)
 
     def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:

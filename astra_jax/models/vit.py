@@ -12,7 +12,7 @@ from astra_jax.attention import MixedPrecisionAttention
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks
-from astra_jax.models.layers import MLP, check_activation, check_divides, check_numbers
+from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_divides, check_numbers
 from astra_jax.quantizer import Quantizer
 from astra_jax.sharding import Shards
 
@@ -54,11 +54,11 @@ class ViTBlock(nnx.Module):
 
     def __init__(self, config: ViTConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
         D, H, F, eps = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
-        self.norm1 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm1 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.attention = MixedPrecisionAttention(
             D, H, H, D // H, qkv_bias=config.qkv_bias, astra=astra, dtype=dtype, rngs=rngs
         )
-        self.norm2 = nnx.LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
@@ -88,7 +88,7 @@ class ViT(nnx.Module):
         self.cls = nnx.Param(jnp.zeros((D,)))
         self.position = nnx.Param(init(rngs.params(), (1 + config.num_patches, D)))
         self.blocks = stack_blocks(lambda r: ViTBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
-        self.norm = nnx.LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(D, config.num_labels, dtype=dtype, rngs=rngs)
 
     @property
