@@ -99,12 +99,15 @@ def inputs(checkpoint: Checkpoint, args: Args, tell: Tell) -> list[Any]:
     return [Text(text.ids[part], text.lengths[part]) for part in np.split(rows, range(size, len(rows), size))]
 
 
-def capture(model: Any, batches: list[Any], tokens: int, seed: int, S: int = 1) -> Float[np.ndarray, "L M D"]:
+def capture(
+    model: Any, batches: list[Any], tokens: int, seed: int, class_token: ClassToken, S: int = 1
+) -> Float[np.ndarray, "L M D"]:
     """The inputs of every block's projections, for up to `tokens` random tokens of the batches that would be sent.
 
     The model sees no more batches than hold `SPARE` times as many.
 
     Args:
+      class_token: `single` is sent as any other token is, replicas of a `distributed` one are not.
       S: tokens come in shards of so many that follow each other in a sequence.
     """
     graphdef, state = nnx.split(model)
@@ -116,7 +119,7 @@ def capture(model: Any, batches: list[Any], tokens: int, seed: int, S: int = 1) 
         y = model(shards.scatter(model.to_tokens(batch)), Single(shards, capture=True))[1]  # [L,B,S,D]
         return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32)
 
-    places = [_in_shards(_sent(model, batch), S) for batch in batches]
+    places = [_in_shards(_sent(model, batch, class_token), S) for batch in batches]
     there = np.cumsum([len(of_batch) for of_batch in places])
     there = there[: 1 + np.searchsorted(there, SPARE * tokens // S)]
     rng = np.random.default_rng(seed)
@@ -130,9 +133,12 @@ def capture(model: Any, batches: list[Any], tokens: int, seed: int, S: int = 1) 
     return np.concatenate(kept, axis=1)
 
 
-def _sent(model: Any, batch: Any) -> Bool[np.ndarray, "B S"]:
-    """Which tokens training has to serve codes for: no replicas of the class token, and no padding."""
-    tokens = Single(model.shards(1, batch)).tokens()
+def _sent(model: Any, batch: Any, class_token: ClassToken) -> Bool[np.ndarray, "B S"]:
+    """Which tokens have codes to be sent: no replicas of the class token, and no padding."""
+    shards = model.shards(1, batch)
+    if shards.class_token is not None:  # a model without codebooks does not know which kind it is to have
+        shards = dataclasses.replace(shards, class_token=class_token)
+    tokens = Single(shards).tokens()
     sent = np.asarray(tokens.valid & tokens.sent)
     return np.broadcast_to(sent, (len(jax.tree.leaves(batch)[0]), sent.shape[-1]))
 
@@ -410,8 +416,8 @@ def main(args: Args) -> None:
     batches = inputs(source, args, telling(report))
     S = 1
     if astra.predictor == "mlp":  # which looks at the tokens around: as long as shards of the trials
-        S = max(1, int(np.median(_sent(source.model, batches[0]).sum(1))) // TRIAL_SHARDS)
-    y = capture(source.model, batches, args.tokens, args.seed, S)
+        S = max(1, int(np.median(_sent(source.model, batches[0], args.class_token).sum(1))) // TRIAL_SHARDS)
+    y = capture(source.model, batches, args.tokens, args.seed, args.class_token, S)
     if args.codec != "vq":
         levels = doubling(args.groups) if args.codec == "nested-pq" else ()
         trial = batches[-2:][0]  # the last may have few

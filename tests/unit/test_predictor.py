@@ -84,7 +84,7 @@ def test_an_mlp_learns_what_is_not_linear_and_what_is_around():
 def test_neighbours_are_captured_together(tiny_gpt2, random_text):
     """In shards that follow each other in a text, none of them twice, and none of padding."""
     model, text, S = tiny_gpt2(), random_text(24, 20, 3), 5
-    found = capture(model, [text], 30, 0, S).reshape(2, -1, S, 16)
+    found = capture(model, [text], 30, 0, "distributed", S).reshape(2, -1, S, 16)
     shards = model.shards(1, text)
     exact = np.asarray(model(shards.scatter(model.to_tokens(text)), Single(shards, capture=True))[1])
     places = [(b, s) for b, T in enumerate((24, 20)) for s in range(0, T - S + 1, S)]
