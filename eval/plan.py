@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from astra_jax.arguments import Integers, Numbers
-from astra_jax.config import Site
+from astra_jax.config import AstraConfig, Site, from_dict
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from checkpoints.files import read_json
@@ -73,7 +73,8 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in."""
     accuracy: Path | None = None
-    """What `astra eval ORIGINAL CHECKPOINT... --json FILE` wrote of this model."""
+    """What `astra eval ORIGINAL CHECKPOINT... --json FILE` wrote of this model. Costs are of the codes there; if MODEL
+    has codes, they must be the same."""
     accuracy_budget: float | None = None
     """How much worse than the original it may be: points of accuracy, hundredths of correlation, or percent of
     perplexity. Only what --accuracy has within it is considered of astra."""
@@ -89,11 +90,15 @@ class Quality:
       metric: the column, of `eval.evaluate.METRICS`.
       original: what the original reaches on one device.
       reached: (N, G) -> what ASTRA reaches.
+      codes: how the codes are made that reach it: what all rows have in common.
+      others: how many rows were left out, as they are of other codes.
     """
 
     metric: str
     original: float
     reached: Mapping[tuple[int, int], float]
+    codes: AstraConfig | None = None
+    others: int = 0
 
     def loss(self, value: float) -> float:
         """How much worse than the original a value is: points of accuracy, hundredths of correlation, or percent of
@@ -111,12 +116,33 @@ class Quality:
         return self.original if setting.groups is None else self.reached.get((setting.N, setting.groups))
 
 
-def read_quality(path: Path) -> Quality:
-    """Reads what `astra eval --json` wrote. Of several checkpoints with the same N and G the best counts, and what is
-    not finite counts as not measured.
+def code(astra: AstraConfig) -> AstraConfig:
+    """What a configuration says of codes whatever their number: that of the first group alone."""
+    return astra.with_groups(1)
+
+
+def code_name(astra: AstraConfig) -> str:
+    """How a configuration's codes are made, in words."""
+    parts = [astra.codec + f"+{astra.predictor}" * (astra.predictor != "none"), f"K={astra.codewords}"]
+    parts += [f"site {astra.site}"] + [f"side info {astra.side_info}"] * (astra.side_info != "none")
+    parts += [f"the first {astra.coded_blocks} blocks"] * (astra.coded_blocks is not None)
+    parts += ["a single class token"] * (astra.class_token == "single")
+    parts += [f"{width} axes in the first group" for width in astra.widths[:1]]
+    return ", ".join(parts)
+
+
+def read_quality(path: Path, planned: AstraConfig | None) -> Quality:
+    """Reads what `astra eval --json` wrote of one kind of codes: what others reach would be paired with a cost that is
+    not theirs. Of several checkpoints with the same N and G the best counts, and what is not finite counts as not
+    measured.
+
+    Args:
+      path: the file.
+      planned: the codes that are planned with; None to plan with those of the file.
 
     Raises:
-      AstraError: the file is missing or is something else, or there is no original; the message names file and fix.
+      AstraError: the file is missing or is something else, there is no original, it has rows of several kinds of codes
+        and none is planned with, or none of those that are; the message names file and fix.
     """
     data = read_json(path)
     rows = data.get("rows")
@@ -134,13 +160,35 @@ def read_quality(path: Path) -> Quality:
     originals = [row[metric] for row in rows if row["N"] == 1]
     if not originals or not math.isfinite(originals[0]):
         raise AstraError(f"{path}: no row says what the original reaches on one device: give it to astra eval first")
+    coded = [(row, _codes(path, row)) for row in rows if row["N"] > 1 and row["G"] is not None]
+    kinds = {code(astra): astra for _, astra in sorted(coded, key=lambda pair: pair[1].groups)}
+    wanted = code(planned) if planned else next(iter(kinds), None)
+    if kinds and (wanted not in kinds or (planned is None and len(kinds) > 1)):
+        found = "; ".join(code_name(kind) for kind in kinds)
+        plans = (
+            f"codes are planned as {code_name(wanted)}" if planned and wanted else "only one kind can be planned for"
+        )
+        raise AstraError(f"{path} is of codes made as {found}, and {plans}: plan for one of the checkpoints it is of")
     quality = Quality(metric, float(originals[0]), {})
     reached: dict[tuple[int, int], float] = {}
-    for row in rows:
-        if row["N"] > 1 and row["G"] is not None and math.isfinite(row[metric]):
+    mine = [row for row, astra in coded if code(astra) == wanted]
+    for row in mine:
+        if math.isfinite(row[metric]):
             way = row["N"], row["G"]
             reached[way] = min(float(row[metric]), reached.get(way, float(row[metric])), key=quality.loss)
-    return dataclasses.replace(quality, reached=reached)
+    codes = kinds[wanted] if kinds and wanted else None
+    return dataclasses.replace(quality, reached=reached, codes=codes, others=len(coded) - len(mine))
+
+
+def _codes(path: Path, row: Mapping[str, Any]) -> AstraConfig:
+    """How the codes of a row are made. Raises AstraError where it does not say, or not all links carry its G groups."""
+    if not isinstance(row.get("astra"), dict):
+        raise AstraError(f"{path}: does not say how its codes are made: run astra eval --json again")
+    if row.get("far G") is not None:
+        raise AstraError(
+            f"{path}: is of fewer groups over slow links, which are not planned for: run eval without --near"
+        )
+    return from_dict(AstraConfig, row["astra"], str(path))
 
 
 def _check(value: Any, column: str, kinds: tuple[Any, ...], where: str) -> None:
@@ -364,9 +412,16 @@ def main(args: Args) -> None:
     link = Link(parse_rate(args.rate), parse_seconds(args.latency), args.counting)
     speeds = check_speeds(args.speeds, args.devices)
     profile = read_profile(args.device_profile) if args.device_profile else None
-    quality = read_quality(args.accuracy) if args.accuracy else None
-    known = tuple(sorted({G for _, G in quality.reached})) if quality else ()
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
+    quality = (
+        read_quality(args.accuracy, work.astra if work.has_codes or args.site else None) if args.accuracy else None
+    )
+    known = tuple(sorted({G for _, G in quality.reached})) if quality else ()
+    if quality and quality.codes:
+        work = dataclasses.replace(work, astra=quality.codes)
+        report.say(f"codes as in {args.accuracy}: {code_name(quality.codes)}", codes=dataclasses.asdict(quality.codes))
+    if quality and quality.others:
+        report.say(f"left out are {quality.others} row(s) of {args.accuracy}, of other codes", others=quality.others)
     groups = args.groups or known or usual_groups(work)
     ways = candidates(work, speeds, groups)
     if quality and args.accuracy_budget is not None:

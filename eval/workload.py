@@ -103,6 +103,7 @@ class Workload:
       T: tokens of one input, class token not counted.
       dtype: what is computed in, and what weights are kept in.
       checkpoint: where weights are; None for random ones.
+      has_codes: whether `astra` is the checkpoint's, and not the paper's for want of any.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Workload:
     T: int
     dtype: Any
     checkpoint: Path | None = None
+    has_codes: bool = False
 
     def abstract(self, groups: int | None) -> Any:
         """The model with shapes in place of weights; without codebooks where G is None."""
@@ -173,16 +175,16 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
     Raises:
       AstraError: there is neither, or T does not fit the model.
     """
-    path = None
+    path, codes = None, None
     if name in PRESETS:
         family, config = PRESETS[name]
-        astra = AstraConfig()
     else:
         path = Path(name)
         if not path.exists():
             raise AstraError(f"{name}: is no checkpoint and no preset: presets are {', '.join(PRESETS)}")
         meta = checkpoints.read_meta(path)
-        family, config, astra = meta.family, meta.config, meta.astra or AstraConfig()
+        family, config, codes = meta.family, meta.config, meta.astra
+    astra = codes or AstraConfig()
     if site:
         astra = dataclasses.replace(astra, site=site)
     if tokens is not None and tokens < 1:
@@ -206,4 +208,4 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
         T = tokens or min(TOKENS, limit)
         if limit < T:
             raise AstraError(f"--tokens is {T}; {name} takes at most {limit}: use fewer")
-    return Workload(name, family, config, astra, T, jnp.dtype(dtype), path)
+    return Workload(name, family, config, astra, T, jnp.dtype(dtype), path, codes is not None)

@@ -1,5 +1,6 @@
 """The planner against times done by hand, and the whole way on a tiny model."""
 
+import dataclasses
 import json
 import math
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_jax.cli import main
+from astra_jax.config import AstraConfig, from_dict
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies import Message
@@ -131,19 +133,32 @@ def evaluated(path, rows, **more):
     return path
 
 
+def coded(N, G, value, **astra):
+    """A row of ASTRA, with the configuration of its codes."""
+    codes = dataclasses.asdict(AstraConfig(**{"groups": G, **astra}))
+    return {"N": N, "G": G, "astra": codes, "accuracy %": value}
+
+
+def nested(N, G, value, **astra):
+    """A row of the first G groups of nested codes, with a predictor."""
+    full = AstraConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), codec="nested-pq", predictor="mlp", rank=128)
+    return coded(N, G, value, **{**dataclasses.asdict(full.with_groups(G)), **astra})
+
+
 ROWS = [
-    {"N": 1, "G": None, "accuracy %": 92.5},
-    {"N": 4, "G": 1, "accuracy %": 89.0},
-    {"N": 4, "G": 16, "accuracy %": 91.5},
-    {"N": 4, "G": 16, "accuracy %": 91.0},
-    {"N": 4, "G": 32, "accuracy %": math.nan},
-    {"N": 4, "G": None, "accuracy %": 92.5},  # sp
+    {"N": 1, "G": None, "astra": None, "accuracy %": 92.5},
+    coded(4, 1, 89.0),
+    coded(4, 16, 91.5),
+    coded(4, 16, 91.0),
+    coded(4, 32, math.nan),
+    {"N": 4, "G": None, "astra": None, "accuracy %": 92.5},  # sp
 ]
+NESTED = [ROWS[0], nested(4, 1, 91.0), nested(4, 4, 92.4)]
 
 
 def test_what_eval_wrote(tmp_path):
-    quality = read_quality(evaluated(tmp_path / "eval.json", ROWS))
-    assert quality == Quality("accuracy %", 92.5, {(4, 1): 89.0, (4, 16): 91.5})
+    quality = read_quality(evaluated(tmp_path / "eval.json", ROWS), None)
+    assert quality == Quality("accuracy %", 92.5, {(4, 1): 89.0, (4, 16): 91.5}, AstraConfig(32))
     assert quality.within(1.0) == {(4, 16)} and quality.within(0.9) == set()
     assert quality.of(SP) == 92.5 and quality.of(G1) == 89.0 and quality.of(Setting("astra", 2, groups=1)) is None
     assert budget_note(quality, 1.0, 4) == (
@@ -151,6 +166,37 @@ def test_what_eval_wrote(tmp_path):
         "92.5, and not G=1 on 4 (loses 3.5)"
     )
     assert "only, nothing is within 0 points" in budget_note(quality, 0.0, 4)
+
+
+def test_what_is_reached_is_that_of_the_codes_that_are_planned(tmp_path):
+    both = evaluated(tmp_path / "both.json", [*ROWS, *NESTED[1:]])
+    found = read_quality(both, AstraConfig())
+    assert found.reached == {(4, 1): 89.0, (4, 16): 91.5} and found.others == 2
+    codes = from_dict(AstraConfig, NESTED[2]["astra"], "")
+    found = read_quality(both, codes.with_groups(2))
+    assert found.reached == {(4, 1): 91.0, (4, 4): 92.4} and found.others == 4 and found.codes == codes
+    assert read_quality(evaluated(tmp_path / "nested.json", NESTED), None).codes == codes
+
+
+@pytest.mark.parametrize(
+    "rows, planned, message",
+    [
+        (
+            [*ROWS, *NESTED[1:]],
+            None,
+            "is of codes made as vq, K=1024, site hidden; nested-pq.mlp.* one kind can be",
+        ),
+        (NESTED, AstraConfig(), "is of codes made as nested-pq.mlp, .* and codes are planned as vq, K=1024, site hid"),
+        (ROWS, AstraConfig(site="kv"), "made as vq, K=1024, site hidden, and codes are planned as vq, K=1024, site kv"),
+        (ROWS, AstraConfig(class_token="single"), "planned as vq, K=1024, site hidden, a single class token: plan for"),
+        ([ROWS[0], {"N": 4, "G": 1, "accuracy %": 3}], None, "does not say how its codes are made: run astra eval"),
+        ([ROWS[0], coded(4, 1, 3.0) | {"far G": 1}], None, "is of fewer groups over slow links"),
+        ([ROWS[0], coded(4, 1, 3.0) | {"astra": {"colour": 1}}], None, "unknown ..colour"),
+    ],
+)
+def test_what_other_codes_reach_is_not_taken_for_these(tmp_path, rows, planned, message):
+    with pytest.raises(AstraError, match=message):
+        read_quality(evaluated(tmp_path / "eval.json", rows), planned)
 
 
 def test_losses_of_other_metrics():
@@ -192,7 +238,7 @@ def test_what_eval_did_not_write_is_one_line(tmp_path, content, message):
     path = tmp_path / "eval.json"
     path.write_text(content)
     with pytest.raises(AstraError, match=message) as error:
-        read_quality(path)
+        read_quality(path, None)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
@@ -271,8 +317,8 @@ def test_unequal_devices(tiny, tmp_path):
 def test_a_budget_leaves_what_is_good_enough(tiny, tmp_path, capsys):
     rows = [
         {"N": 1, "G": None, "accuracy %": 92.5},
-        {"N": 2, "G": 1, "accuracy %": 80.0},
-        {"N": 2, "G": 4, "accuracy %": 92.0},
+        coded(2, 1, 80.0),
+        coded(2, 4, 92.0),
     ]
     path = evaluated(tmp_path / "eval.json", rows)
     link = "--rate 10kbit --devices 3 --accuracy"
@@ -283,6 +329,18 @@ def test_a_budget_leaves_what_is_good_enough(tiny, tmp_path, capsys):
     assert {(row["N"], row["G"]) for row in found["candidates"] if row["strategy"] == "astra"} == {(2, 4)}
     assert {row["strategy"] for row in found["candidates"]} == {"single", "astra", "sp", "tp"}
     assert "G=1 on 2 (loses 12.5)" in capsys.readouterr().out
+
+
+def test_costs_are_of_the_codes_that_reach_it(tiny, tmp_path, capsys):
+    """A predictor is computed on every device."""
+    link = f"{tiny} --rate 1mbit --devices 2 --groups 1"
+    found = []
+    for predictor in ("none", "mlp"):
+        path = evaluated(tmp_path / f"{predictor}.json", [ROWS[0], nested(2, 1, 91.0, predictor=predictor)])
+        found.append(plan(tmp_path, f"{link} --accuracy {path}"))
+    assert "codes as in" in capsys.readouterr().out and found[1]["codes"]["predictor"] == "mlp"
+    plain, predicted = (next(row for row in one["candidates"] if row["G"]) for one in found)
+    assert predicted["accuracy %"] == 91.0 and predicted["compute ms"] > 1.05 * plain["compute ms"]
 
 
 @pytest.mark.parametrize(
