@@ -34,7 +34,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import Hosts
 from astra_jax.near import Near, near_of, near_on
 from astra_jax.parallel import make_of, parallelize
-from astra_jax.sharding import hosts_of, make_mesh, parse_devices
+from astra_jax.sharding import Shards, hosts_of, make_mesh, parse_devices
 from astra_jax.strategies import Astra, Order, Single, Virtual
 from astra_jax.text import Text, longest
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
@@ -47,7 +47,7 @@ from eval.labels import model_classes
 from eval.loss import Loss, arrived
 from eval.network import Link, parse_rate, pass_seconds
 from eval.perplexity import NextTokenLoss, perplexity
-from eval.text import encode, run_batches, windows
+from eval.text import encode, even_strides, run_batches, windows
 from eval.timing import compute_seconds
 from eval.traffic import messages
 
@@ -115,7 +115,8 @@ class Args(DataArgs):
     length: int | None = None
     """Text: tokens of a window, and of the sequence that is timed; by default the model's limit, but at most 1024."""
     stride: int | None = None
-    """Perplexity: tokens by which the windows move on; by default half of their length."""
+    """Perplexity: tokens by which the windows move on, of several devices the last so many shards of a window; by
+    default half of its length."""
     batch_size: int | None = None
     """Images, texts or windows per batch; by default 64, of windows 8."""
     limit: int | None = None
@@ -227,14 +228,24 @@ def takes_images(checkpoint: Checkpoint) -> bool:
 
 
 def window(config: Any, args: Args) -> tuple[int, int]:
-    """Length and stride in tokens, for a model of text. Raises AstraError if the model cannot take that."""
+    """Length and stride in tokens, for a model of text. Raises AstraError if the model cannot take that, or if a stride
+    does not count all places of a shard alike."""
     limit = config.max_position_embeddings
     length = min(limit, LONGEST) if args.length is None else args.length
     if not 2 <= length <= limit:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
-    stride = length // 2 if args.stride is None else args.stride
+    N = devices_of(args)[1]
+    exact = N == 1 or args.strategy not in ("auto", "astra")  # every token has exact context
+    strides = even_strides(Shards.split(length, min(N, length), speeds=args.speeds).lengths) if not exact else []
+    usual = min(strides, key=lambda n: abs(n - length / 2)) if strides else length // 2
+    stride = usual if args.stride is None else args.stride
     if not 1 <= stride <= length:
         raise AstraError(f"--stride is {stride}; windows of {length} tokens move by 1 to {length} tokens")
+    if strides and stride not in strides:
+        raise AstraError(
+            f"--stride is {stride}; on {N} devices it counts some places of a shard more often than others, which have "
+            f"more exact context: use {' or '.join(map(str, strides))}, or another --length"
+        )
     return length, stride
 
 
@@ -423,7 +434,15 @@ def text_perplexity(trial: Trial) -> Metrics:
     if short := sum(len(ids) < 2 for ids in documents):
         trial.say(f"{short:,} document(s) of less than 2 tokens are left out: nothing is predicted in them")
     trial.say(f"{len(documents):,} document(s) in windows of {length:,} tokens, stride {stride:,}")
-    trial.say_short([part.ids for ids in documents for part in windows(ids, length, stride)], "windows")
+    parts = [part for ids in documents for part in windows(ids, length, stride)]
+    trial.say_short([part.ids for part in parts], "windows")
+    ends = sum(len(part.ids) - 1 - part.counted for part in parts if part.counted and len(part.ids) < length)
+    if trial.strategy == "astra" and ends:
+        total = sum(len(part.ids) - 1 - part.counted for part in parts)
+        trial.say(
+            f"{ends:,} of {total:,} predictions count in the shorter last window of a document, at the ends of shards "
+            "alone, where more of the context is exact"
+        )
 
     def score(run: Run, label: str) -> Metrics:
         found = perplexity(run, documents, length, stride, trial.args.batch_size or 8, f"windows{label}")
@@ -480,7 +499,8 @@ def measure(
 
     With `groups` only the first so many are used, where it has a codec that allows that.
 
-    Under packet loss the row has `seeds`, too: the metrics of every try.
+    Beside the columns it has `astra`, the configuration of the codes, for those who read the JSON; under packet loss
+    `seeds`, too: the metrics of every try.
     """
     coded_blocks = args.coded_blocks if checkpoints.read_meta(path).astra else None  # beside an original
     checkpoint = checkpoints.load(path, groups=groups, coded_blocks=coded_blocks)
@@ -515,6 +535,7 @@ def measure(
         bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {
         "checkpoint": path.name,
+        "astra": dataclasses.asdict(astra) if astra else None,
         "strategy": strategy,
         "N": N,
         "G": astra.groups if astra else None,
@@ -568,7 +589,9 @@ def main(args: Args) -> None:
         for seed, metrics in enumerate(row.pop("seeds", ()))
     ]
     what = "image" if takes_images(checkpoints.read_meta(args.checkpoints[0])) else "sequence of T tokens"
-    report.table("rows", f"{args.data} [{args.split}]", rows)
+    shown = [{column: value for column, value in row.items() if column != "astra"} for row in rows]
+    report.table("rows", f"{args.data} [{args.split}]", shown)
+    report.data["rows"] = rows
     report.say(
         f"N devices; weights as {args.weights or 'in full precision'}; bits per token and block; compression ratio; "
         f"bytes that a device sends for one {what}, {'as predicted' if args.virtual else 'as compiled'}\n"

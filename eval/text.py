@@ -1,5 +1,6 @@
 """Token sequences on their way through a model: windows over long documents, and batches of equal shape."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,16 @@ def windows(ids: Sequence[int], length: int, stride: int) -> list[Window]:
     step = min(stride, length - 1)
     starts = range(0, max(1, len(ids) - length + step), step) if len(ids) > 1 else ()
     return [Window(list(ids[start : start + length]), length - step - 1 if start else 0) for start in starts]
+
+
+def even_strides(lengths: Sequence[int]) -> list[int]:
+    """The strides whose windows count predictions from all places of a shard alike: the last shard, the last two, and
+    so on. With any other, tokens at the end of a shard count more often, which have more exact context.
+
+    Args:
+      lengths: tokens of every shard of a window.
+    """
+    return list(itertools.accumulate(reversed(lengths)))
 
 
 def bucketed(

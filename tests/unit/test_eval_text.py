@@ -106,7 +106,7 @@ def one_by_one(checkpoint, texts: list[str], N: int) -> np.ndarray:
 
 
 def test_perplexity_on_one_device_and_on_four(place):
-    options = "--data {place}/test.txt --separator <end> --length 24 --stride 10 --batch-size 3"
+    options = "--data {place}/test.txt --separator <end> --length 24 --stride 12 --batch-size 3"
     found = evaluate(place, f"{{place}}/lm {{place}}/lm-codes {options} --plot {{place}}/plot.png")
     original, codes = found["rows"]
     assert (original["N"], codes["N"], original["T"], codes["T"]) == (1, 4, 24, 24)
@@ -115,7 +115,7 @@ def test_perplexity_on_one_device_and_on_four(place):
         documents = (place / "test.txt").read_text().split("<end>")
         encoded = [checkpoint.tokenizer.encode(text) for text in documents]
         run = parallelize(NextTokenLoss(checkpoint.model), make_mesh(N))
-        expected = perplexity(run, encoded, 24, 10, 3)
+        expected = perplexity(run, encoded, 24, 12, 3)
         assert row["tokens"] == expected.tokens == 69 + 19 + 1
         assert row["nats per token"] == pytest.approx(expected.nll, abs=1e-5)
         assert row["perplexity"] == pytest.approx(math.exp(expected.nll), rel=1e-4)
@@ -123,9 +123,10 @@ def test_perplexity_on_one_device_and_on_four(place):
     # Six tokens of a shard, 16 bits each, in two blocks; a language model sends nothing else.
     assert codes["bits"] == 16 and codes["ratio"] == D * 32 / 16 and codes["bytes"] == L * 6 * 16 // 8
     assert codes["10mbit"] == pytest.approx(codes["compute ms"] + 1e3 * 8 * codes["bytes"] / 10e6)
-    assert "lm: 3 document(s) in windows of 24 tokens, stride 10" in found["notes"]
+    assert "lm: 3 document(s) in windows of 24 tokens, stride 12" in found["notes"]
+    assert any(n.startswith("lm-codes: 10 of 89 predictions count in the shorter last") for n in found["notes"])
     assert any(
-        n == "lm-codes: 1 of 8 windows are too short for all 4 devices and use only some of them"
+        n == "lm-codes: 1 of 7 windows are too short for all 4 devices and use only some of them"
         for n in found["notes"]
     )
     assert not any(note.startswith("lm: 1 of") for note in found["notes"])
@@ -180,7 +181,7 @@ def test_similarity_is_what_scipy_says_of_the_embeddings(place):
 
 def test_perplexity_under_packet_loss(place):
     """Seed and batch decide what is lost: the same windows run here, with masks drawn for each."""
-    options = "--data {place}/test.txt --separator <end> --length 24 --stride 10 --batch-size 3"
+    options = "--data {place}/test.txt --separator <end> --length 24 --stride 12 --batch-size 3"
     found = evaluate(place, f"{{place}}/lm-codes {options} --loss 0.4 --packet 4 --seeds 2")
     checkpoint = checkpoints.load(place / "lm-codes")
     model = NextTokenLoss(checkpoint.model)
@@ -200,7 +201,7 @@ def test_perplexity_under_packet_loss(place):
             drawn.append(arrived(Loss(0.4, packet=4), model.shards(4, text), 16, L, 3, rng))
             return lossy(model, text, jnp.asarray(drawn[-1]))
 
-        expected = perplexity(run, encoded, 24, 10, 3)
+        expected = perplexity(run, encoded, 24, 12, 3)
         assert len(drawn) == 3 and not any(there.all() for there in drawn)
         assert one == {
             "checkpoint": "lm-codes",
@@ -268,6 +269,10 @@ BAD = {
     "a window of one token": ("lm --length 1 --data {place}/test.txt", "--length is 1; .* from 2 to 32"),
     "no stride": ("lm --stride 0 --data {place}/test.txt", "--stride is 0; windows of 32 tokens move by 1 to 32"),
     "a stride beyond the window": ("lm --length 8 --stride 9 --data {place}/test.txt", "--stride is 9; .* 1 to 8"),
+    "a stride of part of a shard": (
+        "lm --length 24 --stride 10 --data {place}/test.txt",
+        "use 6 or 12 or 18 or 24, or",
+    ),
     "a stride without windows": ("classifier --stride 9 --data {place}/test.csv", "--stride is for perplexity"),
     "a window for pictures": ("vit --length 9 --data {place}/test.csv", "--length is for text"),
     "no documents": ("lm --limit 0 --data {place}/test.txt", "limit is 0"),

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.parallel import parallelize
-from astra_jax.sharding import make_mesh
+from astra_jax.sharding import Shards, make_mesh
 from astra_jax.strategies import Single, Virtual
 from astra_jax.text import pad
 from eval.perplexity import NextTokenLoss, perplexity
-from eval.text import bucketed, run_batches, windows
+from eval.text import bucketed, even_strides, run_batches, windows
 
 LIMIT = 48
 SHARED = Path(os.environ.get("ASTRA_SHARED", Path(__file__).parents[3] / "shared"))
@@ -87,6 +87,20 @@ def test_windows_by_hand():
 def test_windows_that_cannot_be(length, stride):
     with pytest.raises(ValueError, match=f"length {length} .* stride {stride}"):
         windows([1, 2, 3], length, stride)
+
+
+@given(N=st.integers(1, 8), T=st.integers(8, 40))
+def test_even_strides_count_all_places_of_a_shard_alike(N, T):
+    """Of a long document every window but the first counts whole shards, the last ones."""
+    lengths = Shards.split(T, N).lengths
+    shard = np.repeat(np.arange(N), lengths)
+    for number, stride in enumerate(even_strides(lengths), 1):
+        counted = np.zeros(N)
+        for window in windows(list(range(T + 5 * stride)), T, stride)[1:]:
+            # One token further: the last of a shard stands in for that of the shard before.
+            counted += np.bincount(shard[1:][window.counted :], minlength=N)
+        if number < N:
+            assert counted.tolist() == [0] * (N - number) + [5 * n for n in lengths[N - number :]]
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
