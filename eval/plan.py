@@ -161,23 +161,27 @@ def read_quality(path: Path, planned: AstraConfig | None) -> Quality:
     if not originals or not math.isfinite(originals[0]):
         raise AstraError(f"{path}: no row says what the original reaches on one device: give it to astra eval first")
     coded = [(row, _codes(path, row)) for row in rows if row["N"] > 1 and row["G"] is not None]
-    kinds = {code(astra): astra for _, astra in sorted(coded, key=lambda pair: pair[1].groups)}
-    wanted = code(planned) if planned else next(iter(kinds), None)
-    if kinds and (wanted not in kinds or (planned is None and len(kinds) > 1)):
-        found = "; ".join(code_name(kind) for kind in kinds)
-        plans = (
-            f"codes are planned as {code_name(wanted)}" if planned and wanted else "only one kind can be planned for"
-        )
-        raise AstraError(f"{path} is of codes made as {found}, and {plans}: plan for one of the checkpoints it is of")
+    chosen = _choose(path, [astra for _, astra in coded], planned) if coded else None
     quality = Quality(metric, float(originals[0]), {})
     reached: dict[tuple[int, int], float] = {}
-    mine = [row for row, astra in coded if code(astra) == wanted]
+    mine = [row for row, astra in coded if chosen and code(astra) == code(chosen)]
     for row in mine:
         if math.isfinite(row[metric]):
             way = row["N"], row["G"]
             reached[way] = min(float(row[metric]), reached.get(way, float(row[metric])), key=quality.loss)
-    codes = kinds[wanted] if kinds and wanted else None
-    return dataclasses.replace(quality, reached=reached, codes=codes, others=len(coded) - len(mine))
+    return dataclasses.replace(quality, reached=reached, codes=chosen, others=len(coded) - len(mine))
+
+
+def _choose(path: Path, found: Sequence[AstraConfig], planned: AstraConfig | None) -> AstraConfig:
+    """Those with the most groups of the codes that are planned with, or of the only kind that there is."""
+    kinds = {code(astra): astra for astra in sorted(found, key=lambda astra: astra.groups)}
+    if planned is None and len(kinds) == 1:
+        return next(iter(kinds.values()))
+    if planned is not None and code(planned) in kinds:
+        return kinds[code(planned)]
+    names = "; ".join(map(code_name, kinds))
+    plans = f"codes are planned as {code_name(code(planned))}" if planned else "only one kind can be planned"
+    raise AstraError(f"{path} is of codes made as {names}, and {plans}: plan for one of the checkpoints it is of")
 
 
 def _codes(path: Path, row: Mapping[str, Any]) -> AstraConfig:
