@@ -128,7 +128,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):
+        if any(text in str(error) for text in ("No space left on device", "Not enough disk space")):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -225,8 +225,10 @@ class Answerer:
         """The same request in fewer bytes, where pictures are larger than what the model reads of them.
 
         Raises:
-          AstraError: a picture cannot be read.
+          AstraError: a picture cannot be read, or the checkpoint's folder holds another one than was loaded.
         """
+        if checkpoints.read_meta(self.name).digest != self.checkpoint.digest:
+            raise AstraError(f"{self.name} is another checkpoint now than was loaded: start the workers again")
         return dataclasses.replace(request, files=tuple(map(self._shrink, request.files, request.names)))
 
     def _shrink(self, file: bytes, name: str) -> bytes:

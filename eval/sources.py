@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from astra_jax.errors import AstraError
+from astra_jax.files import is_disk_full
 from eval.account import Account
 from eval.files import allowed, is_regular, kinds, shown, suffix_of, walk
 from eval.splits import Part, chosen, meaning, names_of, resolve, split_of
@@ -151,6 +152,8 @@ def reading(what: str, advice: str) -> Iterator[None]:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         if isinstance(cause, UnicodeDecodeError):
             advice = "save the file as UTF-8"
+        if is_disk_full(error):
+            advice = f"free some space in {datasets.config.HF_CACHE_HOME}, where data are unpacked"
         if isinstance(cause, UnicodeEncodeError):
             advice = "give the file a name in UTF-8"
         raise AstraError(f"{what}: cannot be read ({reason}): {advice}") from error

@@ -440,7 +440,13 @@ def main(args: Args) -> None:
             for block, error in enumerate(errors)
         ],
     )
-    provenance = {"verb": "calibrate", "data": args.data, "split": args.split, "tokens": int(y.shape[1])}
+    provenance = {
+        "verb": "calibrate",
+        "checkpoint_sha256": source.digest,
+        "data": args.data,
+        "split": args.split,
+        "tokens": int(y.shape[1]),
+    }
     checkpoint = dataclasses.replace(checkpoint, history=(*checkpoint.history, provenance))
     checkpoints.save(args.out, checkpoint)
     report.say(f"wrote {args.out}", out=str(args.out))

@@ -74,12 +74,15 @@ def main(args: Args) -> None:
     """Runs `astra finetune`."""
     report = Report("finetune", args.json)
     training = args.training
+    if args.out.resolve() == args.checkpoint.resolve():
+        raise AstraError(f"{args.out}: is the checkpoint that training starts from: choose another output folder")
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
     checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype), coded_blocks=args.coded_blocks)
     iterator = training_batches(checkpoint, args, telling(report))
     source = {
         "checkpoint": str(args.checkpoint),
+        "checkpoint_sha256": checkpoint.digest,
         **args.source(),
         "augment": args.augment,
         "flip": args.flip,

@@ -32,9 +32,13 @@ from astra_jax.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.sharding import DATA, Shards
 from astra_jax.strategies import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet
+from checkpoints.lock import alone
+from checkpoints.parts import digest
+from checkpoints.store import DAMAGED
 from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss
 
+LOCK = ".train.lock"  # in the folder that is trained into
 BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
 
 
@@ -455,8 +459,8 @@ def train(
       the trained model, and how many steps it has had: fewer than asked for after Ctrl-C.
 
     Raises:
-      AstraError: `save_every` is below 1, `out` holds a run with other settings, the batch does not divide over the
-        devices, the disk is full, or the loss is not finite.
+      AstraError: `save_every` is below 1, `out` holds a run with other settings, or a damaged one, another process
+        trains into it, the batch does not divide over the devices, the disk is full, or the loss is not finite.
     """
     if save_every < 1:
         raise AstraError(f"--save-every is {save_every}; it must be at least 1: try 100")
@@ -473,9 +477,11 @@ def train(
     teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
+        alone(out / LOCK, occupied(out)),
         in_utf8(out) as where,
-        ocp.CheckpointManager(where / "train", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager,
+        ocp.CheckpointManager(where / "train", options=options) as manager,
     ):
         if manager.latest_step() is not None:
             state = restore(manager, state, data, settings, out)
@@ -502,12 +508,22 @@ def train(
     return nnx.merge(graphdef, state.params, state.codecs), done
 
 
+def occupied(out: Path) -> Callable[[str], None]:
+    """For `checkpoints.lock.alone`: says who trains into a folder."""
+
+    def busy(who: str) -> None:
+        raise AstraError(f"{out}: {who} is training into it: wait for it, or choose another folder")
+
+    return busy
+
+
 def save(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict, out: Path) -> None:
     """Saves the state, the position in the data and the settings. Raises AstraError if the disk is full."""
+    leaves = _leaves(state)
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_leaves(state)),
+        state=ocp.args.StandardSave(leaves),
         data=ocp.args.JsonSave(data.get_state()),
-        settings=ocp.args.JsonSave(settings),
+        settings=ocp.args.JsonSave(settings | {"state_sha256": _digest(leaves)}),
     )
     with writing(out), quiet():
         manager.save(int(state.step), args=items)
@@ -519,19 +535,33 @@ def _leaves(state: TrainState) -> dict[str, Any]:
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
+def _digest(leaves: dict[str, Any]) -> str:
+    return digest({name: np.asarray(leaf) for name, leaf in leaves.items()})
+
+
 def restore(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict, out: Path) -> TrainState:
-    """The latest saved state; puts `data` back to its position. Raises AstraError if the settings are not the same."""
+    """The latest saved state; puts `data` back to its position.
+
+    Raises:
+      AstraError: the settings are not the same, or the state is damaged.
+    """
+    step = manager.latest_step()
     saved = manager.restore(
-        manager.latest_step(),
+        step,
         args=ocp.args.Composite(
             state=ocp.args.StandardRestore(_leaves(state)), data=ocp.args.JsonRestore(), settings=ocp.args.JsonRestore()
         ),
     )
     # What an earlier version had no setting for was as it is by default.
     before = json.loads(json.dumps(dataclasses.asdict(Training()))) | saved["settings"]
-    differing = sorted(k for k in settings if settings[k] != before.get(k))
+    # A checkpoint is known by its bytes, wherever it is; an earlier version compared its path.
+    unknown = "checkpoint" if before.get("checkpoint_sha256") else "checkpoint_sha256"
+    differing = sorted(k for k in settings if k != unknown and settings[k] != before.get(k))
     if differing:
         values = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in differing)
         raise AstraError(f"{out} holds a run with other settings ({values}): repeat those, or choose another folder")
+    if "state_sha256" in before and before["state_sha256"] != _digest(saved["state"]):
+        where = out / "train" / str(step)
+        raise AstraError(f"{where}: {DAMAGED.split(':')[0]}: remove that folder to go on from the state before it")
     data.set_state(saved["data"])
     return jax.tree.unflatten(jax.tree.structure(state), [saved["state"][k] for k in sorted(saved["state"])])

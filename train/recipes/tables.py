@@ -9,24 +9,23 @@ again, so an interrupted run goes on where it was.
 
 import dataclasses
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 
+import checkpoints
 from astra_jax.arguments import Integers, parse
 from astra_jax.cli import guarded
 from astra_jax.config import ClassToken
 from astra_jax.console import Report, say
-from astra_jax.files import write_atomically
 from astra_jax.sharding import make_mesh
 from eval import evaluate
 from eval.data import DataArgs
 from train import calibrate, finetune
 from train.loop import Training
-from train.recipes.kept import calibrated, finetuned
+from train.recipes.kept import calibrated, finetuned, remembered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +60,16 @@ def accuracy(checkpoint: Path, args: Args) -> float:
     return evaluate.measure(checkpoint, dataclasses.replace(options, devices=str(args.devices)), print)["accuracy %"]
 
 
+def found(checkpoint: Path, result: Path, args: Args) -> float:
+    """Accuracy in percent as `accuracy` finds it, or as the file `result` says that it did."""
+    described = {**args.source(), "test": args.test, "devices": args.devices}
+    digests = [checkpoints.read_meta(checkpoint).digest]
+    return remembered(result, digests, described, lambda: {"accuracy %": accuracy(checkpoint, args)})["accuracy %"]
+
+
 def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
     """Accuracy in percent of one model: calibrated, finetuned and evaluated, or read where an earlier run found it."""
     tuned = args.out / f"G{G}-{class_token}-noise{noise:g}"
-    result = tuned / "accuracy.json"
-    if result.exists():
-        return json.loads(result.read_text(encoding="utf8"))["accuracy %"]
     say(f"\n--- {tuned.name}")
     data = args.source()
     start = calibrated(
@@ -87,9 +90,7 @@ def cell(args: Args, G: int, class_token: ClassToken, noise: float) -> float:
         noise=noise,
     )
     finetuned(finetune.Args(checkpoint=start, out=tuned, training=training, **data))
-    found = accuracy(tuned, args)
-    write_atomically(result, json.dumps({"accuracy %": found}) + "\n")
-    return found
+    return found(tuned, tuned / "accuracy.json", args)
 
 
 def main(args: Args) -> None:
@@ -97,10 +98,7 @@ def main(args: Args) -> None:
     report = Report("tables", args.json)
     make_mesh(args.devices)  # before JAX starts, so that it makes enough CPU devices
     args.out.mkdir(parents=True, exist_ok=True)
-    result = args.out / "original.json"
-    if not result.exists():
-        write_atomically(result, json.dumps({"accuracy %": accuracy(args.original, args)}) + "\n")
-    original = json.loads(result.read_text(encoding="utf8"))["accuracy %"]
+    original = found(args.original, args.out / "original.json", args)
     rows = []
     for G, class_token in itertools.product(args.groups, get_args(ClassToken)):
         plain, noisy = (cell(args, G, class_token, noise) for noise in (0.0, 1.0))
