@@ -15,7 +15,7 @@ from astra_jax.files import is_disk_full
 from eval.account import Account
 from eval.files import allowed, is_regular, kinds, shown, suffix_of, walk
 from eval.splits import Part, chosen, meaning, names_of, resolve, split_of
-from eval.tables import is_numeric, read_table, read_text
+from eval.tables import check_depth, is_numeric, read_table, read_text
 
 # Files that are read -> what reads them. Of a folder with several kinds those that come first here are the data.
 KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".txt": "text"}
@@ -271,6 +271,9 @@ def _loader(
     _no_separator(next(iter(files.values()))[0], separator)
     if kind == "csv":
         return lambda names: {name: _table(files[name], delimiter) for name in names}
+    if kind == "json":
+        for file in (file for of_split in files.values() for file in of_split):
+            check_depth(Path(file))
     literal = {split: list(map(_literal, found)) for split, found in files.items()}
     return lambda names: _load(kind, data_files=_only(literal, names))
 

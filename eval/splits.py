@@ -21,7 +21,8 @@ def names_of(spec: str) -> list[str]:
 
 
 def _parsed(spec: str) -> list[tuple[str, str]]:
-    parts = [re.fullmatch(r"([\w.-]+)(\[[^\[\]]*\])?", part.strip()) for part in spec.split("+")]
+    # `datasets` itself takes digits of all scripts, and 1_0.
+    parts = [re.fullmatch(r"([\w.-]+)(\[[0-9%:-]{0,40}\])?", part.strip()) for part in spec.split("+")]
     if None in parts:
         raise AstraError(f"--split {spec}: write it like test, test[:1000] or train[10%:20%]")
     return [(part[1], part[2] or "") for part in parts if part]

@@ -1,13 +1,18 @@
-"""Tables and texts in files that people write: .csv, .tsv and .txt. Every value of theirs is text."""
+"""Tables and texts in files that people write: .csv, .tsv and .txt, whose values are all text; how deep .jsonl is."""
 
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from astra_jax.errors import AstraError
 from eval.files import shown
+
+DEEPEST = 500  # levels of a row of JSON: at 20,000 its reader takes all of the stack, and Python dies (our choice)
+
+_STRINGS, _NO_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*+"'), re.compile(rb"[^][{}]+")
 
 
 class Table(NamedTuple):
@@ -20,6 +25,19 @@ class Table(NamedTuple):
 def read_text(path: Path) -> str:
     """A file's text, with line ends of one kind. Raises UnicodeDecodeError where it is not UTF-8."""
     return path.read_text(encoding="utf-8-sig")  # some editors put an invisible mark before UTF-8 text
+
+
+def check_depth(path: Path) -> None:
+    """Raises AstraError where a row of a .jsonl file is nested more deeply than can be read."""
+    depth = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            for bracket in _NO_BRACKETS.sub(b"", _STRINGS.sub(b"", line)):
+                depth += 1 if bracket in b"[{" else -1
+                if depth > DEEPEST:
+                    raise AstraError(
+                        f"{shown(path)}: line {number} is nested more than {DEEPEST} levels deep: is the file damaged?"
+                    )
 
 
 def read_table(path: Path, delimiter: str) -> Table:

@@ -145,7 +145,20 @@ def test_progress_bars_stay_as_they_were(tmp_path, capsys):
     assert capsys.readouterr().err == "" and not datasets.are_progress_bars_disabled()
 
 
-@pytest.mark.parametrize("split", ["test[", "test[abc]", "", "test[:1000]]", "test[:200%]", "test[5:5]"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        "test[",
+        "test[abc]",
+        "",
+        "test[:1000]]",
+        "test[:200%]",
+        "test[5:5]",
+        "test[:1_0]",
+        "test[:\uff12]",
+        "test[:2](x)",
+    ],
+)
 def test_bad_slices(tmp_path, split):
     path = str(write_parquet(tmp_path / "test.parquet", label=classes("a", "b", "c")))
     assert split in message(path, split)

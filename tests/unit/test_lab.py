@@ -38,8 +38,8 @@ def test_loss_is_a_percentage(text, loss):
     assert parse_loss(text) == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("text", ["0.05", "5", "-1%", "%", "5 %%"])
-def test_loss_without_a_sign_is_refused(text):
+@pytest.mark.parametrize("text", ["0.05", "5", "-1%", "%", "5 %%", "101%"])
+def test_loss_that_is_no_percentage_is_refused(text):
     with pytest.raises(AstraError, match="write a percentage, such as 5%"):
         parse_loss(text)
 

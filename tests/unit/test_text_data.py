@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from astra_jax.errors import AstraError
 from eval.data import DataArgs
+from eval.sources import read
 
 
 @pytest.fixture(autouse=True)
@@ -223,3 +224,16 @@ def test_separators_that_do_not_fit(tmp_path):
     assert "--separator is empty" in message(args(tmp_path / "train.txt", separator="").open_documents)
     table = write_table(tmp_path / "train.csv", text=["a"])
     assert "--separator: " in message(args(table, separator="|").open_documents)
+
+
+@pytest.mark.parametrize(
+    "deep", [20_000 * "[" + 20_000 * "]", 600 * "[\n" + 600 * "]\n", 600 * '{"a": [' + "1" + 600 * "]}"]
+)
+def test_jsonl_that_is_nested_too_deeply(tmp_path, deep):
+    """pyarrow takes all of the stack for it, so that Python ends with a segmentation fault."""
+    path = tmp_path / "deep.jsonl"
+    path.write_text(f'{{"text": "[[[ {{{{ \\"[", "label": 1}}\n{{"text": "b", "label": {deep}}}\n')
+    with pytest.raises(AstraError, match=r"deep.jsonl: line \d+ is nested more than 500 levels deep"):
+        read(str(path), "train")
+    path.write_text('{"text": "%s", "label": 1}\n' % (2_000 * "[{"))
+    assert read(str(path), "train").table["text"] == [2_000 * "[{"]
