@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from astra_jax.errors import AstraError
-from astra_jax.numerals import number, whole
+from astra_jax.numerals import OutOfRange, number, whole
 
 T = TypeVar("T")
 
@@ -31,15 +31,22 @@ def _read(kind: Callable[[str], Any], word: str) -> Any:
         raise _Odd(word, str(error)) from None
 
 
-def _listed(kind: Callable[[str], Any], metavar: str, example: str) -> PrimitiveConstructorSpec[Any]:
-    def parse(words: Sequence[str]) -> tuple[Any, ...]:
-        parts = [part.strip() for word in words for part in word.split(",")]
-        if not all(parts):
-            raise AstraError(f"{','.join(words)!r} is no list here: write something like {example}")
+def _text(word: str) -> str:
+    if not word:
+        raise ValueError("it is empty")
+    return word
+
+
+def _listed(kind: Callable[[str], Any], metavar: str, each: str, example: str) -> PrimitiveConstructorSpec[Any]:
+    def read(part: str, words: Sequence[str]) -> Any:
         try:
-            return tuple(map(kind, parts))
+            return kind(part)
         except ValueError as error:
-            raise AstraError(f"{','.join(words)!r} is no list here ({error}): write something like {example}") from None
+            why = f", {each} is {part}; {error}" if isinstance(error, OutOfRange) else ""
+            raise AstraError(f"{','.join(words)!r} is no list here{why}: write something like {example}") from None
+
+    def parse(words: Sequence[str]) -> tuple[Any, ...]:
+        return tuple(read(part.strip(), words) for word in words for part in word.split(","))
 
     return PrimitiveConstructorSpec(
         nargs="*",
@@ -50,9 +57,9 @@ def _listed(kind: Callable[[str], Any], metavar: str, example: str) -> Primitive
     )
 
 
-Texts = Annotated[tuple[str, ...], _listed(str, "TEXT", "10mbit,20mbit")]
-Integers = Annotated[tuple[int, ...], _listed(whole, "N", "1,16,32")]
-Numbers = Annotated[tuple[float, ...], _listed(number, "X", "1,1,0.5")]
+Texts = Annotated[tuple[str, ...], _listed(_text, "TEXT", "text", "10mbit,20mbit")]
+Integers = Annotated[tuple[int, ...], _listed(whole, "N", "number", "1,16,32")]
+Numbers = Annotated[tuple[float, ...], _listed(number, "X", "speed", "1,1,0.5")]
 
 _KINDS: dict[Any, Callable[[str], Any]] = {int: whole, float: number}
 _rules = ConstructorRegistry()
@@ -88,7 +95,8 @@ def parse(kind: type[T], args: Sequence[str] | None = None, **about: Any) -> T:
     try:
         return tyro.cli(kind, args=words, registry=_rules, **about)
     except _Odd as odd:
-        raise AstraError(f"{_option_of(odd.word, words)} is {odd.word!r}: {odd.why}") from None
+        word = odd.word if len(odd.word) <= 40 else f"{odd.word[:40]}..."
+        raise AstraError(f"{_option_of(odd.word, words)} is {word}; {odd.why}") from None
 
 
 def _option_of(word: str, words: Sequence[str]) -> str:

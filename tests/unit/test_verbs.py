@@ -287,9 +287,9 @@ BAD = {
     "a state every 0 steps": ("finetune {place}/calibrated {place}/new {data} --save-every 0", "--save-every is 0; "),
     "a number that only Python reads": (
         "eval {place}/tuned {data} --limit 1_0",
-        "--limit is '1_0': it must be a whole",
+        "--limit is 1_0; it must be a whole",
     ),
-    "a number without end": ("eval {place}/tuned {data} --loss inf", "--loss is 'inf': it must be a number"),
+    "a number without end": ("eval {place}/tuned {data} --loss inf", "--loss is inf; it must be a number"),
     "a split that is not there": ("eval {place}/tuned {data} --split dev", "train"),
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
