@@ -43,6 +43,7 @@ from eval.network import volume
 from eval.timing import share
 from eval.traffic import abstract
 
+MOST_PROGRAMS = 64  # that are kept in memory, our choice; the compiled ones are on a disk, too
 MOST_CHARACTERS = 1 << 22  # of a prompt, our choice: more than 2^17 tokens have, and no tokenizer takes long
 
 
@@ -229,6 +230,8 @@ class Answerer:
         """
         if checkpoints.read_meta(self.name).digest != self.checkpoint.digest:
             raise AstraError(f"{self.name} is another checkpoint now than was loaded: start the workers again")
+        if not self.images:  # `inputs` says so
+            return request
         return dataclasses.replace(request, files=tuple(map(self._shrink, request.files, request.names)))
 
     def _shrink(self, file: bytes, name: str) -> bytes:
@@ -382,6 +385,10 @@ class Answerer:
         """
         key, compiled = (str(jax.tree.map(np.shape, inputs)), programs), 0.0
         if key not in self._compiled:
+            if len(self._compiled) >= MOST_PROGRAMS:  # the same on all hosts
+                jax.clear_caches()
+                self._compiled.clear()
+                self._counted.clear()
             start = time.perf_counter()
             cluster.agreed(lambda: jax.block_until_ready((compile_all or call)()), exchanges=True)
             compiled = time.perf_counter() - start

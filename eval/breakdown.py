@@ -134,7 +134,8 @@ def heard(value: Any) -> Pass:
 
 def rows(passes: Sequence[Pass], predicted_bytes: float) -> list[dict[str, Any]]:
     """The table: a row per host. Where hosts saw different numbers of collectives, how long these took is not known."""
-    known = bool(passes[0].collectives) and len({len(passed.collectives) for passed in passes}) == 1
+    all_known = all(math.isfinite(seconds) for passed in passes for seconds in passed.collectives)
+    known = all_known and bool(passes[0].collectives) and len({len(passed.collectives) for passed in passes}) == 1
     exchange = sum(map(min, zip(*(p.collectives for p in passes), strict=True))) if known else 0.0
     return [
         {

@@ -16,7 +16,6 @@ import os
 import queue
 import socket
 import stat
-import tempfile
 import threading
 import time
 import traceback
@@ -59,7 +58,9 @@ def socket_path(coordinator: str) -> Path:
       AstraError: the folder belongs to somebody else, or the coordinator is no address.
     """
     address, port = parse_address(coordinator, allow_public=True)
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"astra-{os.getuid()}"
+    # Not `tempfile.gettempdir()`, which is another folder where the disk of this one is full.
+    places = map(os.environ.get, ("XDG_RUNTIME_DIR", "TMPDIR", "TEMP", "TMP"))
+    folder = Path(next(filter(None, places), "/tmp")) / f"astra-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,12 @@ def place(tiny_vit, tiny_llama, word_tokenizer, tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def workers(checkpoint, *options):
+def workers(checkpoint, *options, hosts=HOSTS, **environment):
     """Workers that are ready, and the address of their host 0."""
     coordinator = f"127.0.0.1:{free_port()}"
-    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(HOSTS), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(HOSTS)]
+    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(hosts), *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
+    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(hosts)]
     try:
         for host, process in enumerate(processes):
             said = process.stdout.readline()
@@ -93,7 +94,7 @@ def test_workers_answer_pictures_again_and_again_and_without_a_lost_host(place):
 
         (place / "none.png").write_bytes(b"none")
         for argv, message in [
-            ([vit, "--image", place / "none.png"], "not an image in a format that Pillow reads"),
+            ([vit, "--image", place / "none.png"], "not an image of a known format"),
             ([vit, "--prompt", "w1"], "takes pictures: give --image, not --prompt"),
             ([place / "llama", "--prompt", "w1"], f"the workers have loaded {vit.resolve()}: ask for it"),
             ([vit, *pictures, "--dtype", "bfloat16"], "was said to the workers: leave it out"),

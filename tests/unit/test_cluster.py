@@ -1,11 +1,14 @@
 """Several hosts: options and addresses. That they compute together is in tests/multihost."""
 
+import threading
+
 import pytest
 
 from astra_jax import cluster
 from astra_jax.cluster import open_mesh
 from astra_jax.errors import AstraError
 from astra_jax.hosts import _CLUSTERS, Hosts, check, own_address, parse_address
+from tests.unit.test_lifeline import Fellows, each
 
 
 def test_addresses():
@@ -64,3 +67,79 @@ def test_one_host_needs_no_options(monkeypatch):
     assert cluster.join(Hosts()) == 0
     assert open_mesh(None, Hosts(), default="2").size == 2
     assert open_mesh("2x3", Hosts()).devices.shape == (2, 3)
+
+
+# What hosts agree on
+
+
+@pytest.fixture
+def agree(monkeypatch, unchecked):
+    """What `agreed` gives or raises on each of three hosts, which are threads that do these."""
+    fellows, mine = Fellows(3), threading.local()
+    monkeypatch.setattr(cluster, "TORN_SECONDS", 0.3)
+
+    class Here:
+        def __getattr__(self, name):
+            return {"lifeline": fellows.lines[mine.host], "slow": 0.0}[name]
+
+    monkeypatch.setattr(cluster, "_membership", Here())
+
+    def run(*works, exchanges=False, rounds=1):
+        def call(host, _):
+            mine.host = host
+            for _ in range(rounds):
+                try:
+                    found = cluster.agreed(works[host], exchanges, lambda result: [result])
+                except Exception as error:
+                    found = f"{type(error).__name__}: {error}"
+            return found
+
+        return each(fellows, call)
+
+    return run
+
+
+def fail(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_hosts_go_on_where_all_could(agree):
+    found = agree(lambda: "a", lambda: "b", lambda: "c")
+    assert found == {0: ("a", [["a"], ["b"], ["c"]]), 1: ("b", []), 2: ("c", [])}
+
+
+def test_no_host_goes_on_where_one_could_not(agree):
+    """Each says the same; and they are in step again afterwards."""
+    for _ in range(2):
+        found = agree(lambda: 1, fail(AstraError("b.png: not an image")), lambda: 1)
+        assert set(found.values()) == {"AstraError: host 1: b.png: not an image"}
+        found = agree(lambda: 1, lambda: 1, fail(MemoryError("too\nmuch")))
+        assert set(found.values()) == {"AstraError: host 2: MemoryError: too much"}
+        found = agree(fail(AstraError("on all")), fail(AstraError("on all")), fail(AstraError("on all")))
+        assert set(found.values()) == {"AstraError: on all"}
+        assert agree(lambda: "a", lambda: "b", lambda: "c")[1] == ("b", [])
+
+
+def test_an_error_of_all_hosts_within_what_they_do_together_is_an_answer(agree):
+    found = agree(*[fail(RuntimeError("RESOURCE_EXHAUSTED"))] * 3, exchanges=True)
+    assert set(found.values()) == {"AstraError: RuntimeError: RESOURCE_EXHAUSTED"}
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_host_that_fails_alone_within_what_they_do_together_says_so(agree, alone):
+    """The others hear nothing within a collective: they are told otherwise, and end or begin anew."""
+    stuck = threading.Event()
+    works = [lambda: stuck.wait(2)] * 3
+    works[alone] = fail(RuntimeError("a bug"))
+    found = agree(*works, exchanges=True)
+    assert found[alone] == "Torn: RuntimeError: a bug"
+
+
+def test_one_host_agrees_with_itself(monkeypatch):
+    monkeypatch.setattr(cluster, "_membership", None)
+    assert cluster.agreed(lambda: 2, True, lambda two: two + 1) == (2, [3])
+    with pytest.raises(ZeroDivisionError):
+        cluster.agreed(lambda: 1 / 0, False)

@@ -184,3 +184,47 @@ def test_hosts_that_read_something_else_end_all(order):
         fellows.lines[host].say_read("the end" if host == 2 else "batch 2")
     told = fellows.all_told(3)
     assert set(told.values()) == {"host 0 has read batch 2, and host 2 the end: give the same on every host"}
+
+
+def each(fellows, call):
+    """What `call` gives on every host, at once."""
+    found = {}
+    threads = [
+        threading.Thread(target=lambda host=host, line=line: found.update({host: call(host, line)}), daemon=True)
+        for host, line in fellows.lines.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return found
+
+
+def test_hosts_tell_each_other_beside_the_collectives():
+    """Of any size, in order, whoever comes first."""
+    fellows = Fellows(3)
+
+    def tell(host, line):
+        time.sleep(0.05 * host)
+        found = [line.gather([host] * size) for size in (0, 1, 10_000)]
+        return found, line.spread({"from": host})
+
+    found = each(fellows, tell)
+    assert found[0] == ([[[host] * size for host in range(3)] for size in (0, 1, 10_000)], {"from": 0})
+    assert found[1] == found[2] == ([None] * 3, {"from": 0})
+    assert fellows.told.empty()
+
+
+def test_who_waits_for_what_a_host_tells_may_give_up():
+    fellows = Fellows(2)
+    with pytest.raises(TimeoutError, match="host 1 said nothing for 0.1 s"):
+        fellows.lines[0].gather(1, 0.1)
+    with pytest.raises(TimeoutError):
+        fellows.lines[1].spread(None, 0.1)
+
+
+def test_nonsense_that_a_host_tells_is_nothing():
+    fellows = Fellows(2)
+    for body in (b"", b"\xff", b"[" * 100_000):
+        fellows.lines[1]._lines[0].send(1.0, body, told=True)
+        assert fellows.lines[0].gather(1) == [1, None]
