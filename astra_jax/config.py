@@ -11,11 +11,13 @@ ClassToken = Literal["distributed", "single"]
 Codec = Literal["vq", "rotated-pq", "nested-pq"]
 Prediction = Literal["none", "diagonal", "low-rank", "linear", "mlp"]
 SideInfo = Literal["none", "token-ids"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]  # of sentences' embeddings
 
 T = TypeVar("T")
 
 RANKS = {"low-rank": 16, "mlp": 128}  # of predictors that have one, where none is given (our choice)
 MAX_CODEWORDS = 65_536  # codes are uint16
+LARGEST = 2**27  # number of anything that a configuration counts: more is a mistake or a trap (our choice)
 
 
 @dataclasses.dataclass(frozen=True)

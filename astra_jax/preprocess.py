@@ -33,6 +33,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {"size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False},
     "DeiT": {"size": 256, "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": 224},
 }
+# What is read beside switches, and then what changes nothing: names, where arrays are, and how batches are made.
+_KNOWN = frozenset(
+    (
+        *("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "default_to_square"),
+        *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "transformers_version"),
+        *("_name_or_path", "_processor_class", "_valid_processor_keys", "model_input_names"),
+        *("data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length"),
+    )
+)
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
@@ -119,6 +128,16 @@ class ImageProcessor:
         for key, value in given.items():
             if key.startswith("do_") and value and key not in _SWITCHES:
                 raise AstraError(f"{CONFIG_FILE}: {key} is {value!r}; this step is not supported: set it to false")
+        unknown = [f"{k} {v!r}"[:80] for k, v in given.items() if not k.startswith("do_") and k not in _KNOWN]
+        if unknown:
+            raise AstraError(
+                f"{CONFIG_FILE}: has {', '.join(unknown)}, which is not known here and might change the result: remove "
+                "it if it does not"
+            )
+        if not given.get("default_to_square", True):
+            raise AstraError(
+                f"{CONFIG_FILE}: default_to_square is false; only squares are supported: give size in full"
+            )
         for key in _SWITCHES:
             if not isinstance(given.get(key, False), bool):
                 raise AstraError(f"{CONFIG_FILE}: {key} is {given[key]!r}; it must be true or false")

@@ -8,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from astra_jax.config import LARGEST
 from astra_jax.errors import AstraError
 
 # `dynamic` changes nothing up to `max_position_embeddings`, beyond which no sequence is accepted.
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
+# Above what, and up to what, a number may be, so that frequencies in float32 are numbers (our choice).
+BOUNDS = {
+    "rope_theta": (1, 1e15),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), (1e-6, 1e9)),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), (0, 1e9)),
+    "original_max_position_embeddings": (-1, LARGEST),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Rotary:
       attention_factor: what YaRN scales queries and keys with; None for its formula.
 
     Raises:
-      AstraError: a type that is not known, or one that lacks a value.
+      AstraError: a type that is not known, or one that lacks a value, or a value out of its range.
     """
 
     rope_type: str = "default"
@@ -45,10 +53,13 @@ class Rotary:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise AstraError(f"config.json: rope_type is {self.rope_type!r}; known are {', '.join(ROPE_TYPES)}")
-        if self.rope_theta <= 0 or self.factor <= 0:
-            raise AstraError(
-                f"config.json: rope_theta is {self.rope_theta} and factor {self.factor}; both must be above 0"
-            )
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise AstraError(
+                    f"config.json: {name} of the rotary embedding is {value}; it must be above {low} and at most "
+                    f"{high:g}"
+                )
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise AstraError(f"config.json: rope_type {self.rope_type} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:

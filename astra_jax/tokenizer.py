@@ -12,8 +12,16 @@ from astra_jax.files import in_utf8
 # What a tokenizer's files may be called; nothing else of a folder is copied or read.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+# What is kept beside them, for whoever talks with the model: how a conversation is written as one text.
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+
+
+def tokenizer_names(folder: Path) -> tuple[str, ...]:
+    """The files of a tokenizer that a folder has, by their names in it."""
+    templates = (path.relative_to(folder).as_posix() for pattern in TEMPLATES for path in sorted(folder.glob(pattern)))
+    return tuple(name for name in (*FILES, *templates) if (folder / name).is_file())
 
 
 def own_class(folder: Path) -> str | None:
@@ -34,6 +42,33 @@ def own_class(folder: Path) -> str | None:
     return next((str(name) for name in reversed(names) if name), None)
 
 
+def _read(folder: Path, lower: bool, plain: bool) -> Any:
+    """The tokenizer of `transformers` in a folder; `plain` reads its tokenizer.json, whatever else it asks for.
+
+    Raises:
+      AstraError: it cannot be read.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it comments on a missing torch and on config.json, which do not matter here
+    try:
+        # takes over a second: only for those who read text
+        from tokenizers.normalizers import Lowercase, Sequence
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        kind: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
+        with in_utf8(folder) as where:
+            inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+        if lower:
+            backend = inner.backend_tokenizer
+            backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
+        return inner
+    except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
+        reason = str(error).strip().split("\n")[0][:160]
+        raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
+    finally:
+        logging.disable(disabled)
+
+
 class Tokenizer:
     """The tokenizer in a folder. No code of the folder is run, and nothing is downloaded.
 
@@ -43,13 +78,18 @@ class Tokenizer:
     Args:
       folder: holds some of `FILES`, and config.json where these do not say what kind of tokenizer they are.
       vocab_size: V of the model.
+      lower: whether texts are made lower case, whatever the tokenizer does.
+      prompt: what is put before every text.
+      drop_end: a token that does not count at the end of a text.
 
     Raises:
       AstraError: there is no tokenizer, it cannot be read (not without code of its own, say), or it has ids that the
-        model has no embedding for.
+        model has no embedding for, other than those of tokens that were added to a vocabulary that fits.
     """
 
-    def __init__(self, folder: Path, vocab_size: int):
+    def __init__(
+        self, folder: Path, vocab_size: int, *, lower: bool = False, prompt: str = "", drop_end: int | None = None
+    ):
         if not any((folder / name).is_file() for name in FILES):
             raise AstraError(f"{folder}: has no tokenizer.json or other tokenizer file: copy the model's into it")
         if (code := own_class(folder)) and not (folder / "tokenizer.json").is_file():
@@ -57,31 +97,34 @@ class Tokenizer:
                 f"{folder}: the tokenizer is code of its own ({code}), which is never run: save it as a tokenizer.json "
                 "with transformers, if its class can, and put that beside it"
             )
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it comments on a missing torch and on config.json, which do not matter here
-        try:
-            # takes over a second: only for those who read text
-            from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-            kind: Any = PreTrainedTokenizerFast if code else AutoTokenizer
-            with in_utf8(folder) as where:
-                self._inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
-            reason = str(error).strip().split("\n")[0][:160]
-            raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
-        finally:
-            logging.disable(disabled)
-        self.size = 1 + max(self._inner.get_vocab().values(), default=-1)  # one more than the largest id
-        if self.size > vocab_size:
+        self._inner = _read(folder, lower, plain=bool(code))
+        self._folder, self._vocab_size, self._prompt, self._drop_end = folder, vocab_size, prompt, drop_end
+        vocabulary = self._inner.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1)  # one more than the largest id
+        self.beyond = {token: id for token, id in vocabulary.items() if id >= vocab_size}
+        if set(self.beyond) - set(self._inner.get_added_vocab()):
             raise AstraError(
                 f"{folder}: the tokenizer has ids up to {self.size - 1}, but vocab_size in config.json is "
                 f"{vocab_size}: is it the tokenizer of another model?"
             )
 
     def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """The ids of a text with the special tokens that the tokenizer adds, cut to `limit` tokens if given."""
+        """The ids of a text with the special tokens that the tokenizer adds, cut to `limit` tokens if given.
+
+        Raises:
+          AstraError: the text has one of the tokens `beyond` the model's vocabulary.
+        """
         cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
-        return self._inner(text, verbose=False, **cut)["input_ids"]
+        ids = self._inner(self._prompt + text, verbose=False, **cut)["input_ids"]
+        if self.beyond and max(ids, default=0) >= self._vocab_size:
+            token = next(token for token, id in self.beyond.items() if id in ids)
+            raise AstraError(
+                f"the text has the token {token!r}, which the model has no embedding for ({self._folder} has it beyond "
+                f"vocab_size {self._vocab_size}): leave it out"
+            )
+        while len(ids) > 1 and ids[-1] == self._drop_end:
+            ids = ids[:-1]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -1,26 +1,26 @@
-"""Hugging Face's config.json <-> our configurations, and what sentence-transformers adds to it.
+"""Hugging Face's config.json <-> our configurations.
 
-Everything numerical is read from there; what cannot be computed here is an error that names file and field.
+Everything numerical is read from there. What cannot be computed here is an error that names file and field, and so is a
+field that nobody here knows.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from astra_jax.config import from_dict
 from astra_jax.errors import AstraError
 from astra_jax.rotary import ROPE_TYPES, Rotary
-from astra_jax.sharding import Pooling
-from checkpoints.files import is_plain_name, read_json, read_json_list
+from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
 from checkpoints.keys import FAMILIES, architecture_of, classifies, config_class
+from checkpoints.sentences import Sentences, read_sentences
 from checkpoints.store import Checkpoint
 
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
-DERIVED = ("task", "pooling", "normalize", "max_seq_length", "pooler")
+DERIVED = ("task", "pooler", *(field.name for field in dataclasses.fields(Sentences)))
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -28,25 +28,40 @@ ROPE_NEEDS = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-# What it may say that changes the frequencies, and is not computed here. transformers ignores what it does not know.
-ROPE_UNSUPPORTED = ("short_factor", "long_factor", "mrope_section")
-# How sentence-transformers calls the poolings that there are here.
-MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
-POOLING_MODES: dict[Pooling, str] = {
-    "mean": "pooling_mode_mean_tokens",
-    "class": "pooling_mode_cls_token",
-    "last": "pooling_mode_lasttoken",
-}
+# What is in a config.json beside the fields of our configurations, and read.
+READ = (
+    *("architectures", "model_type", "id2label", "num_labels", "problem_type"),
+    *("sentence_transformers", "sbert_ce_default_activation_function", *EMPTY),
+)
+ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+ORIGINAL = "original_max_position_embeddings"
+# `finetuned` only says how a model was made.
+ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "partial_rotary_factor", "finetuned")
+
+# What the outputs of a classifier are: one class of all, labels each of which is there or not, or plain numbers.
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+# Where sentence-transformers says what becomes of a cross-encoder's outputs.
+ACTIVATIONS: dict[str, Problem] = {"Identity": "regression", "Sigmoid": "multi_label_classification"}
 
 
 def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
     """Family and class of a config.json: by `architectures`, or by `model_type` where there are none."""
     known = {architecture: name for name, family in FAMILIES.items() for architecture in family.architectures}
     architectures, model_type = hf_config.get("architectures"), hf_config.get("model_type")
+    if "pretrained_cfg" in hf_config or {"architecture", "num_classes"} <= hf_config.keys():
+        raise AstraError(
+            f"{folder / CONFIG}: is of a timm model ({shorten(hf_config.get('architecture'))}), whose weights have "
+            "other names: give the same model as transformers saves it"
+        )
     if not architectures and isinstance(model_type, str) and model_type in FAMILIES:
         return model_type, next(iter(FAMILIES[model_type].architectures))
     for architecture in architectures if isinstance(architectures, list) else ():
         if isinstance(architecture, str) and architecture in known:
+            if model_type is not None and model_type != known[architecture]:
+                raise AstraError(
+                    f"{folder / CONFIG}: model_type is {shorten(model_type)}, but {architecture} is of "
+                    f"{known[architecture]!r}: which of them is the model? Correct the other"
+                )
             return known[architecture], architecture
     raise AstraError(
         f"{folder / CONFIG}: architecture {architectures or model_type!r} is not known; known are "
@@ -58,10 +73,8 @@ def derived_fields(family: str, task: str | None, names: Iterable[str], folder: 
     """The fields of a configuration that are not in the config.json."""
     values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names}
     # A classifier reads the class token.
-    sentences = task == "embedding"
-    values["pooling"], values["normalize"] = _sentence_pooling(folder) if sentences else ("class", False)
-    limits = read_json(folder / SENTENCES) if sentences and (folder / SENTENCES).is_file() else {}
-    values["max_seq_length"] = _typed("max_seq_length", limits.get("max_seq_length"), int | None, folder / SENTENCES)
+    sentences = read_sentences(folder) if task == "embedding" else Sentences(pooling="class")
+    values |= dataclasses.asdict(sentences)
     return {
         field.name: values[field.name] for field in dataclasses.fields(config_class(family)) if field.name in DERIVED
     }
@@ -84,9 +97,8 @@ def config_from_hf(
       AstraError: a value has the wrong type or is not supported.
     """
     where, cls = folder / CONFIG, config_class(family)
-    for name, needed in getattr(cls, "FIXED", {}).items():
-        if hf_config.get(name, needed) != needed:
-            raise AstraError(f"{where}: {name} is {hf_config[name]!r}; only {needed!r} is supported")
+    aliases: Mapping[str, str] = getattr(cls, "ALIASES", {})
+    _check_fields(family, hf_config, where)
     labels = _labels(hf_config, where)
     # Hugging Face's default is two labels, whatever the model.
     values = {"num_labels": hf_config.get("num_labels", 2) if labels is None else len(labels)}
@@ -96,12 +108,88 @@ def config_from_hf(
         if field.type is Rotary:
             values[field.name] = _rotary(hf_config, values["max_position_embeddings"], where)
             continue
-        value = values.setdefault(field.name, hf_config.get(field.name, field.default))
+        if field.name in aliases:
+            value = one_value(hf_config, (field.name, aliases[field.name]), where)
+            value = field.default if value is None else value
+        else:
+            value = values.setdefault(field.name, hf_config.get(field.name, field.default))
         if field.name in ("image_size", "patch_size"):
             value = _square(field.name, value, where)
         values[field.name] = _typed(field.name, value, field.type, where)
     config: Any = from_dict(cls, values | dict(derived or {}), str(where))
+    if classifies(config):
+        problem_of(hf_config, config.num_labels, where)
     return config, labels if classifies(config) else None
+
+
+def _check_fields(family: str, hf_config: Mapping[str, Any], where: Path) -> None:
+    """Raises AstraError unless every field of a config.json is read, or known to change nothing."""
+    cls = config_class(family)
+    fixed = FIXED | getattr(cls, "FIXED", {})
+    for name, needed in fixed.items():
+        if hf_config.get(name, needed) != needed:
+            raise AstraError(f"{where}: {name} is {shorten(hf_config[name])}; only {needed!r} is supported")
+    for name in EMPTY:
+        if hf_config.get(name):
+            raise AstraError(f"{where}: {name} is {shorten(hf_config[name])}, which is not supported: it must be empty")
+    fields = dataclasses.fields(cls)
+    rotary = (*ROPE_FIELDS, ORIGINAL) if any(field.type is Rotary for field in fields) else ()
+    own = (field.name for field in fields if field.name not in DERIVED)
+    aliases = getattr(cls, "ALIASES", {}).values()
+    known = {*READ, *own, *aliases, *rotary, *fixed, *known_to_change_nothing(family)}
+    refuse_unknown(hf_config, known, where, "remove it if the model does not depend on it")
+
+
+def problem_of(hf_config: Mapping[str, Any], num_labels: int, where: Path | str = CONFIG) -> Problem:
+    """What the outputs of a classifier are, as in transformers' pipelines: by `problem_type`, or by their number.
+
+    One output without a `problem_type` is a label that is there or not, unless sentence-transformers says otherwise.
+
+    Raises:
+      AstraError: `problem_type`, or what sentence-transformers makes of outputs, is not known or does not fit.
+    """
+    found = hf_config.get("problem_type")
+    if found is None:
+        found = _activation(hf_config, where) or (
+            "single_label_classification" if num_labels > 1 else "multi_label_classification"
+        )
+    if found not in get_args(Problem) or (found == "single_label_classification" and num_labels < 2):
+        raise AstraError(
+            f"{where}: problem_type is {shorten(found)} of {num_labels} label(s); it must be one of "
+            f"{', '.join(get_args(Problem))}, of which the first needs two or more"
+        )
+    return found
+
+
+def need_one_class(checkpoint: Checkpoint, name: Path, verb: str) -> None:
+    """Raises AstraError of a classifier whose outputs are not one class of all, so that a class says too little.
+
+    Args:
+      verb: what the classes of data would do: `finetuned for`.
+    """
+    if classifies(checkpoint.config):
+        problem = problem_of(checkpoint.hf_config, checkpoint.config.num_labels)
+        if problem != "single_label_classification":
+            raise AstraError(
+                f"{name}: is a model for {problem} ({checkpoint.config.num_labels} output(s)), which cannot be {verb} "
+                "one class per row: `astra run` shows what it makes of an input"
+            )
+
+
+def _activation(hf_config: Mapping[str, Any], where: Path | str) -> Problem | None:
+    """What sentence-transformers says of a cross-encoder's outputs; None where it says nothing."""
+    settings = hf_config.get("sentence_transformers") or {}
+    if not isinstance(settings, dict):
+        raise AstraError(f"{where}: sentence_transformers is {shorten(settings)}; it must be an object")
+    known = ("activation_fn", "version")
+    refuse_unknown(settings, known, Path(where), "remove it from sentence_transformers if it does not matter")
+    name = settings.get("activation_fn") or hf_config.get("sbert_ce_default_activation_function")
+    kind = str(name).rpartition(".")[2]
+    if name is not None and kind not in ACTIVATIONS:
+        raise AstraError(
+            f"{where}: sentence-transformers' activation is {shorten(name)}; known are {', '.join(ACTIVATIONS)}"
+        )
+    return None if name is None else ACTIVATIONS[kind]
 
 
 def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:
@@ -110,8 +198,11 @@ def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     if not fits or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise AstraError(f"{where}: {name} is {value!r}; it must be of type {names}")
-    return float(value) if float in kinds and isinstance(value, int) else value
+        raise AstraError(f"{where}: {name} is {shorten(value)}; it must be of type {names}")
+    try:
+        return float(value) if float in kinds and isinstance(value, int) else value
+    except OverflowError:
+        raise AstraError(f"{where}: {name} is {shorten(value)}, which is too large for a number") from None
 
 
 def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
@@ -129,16 +220,17 @@ def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
             values.setdefault(name, hf_config[name])
     if (part := values.pop("partial_rotary_factor", 1)) != 1:
         raise AstraError(f"{where}: partial_rotary_factor is {part!r}; only 1 is supported: whole heads are rotated")
+    refuse_unknown(values, ROPE_READ, where, f"remove it from {field} if the model does not depend on it")
     if rope_type in ("llama3", "yarn"):
-        values.setdefault("original_max_position_embeddings", limit)
+        # As in transformers, what is said outside comes first.
+        outside = hf_config.get(ORIGINAL)
+        values[ORIGINAL] = values.get(ORIGINAL, limit) if outside is None else outside
+        values[ORIGINAL] = _typed(ORIGINAL, values[ORIGINAL], int, where)
     if rope_type == "yarn" and "factor" in found and "factor" not in values:  # null: the ratio of the two limits
-        values["factor"] = limit / values["original_max_position_embeddings"]
+        values["factor"] = limit / max(1, values[ORIGINAL])
     missing = [name for name in ROPE_NEEDS.get(rope_type, ()) if name not in values]
     if missing:
         raise AstraError(f"{where}: {field} of type {rope_type} has no {' and no '.join(missing)}")
-    unsupported = [name for name, value in values.items() if name in ROPE_UNSUPPORTED or isinstance(value, dict)]
-    if unsupported:
-        raise AstraError(f"{where}: {field} has {unsupported[0]!r}, which is not supported")
     fields = [f for f in dataclasses.fields(Rotary) if f.name in values]
     return Rotary(**{f.name: _typed(f"{field}.{f.name}", values[f.name], f.type, where) for f in fields})
 
@@ -150,59 +242,12 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in needed or value != getattr(Rotary, name)}
 
 
-def _sentence_pooling(folder: Path) -> tuple[Pooling, bool]:
-    """How a sentence-transformers folder makes an embedding of a sentence: pooling, and whether it is normalised.
-
-    Without a modules.json it is the mean of all tokens, as sentence-transformers does.
-    """
-    where = folder / MODULES
-    if not where.is_file():
-        return "mean", False
-    modules = read_json_list(where)
-    if not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules):
-        raise AstraError(f"{where}: every module must be an object with a type: is the file damaged?")
-    # A class from elsewhere would be code of its own, whatever it is called.
-    kinds = [re.sub(r"^sentence_transformers\..*\.", "", module["type"]) for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
-        raise AstraError(
-            f"{where}: has the modules {', '.join(kinds)}; supported are Transformer and Pooling, and then Normalize"
-        )
-    transformer, pooling = modules[0].get("path", ""), modules[1].get("path")
-    if transformer != "":
-        raise AstraError(f"{where}: the Transformer has the path {transformer!r}; it must be the folder itself, ''")
-    if not is_plain_name(pooling):
-        raise AstraError(
-            f"{where}: the Pooling has the path {pooling!r}; it must be the name of a folder beside the file"
-        )
-    where = folder / pooling / CONFIG
-    modes = [name for name, on in read_json(where).items() if name.startswith("pooling_mode_") and on]
-    known = {mode: name for name, mode in POOLING_MODES.items()}
-    if len(modes) != 1 or modes[0] not in known:
-        raise AstraError(
-            f"{where}: has {' and '.join(modes) or 'no pooling_mode'}; supported is one of {', '.join(known)}"
-        )
-    return known[modes[0]], "Normalize" in kinds
-
-
-def sentence_files(config: Any) -> dict[str, Any]:
-    """What sentence-transformers reads beside config.json: file -> content."""
-    kinds = ("Transformer", "Pooling", *["Normalize"] * config.normalize)
-    modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
-        for i, kind in enumerate(kinds)
-    ]
-    modes = {mode: name == config.pooling for name, mode in POOLING_MODES.items()}
-    files = {MODULES: modules, f"1_Pooling/{CONFIG}": {"word_embedding_dimension": config.hidden_size, **modes}}
-    limit = config.max_seq_length
-    return files | ({SENTENCES: {"max_seq_length": limit, "do_lower_case": False}} if limit else {})
-
-
 def _square(name: str, value: Any, where: Path) -> Any:
     """A size, which Hugging Face also writes as [height, width]."""
     if not isinstance(value, list):
         return value
     if len(value) != 2 or value[0] != value[1]:
-        raise AstraError(f"{where}: {name} is {value}; only squares, as one number or [n, n], are supported")
+        raise AstraError(f"{where}: {name} is {shorten(value)}; only squares, as one number or [n, n], are supported")
     return value[0]
 
 
@@ -231,7 +276,7 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         if value == getattr(config, name) or name == "num_labels":
             continue
         if isinstance(value, Rotary):
-            content = {n: v for n, v in content.items() if n not in ("rope_scaling", "rope_theta")}
+            content = {n: v for n, v in content.items() if n not in (*ROPE_FIELDS, ORIGINAL)}
             value = rotary_to_hf(value)
         content[name] = value
     if (config.num_labels, labels) != (ours.num_labels, checkpoint.labels):

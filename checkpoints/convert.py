@@ -25,6 +25,7 @@ from astra_jax.tokenizer import own_class
 from checkpoints import huggingface
 from checkpoints.info import parameters
 from checkpoints.keys import classifies
+from checkpoints.store import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +40,27 @@ class Args:
     """Write everything that is printed to this file."""
 
 
+def tokenizer_notes(checkpoint: Checkpoint) -> list[str]:
+    """What somebody should know of a model's tokenizer. Raises AstraError unless it can be read and is the model's."""
+    if checkpoint.tokenizer_files is None:
+        return []
+    beyond, notes = checkpoint.tokenizer.beyond, []
+    if code := own_class(checkpoint.tokenizer_files):
+        notes.append(
+            f"the tokenizer asks for code of its own ({code}), which is never run; its tokenizer.json is read instead"
+        )
+    if beyond:
+        tokens = ", ".join(map(repr, list(beyond)[:4]))
+        notes.append(f"the model has no embedding for {len(beyond)} token(s) of its tokenizer, such as {tokens}")
+    return notes
+
+
 def main(args: Args) -> None:
     """Runs `astra convert`."""
     report = Report("convert", args.json)
     folder = huggingface.open_folder(args.source)
     checkpoint = folder.checkpoint
-    if checkpoint.tokenizer_files is not None:
-        checkpoint.tokenizer  # noqa: B018  # raises unless it can be read and is this model's
-        if code := own_class(checkpoint.tokenizer_files):
-            report.say(
-                f"note: the tokenizer asks for code of its own ({code}), which is never run; its tokenizer.json is "
-                "read instead",
-                tokenizer_code=code,
-            )
+    notes = [*folder.notes, *tokenizer_notes(checkpoint)]
     with contextlib.closing(folder.parts(progress)) as parts:
         checkpoints.save(args.out, checkpoint, parts)
     count, config = parameters(checkpoint.model), checkpoint.config
@@ -68,6 +77,8 @@ def main(args: Args) -> None:
             f"warning: {args.source} has no tokenizer, which verbs that read text need: put the model's tokenizer.json "
             "beside its config.json and convert it again"
         )
+    for note in notes:
+        report.say(f"note: {note}", notes=notes)
     report.say(f"wrote {args.out}", out=str(args.out))
     report.say(f"next: astra calibrate {args.out} {args.out}-calibrated --data DATA")
     report.close()

@@ -46,6 +46,7 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
     """
     for name in names:
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             with replacing(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
         else:

@@ -22,8 +22,10 @@ from safetensors.numpy import save_file
 from astra_jax.errors import AstraError
 from astra_jax.files import is_disk_full, replacing, write_atomically, writing
 from astra_jax.tokenizer import FILES
-from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields, sentence_files
-from checkpoints.files import copy_files, is_empty, is_plain_name, read_json
+from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields
+from checkpoints.fields import check_generation, generation_settings, shorten
+from checkpoints.files import is_empty, is_plain_name, read_json
+from checkpoints.foreign import check_folder, check_plain, no_weights
 from checkpoints.keys import (
     FAMILIES,
     Family,
@@ -33,6 +35,7 @@ from checkpoints.keys import (
     model_tensors,
 )
 from checkpoints.parts import Part, assemble, part_name
+from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
 from checkpoints.store import META, Checkpoint
 
 # safetensors' names of the dtypes that float32 holds exactly, so that an export gives back every bit.
@@ -43,7 +46,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MARK = {"format": "pt", "written_by": "astra-jax"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What is read of a hub repository: no code, no pickles.
-DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 PIECE = 2**22  # bytes of a tensor that are read at once
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -93,12 +96,14 @@ class Folder:
       checkpoint: what becomes of it; its model is abstract.
       tensors: what the model needs, by name.
       stored: where that is.
+      notes: what the folder says that is known and not done here, a line each.
     """
 
     path: Path
     checkpoint: Checkpoint
     tensors: dict[str, Tensor]
     stored: dict[str, Stored]
+    notes: tuple[str, ...] = ()
 
     def parts(self, progress: Progress = silent) -> Generator[Part, None, None]:
         """Reads the weights part by part, in the dtype of the files (float32 where tensors differ).
@@ -145,24 +150,31 @@ def open_folder(source: str) -> Folder:
         duplicated, unfilled, of a wrong shape or dtype, or not finite: all of them in one message.
     """
     folder = find(source)
+    check_folder(folder)
     hf_config = read_json(folder / CONFIG)
+    check_plain(hf_config, folder / CONFIG)
     family, architecture = architecture_in(hf_config, folder)
     known = FAMILIES[family]
     head = known.architectures[architecture]
     found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
     derived = derived_fields(family, head.task, by_name, folder)
+    if head.task == "embedding":
+        check_width(folder, hf_config.get("hidden_size", 768))
     config, labels = config_from_hf(family, hf_config, folder, derived)
-    repeated = ""
-    if head.tied and config.tie_word_embeddings and head.keys[0].name in by_name and head.tied in by_name:
-        # As in transformers: a tied head that is stored too is skipped if it is the same, else it is one of its own.
-        if by_name[head.keys[0].name].equals(by_name[head.tied]):
-            repeated = head.keys[0].name
+    called = {tensor.name: known.bare(tensor.name) for tensor in found}
+    if head.tied and config.tie_word_embeddings and (own := by_name.get(head.keys[0].name)):
+        # As in transformers: a tied head that is stored alone is the embedding, too; one that is stored beside it is
+        # skipped if it is the same, else it is one of its own.
+        if head.tied not in by_name:
+            called[own.name] = head.tied
+        elif own.equals(by_name[head.tied]):
+            found.remove(own)
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
     model = build(family, config)
     tensors = model_tensors(family, model)
-    stored = _match(folder, known, tensors, [t for t in found if t.name != repeated], known.sizes(config))
+    stored = _match(folder, known, tensors, found, called, known.sizes(config))
     dtypes = {DTYPES[tensor.dtype] for tensor in stored.values()}
     preprocessing, generation = (
         read_json(folder / name) if (folder / name).is_file() else None for name in (PREPROCESSING, GENERATION)
@@ -181,7 +193,21 @@ def open_folder(source: str) -> Folder:
         generation=generation,
         tokenizer_files=folder if reads_text else None,
     )
-    return Folder(folder, checkpoint, tensors, stored)
+    return Folder(folder, checkpoint, tensors, stored, tuple(_notes(checkpoint, folder)))
+
+
+def _notes(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
+    """What a folder says that is known and not done here. Raises AstraError where a setting is of a wrong type."""
+    if code := checkpoint.hf_config.get("auto_map"):
+        yield f"{CONFIG} asks for code of its own ({shorten(code)}), which is never run: the model is what it is here"
+    if checkpoint.family == "vit" and checkpoint.preprocessing is not None:
+        checkpoint.processor  # noqa: B018  # raises unless it can be read
+    if checkpoint.generation is not None:
+        check_generation(checkpoint.generation, folder / GENERATION)
+        if others := generation_settings(checkpoint.generation):
+            yield f"{GENERATION} has {', '.join(others)}: `astra run` goes by its own options instead, see its --help"
+    if getattr(checkpoint.config, "task", None) == "embedding":
+        yield from sentence_notes(folder)
 
 
 def read(source: str, progress: Progress = silent) -> Checkpoint:
@@ -239,13 +265,7 @@ def tensor_files(folder: Path) -> tuple[Path, ...]:
     if (folder / WEIGHTS).is_file():
         return (folder / WEIGHTS,)
     if not (folder / INDEX).is_file():
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".h5", ".msgpack", ".pt", ".ckpt"))
-        if others:
-            raise AstraError(
-                f"{folder}: has its weights only as {others[0]}, which is not read: re-save it as safetensors with "
-                "`from_pretrained(...).save_pretrained(...)` of the model's class in transformers"
-            )
-        raise AstraError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
+        raise no_weights(folder, f"{WEIGHTS} nor {INDEX}")
     where, names = folder / INDEX, read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise AstraError(f"{where}: has no weight_map: is the file damaged?")
@@ -276,14 +296,23 @@ def _headers(file: Path) -> list[Stored]:
 
 
 def _match(
-    folder: Path, family: Family, tensors: Mapping[str, Tensor], found: Iterable[Stored], sizes: Mapping[str, int]
+    folder: Path,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    found: Iterable[Stored],
+    called: Mapping[str, str],
+    sizes: Mapping[str, int],
 ) -> dict[str, Stored]:
-    """Where every tensor that a model needs is. Raises AstraError with all faults of all tensors (`open_folder`)."""
+    """Where every tensor that a model needs is; `called` has today's names, without prefix, of those in the files.
+
+    Raises:
+      AstraError: with all faults of all tensors (`open_folder`).
+    """
     faults: dict[str, list[str]] = defaultdict(list)
     stored: dict[str, Stored] = {}
     readable = []
     for tensor in found:
-        bare = family.bare(tensor.name)
+        bare = called[tensor.name]
         name = next((name for name in (bare, family.prefix + bare) if name in tensors), None)
         if name is None:
             if not family.is_skipped(bare):
@@ -363,15 +392,17 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
         PREPROCESSING: checkpoint.preprocessing,
         GENERATION: checkpoint.generation,
     }
-    if hasattr(checkpoint.config, "pooling") and checkpoint.config.task == "embedding":
+    files = checkpoint.tokenizer_files
+    sentences = getattr(checkpoint.config, "task", None) == "embedding"
+    if sentences and (files is None or not (files / MODULES).is_file()):
         contents |= sentence_files(checkpoint.config)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / WEIGHTS) as temporary:
             save_file(dict(tensors_of(checkpoint, dtype)), temporary, metadata=MARK)
+        if files is not None:
+            copy_companions(files, out)
         for name, content in contents.items():
             if content is not None:
                 (out / name).parent.mkdir(exist_ok=True)
                 write_atomically(out / name, json.dumps(content, indent=2) + "\n")
-        if checkpoint.tokenizer_files is not None:
-            copy_files(checkpoint.tokenizer_files, out, FILES)

@@ -33,10 +33,11 @@ from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.preprocess import ImageProcessor
 from astra_jax.tokenizer import FILES, Tokenizer
-from checkpoints.files import copy_files, is_empty, is_foreign, quiet, read_json
+from checkpoints.files import is_empty, is_foreign, quiet, read_json
 from checkpoints.keys import FAMILIES, build, classifies, config_class, flat_state, with_state
 from checkpoints.lock import alone, waiting
 from checkpoints.parts import Part, assemble, cut, digest, outline
+from checkpoints.sentences import copy_companions
 
 # 2 had no checksums, and `tokenizer` without a number; 1 had the weights in one Orbax checkpoint, blocks stacked.
 FORMAT = 3
@@ -106,7 +107,16 @@ class Checkpoint:
                 "the checkpoint has no tokenizer: put the model's tokenizer.json (or vocab.json and merges.txt, or "
                 "vocab.txt) beside its config.json and convert it again"
             )
-        return Tokenizer(self.tokenizer_files, self.config.vocab_size)
+        config = self.config
+        # As in transformers, a decoder's classifier reads the last token that is no padding, whoever put that there.
+        pads = config.task == "classification" and not hasattr(config, "pooling")
+        return Tokenizer(
+            self.tokenizer_files,
+            config.vocab_size,
+            lower=getattr(config, "do_lower_case", False),
+            prompt=getattr(config, "prompt", ""),
+            drop_end=self.hf_config.get("pad_token_id") if pads else None,
+        )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -309,7 +319,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Copies the files of a tokenizer, and returns their digests."""
     folder.mkdir()
     assert checkpoint.tokenizer_files is not None
-    copy_files(checkpoint.tokenizer_files, folder, FILES)
+    copy_companions(checkpoint.tokenizer_files, folder)
     if not any(folder.iterdir()):
         raise AstraError(f"{checkpoint.tokenizer_files}: the tokenizer is gone: was the checkpoint saved over?")
     if checkpoint.hf_config:  # some tokenizers do not say themselves of what kind they are
@@ -320,8 +330,8 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files in a folder, by name."""
     return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.iterdir())
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
         if file.is_file() and not is_foreign(file)
     }
 

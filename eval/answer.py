@@ -23,6 +23,7 @@ from PIL import Image
 import checkpoints
 from astra_jax import cluster
 from astra_jax.agreement import Same, options
+from astra_jax.config import Similarity
 from astra_jax.console import Report, progress
 from astra_jax.errors import AstraError
 from astra_jax.generate import Continuation, Generator, Sampling, check_stop, ends_of, is_whole
@@ -37,9 +38,11 @@ from astra_jax.strategies import Astra, Order
 from astra_jax.text import Text, bucket, check_text, longest, pad
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from checkpoints import Checkpoint
+from checkpoints.configs import Problem, problem_of
 from eval.breakdown import heard, observe, rows, told
 from eval.flops import flops
 from eval.network import volume
+from eval.similarity import similarities
 from eval.timing import share
 from eval.traffic import abstract
 
@@ -130,22 +133,34 @@ def sent_bytes(model: Any, N: int, inputs: Any, make: Make = Astra.of) -> int:
     return make(model, N, inputs).wire_bits(model) // 8 if N > 1 else 0
 
 
+# What a classifier's outputs become, and what that is called.
+OUTPUTS: dict[Problem, tuple[str, Callable[[Any], Any]]] = {
+    "single_label_classification": ("probability", jax.nn.softmax),
+    "multi_label_classification": ("probability", jax.nn.sigmoid),
+    "regression": ("score", np.asarray),
+}
+
+
 def class_rows(checkpoint: Checkpoint, logits: Any, names: tuple[str, ...], top: int) -> list[dict[str, Any]]:
-    """The likeliest classes of every input, with their probabilities."""
-    probabilities = np.asarray(jax.nn.softmax(logits))
-    labels = checkpoint.labels or tuple(str(c) for c in range(probabilities.shape[1]))
+    """The likeliest classes of every input with their probabilities, as a softmax or each for itself; or its scores."""
+    called, function = OUTPUTS[problem_of(checkpoint.hf_config, logits.shape[1])]
+    values = np.asarray(function(logits))
+    labels = checkpoint.labels or tuple(str(c) for c in range(values.shape[1]))
     return [
-        {"input": name, "class": labels[c], "probability": float(p[c])}
-        for name, p in zip(names, probabilities, strict=True)
-        for c in np.argsort(-p)[:top]
+        {"input": name, "class": labels[c], called: float(row[c])}
+        for name, row in zip(names, values, strict=True)
+        for c in np.argsort(-row, kind="stable")[:top]
     ]
 
 
-def similarity_rows(embeddings: Any, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The cosine of the embeddings of every pair of sentences."""
-    unit = np.asarray(embeddings) / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+def similarity_rows(embeddings: Any, names: tuple[str, ...], by: Similarity = "cosine") -> list[dict[str, Any]]:
+    """How similar the embeddings of every pair of sentences are, compared as the model is made for."""
+    rows = np.asarray(embeddings)
     pairs = itertools.combinations(range(len(names)), 2)
-    return [{"sentence": names[a], "and": names[b], "cosine": float(unit[a] @ unit[b])} for a, b in pairs]
+    return [
+        {"sentence": names[a], "and": names[b], by: float(similarities(rows[a : a + 1], rows[b : b + 1], by)[0])}
+        for a, b in pairs
+    ]
 
 
 def ways_out(hosts: Int[np.ndarray, "data seq"]) -> list[int]:
@@ -289,7 +304,7 @@ class Answerer:
         self._preface(inputs, report)
         where = f"{self.name} on {self.mesh.size} device(s)"
         if self.task == "embedding":
-            report.table("similarities", where, similarity_rows(output, names))
+            report.table("similarities", where, similarity_rows(output, names, self.checkpoint.config.similarity))
         else:
             report.table("classes", where, class_rows(self.checkpoint, output, names, request.wishes.top))
         sent, codes = sent_bytes(self.model, self.N, inputs, self.make), self.strategy == "astra"

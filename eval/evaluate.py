@@ -40,6 +40,7 @@ from astra_jax.text import Text, longest
 from astra_jax.weights import Weights, quantize_weights, weight_bytes
 from astra_jax.wire import tokens_per_packet
 from checkpoints import Checkpoint
+from checkpoints.configs import need_one_class
 from eval import plots
 from eval.account import Tell, telling
 from eval.data import DataArgs, batches, check_counts
@@ -47,6 +48,7 @@ from eval.labels import model_classes
 from eval.loss import Loss, arrived
 from eval.network import Link, parse_rate, pass_seconds
 from eval.perplexity import NextTokenLoss, perplexity
+from eval.similarity import correlations
 from eval.text import encode, even_strides, run_batches, windows
 from eval.timing import compute_seconds
 from eval.traffic import messages
@@ -145,6 +147,7 @@ def check_task(args: Args) -> str:
                 f"{first} for {task}: evaluate them one by one" if args.task == "auto" else f"not for --task {task}"
             )
             raise AstraError(f"{path} is a model for {own}, {wanted}")
+        need_one_class(checkpoint, path, "evaluated by")
     if args.stride is not None and task != "perplexity":
         raise AstraError(f"--stride is for perplexity; {first} is a model for {task}: leave the option out")
     if args.length is not None and any(map(takes_images, described.values())):
@@ -453,39 +456,17 @@ def text_perplexity(trial: Trial) -> Metrics:
 
 
 def similarity(trial: Trial) -> Metrics:
-    """How the cosines of the embeddings of two sentences correlate with what people say of them."""
+    """How the similarities of the embeddings of two sentences correlate with what people say of them."""
     pairs = trial.args.open_pairs()
     trial.tell(pairs.account.first(trial.args.limit))
     first, second, scores = zip(*pairs[: trial.args.limit], strict=True)
-    sequences = trial.short_texts(first + second)
+    sequences, by = trial.short_texts(first + second), trial.checkpoint.config.similarity
 
     def score(run: Run, label: str) -> Metrics:
         embeddings = trial.outputs(run, sequences, label)
-        return correlations(embeddings[: len(first)], embeddings[len(first) :], np.asarray(scores))
+        return correlations(embeddings[: len(first)], embeddings[len(first) :], np.asarray(scores), by)
 
     return trial.reached(trial.checkpoint.model, score)
-
-
-def correlations(
-    first: Float[np.ndarray, "pairs D"], second: Float[np.ndarray, "pairs D"], scores: Float[np.ndarray, "pairs"]
-) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of scores with the cosines of embeddings.
-
-    Raises AstraError where there is none: fewer than two pairs, or all scores or all cosines the same.
-    """
-    from scipy import stats
-
-    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    cosines = np.einsum("pd,pd->p", first, second) / np.maximum(norms, np.finfo(np.float32).tiny)
-    for what, values in (("scores", scores), ("cosines", cosines)):
-        if len(values) < 2 or np.ptp(values) == 0:
-            raise AstraError(
-                f"the {what} of {len(values)} pairs are all the same, so nothing correlates: give more or other pairs"
-            )
-    return {
-        "Pearson": float(stats.pearsonr(cosines, scores).statistic),
-        "Spearman": float(stats.spearmanr(cosines, scores).statistic),
-    }
 
 
 MEASURES = {"perplexity": text_perplexity, "classification": text_accuracy, "similarity": similarity}

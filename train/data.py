@@ -17,6 +17,7 @@ from astra_jax.preprocess import ImageProcessor
 from astra_jax.text import Text, longest, pad
 from astra_jax.tokenizer import Tokenizer
 from checkpoints import Checkpoint
+from checkpoints.configs import problem_of
 from eval.account import Tell
 from eval.data import DataArgs, ImageData
 from eval.labels import model_classes
@@ -187,7 +188,7 @@ def sequences(
     """The text of a data set as a checkpoint takes it: all sequences, padded to the same length, and their classes.
 
     A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it, a
-    sentence encoder both texts of a row that is a pair.
+    sentence encoder both texts of a row that is a pair. Only a model that says one class of all has classes.
 
     Args:
       length: tokens of a sequence; None for the model's limit, but at most 512.
@@ -207,8 +208,9 @@ def sequences(
         tell(documents.account.noted(how))
         return text, None
     labels = None
-    if config.task == "embedding":
-        read = data.open_documents(pairs=True)
+    problem = problem_of(checkpoint.hf_config, config.num_labels)
+    if config.task == "embedding" or problem != "single_label_classification":
+        read = data.open_documents(pairs=config.task == "embedding")
         texts, account = list(read), read.account
     else:
         rows = data.open_labelled(model_classes(checkpoint))

@@ -18,6 +18,7 @@ from astra_jax.console import Report
 from astra_jax.errors import AstraError
 from astra_jax.sharding import make_mesh, parse_devices
 from checkpoints import Checkpoint
+from checkpoints.configs import need_one_class
 from eval.account import Tell, telling
 from eval.data import DataArgs
 from eval.labels import model_classes
@@ -57,6 +58,7 @@ def training_batches(checkpoint: Checkpoint, args: Args, tell: Tell) -> Iterator
     Raises AstraError for a model that no loss is known for.
     """
     training = args.training
+    need_one_class(checkpoint, args.checkpoint, "finetuned for")
     if checkpoint.family == "vit":
         augment = Augment(flip=args.flip) if args.augment else None
         data = args.open(model_classes(checkpoint))

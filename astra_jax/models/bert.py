@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.attention import MixedPrecisionAttention
-from astra_jax.config import AstraConfig
+from astra_jax.config import AstraConfig, Similarity
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import scan_blocks, stack_blocks, token_ids
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
@@ -32,6 +32,9 @@ class BertConfig:
       normalize: whether embeddings are scaled to length 1.
       max_seq_length: the most tokens of a sentence, where sentence-transformers says fewer than the model can take.
       pooler: whether the model has BERT's pooling layer, which a classifier reads through.
+      do_lower_case: whether sentence-transformers makes a text lower case before the tokenizer sees it.
+      prompt: what stands before every text.
+      similarity: how embeddings are compared; of distances the negative.
 
     Raises:
       AstraError: a value does not fit the others; the message names value, range and fix.
@@ -40,7 +43,6 @@ class BertConfig:
     FIXED: ClassVar[dict[str, Any]] = {
         "position_embedding_type": "absolute",
         "is_decoder": False,
-        "add_cross_attention": False,
     }
 
     vocab_size: int = 30522
@@ -58,11 +60,15 @@ class BertConfig:
     normalize: bool = False
     max_seq_length: int | None = None
     pooler: bool = True
+    do_lower_case: bool = False
+    prompt: str = ""
+    similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
         check_numbers(self)
         check_choice(self, "task", Task)
         check_choice(self, "pooling", Pooling)
+        check_choice(self, "similarity", Similarity)
         check_divides(self, "hidden_size", "num_attention_heads")
         check_activation("hidden_act", self.hidden_act)
         if self.task == "classification" and not (self.pooler and self.pooling == "class"):

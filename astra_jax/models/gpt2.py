@@ -26,7 +26,14 @@ class GPT2Config:
     FIXED: ClassVar[dict[str, Any]] = {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
+        "is_causal": True,
+    }
+    # Names of the same fields that every family of Hugging Face's has (`attribute_map`).
+    ALIASES: ClassVar[dict[str, str]] = {
+        "n_positions": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
     }
 
     vocab_size: int = 50257

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from astra_jax.config import LARGEST
 from astra_jax.errors import AstraError
 
 
@@ -46,13 +47,28 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
         raise AstraError(f"config.json: {field} is {getattr(config, field)!r}; it must be one of {allowed}")
 
 
+# The most there can be of what is not only a size: blocks, and pixels on a side.
+MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384}
+
+
 def check_numbers(config: Any) -> None:
-    """Raises AstraError unless every whole number of a configuration is one, and at least 1 (or None if it may be)."""
+    """Raises AstraError unless every number of a configuration is one.
+
+    Whole numbers are from 1 to `MOST` or `LARGEST` (or None if they may be); fractions, which are norms' epsilons, from
+    0 to 1.
+    """
     for field in dataclasses.fields(config):
-        value, optional = getattr(config, field.name), field.type in ("int | None", int | None)
-        whole = isinstance(value, int) and value >= 1
-        if (field.type in ("int", int) and not whole) or (optional and value is not None and not whole):
-            raise AstraError(f"config.json: {field.name} is {value!r}; it must be a whole number of at least 1")
+        value, most = getattr(config, field.name), MOST.get(field.name, LARGEST)
+        wanted = None
+        if field.type in ("int", int, "int | None", int | None):
+            optional = value is None and "None" in str(field.type)
+            if not optional and not (isinstance(value, int) and 1 <= value <= most):
+                above = isinstance(value, int) and value > most
+                wanted = f"a whole number of at most {most:,}" if above else "a whole number of at least 1"
+        elif field.type in ("float", float) and not (isinstance(value, int | float) and 0 <= value <= 1):
+            wanted = "a number from 0 to 1"
+        if wanted:
+            raise AstraError(f"config.json: {field.name} is {value!r}; it must be {wanted}")
 
 
 def check_divides(config: Any, whole: str, part: str) -> None:

@@ -24,7 +24,7 @@ class LlamaConfig:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
 
-    FIXED: ClassVar[dict[str, Any]] = {}
+    FIXED: ClassVar[dict[str, Any]] = {"rope_interleaved": False, "is_causal": True}
 
     vocab_size: int = 32000
     hidden_size: int = 4096

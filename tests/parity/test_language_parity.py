@@ -268,6 +268,23 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn with nulls": {"rope_scaling": {**YARN, "beta_fast": None, "attention_factor": None}},
     "yarn of today": {"rope_parameters": {**YARN, "rope_theta": 1e6}},
     "yarn by its limits": {"rope_scaling": {**YARN, "factor": None}},
+    "yarn, the original limit outside": {
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+    },
+    "yarn, another original limit outside": {"original_max_position_embeddings": 12, "rope_scaling": YARN},
+    "yarn by its limits, of which one is outside": {
+        "original_max_position_embeddings": 12,
+        "rope_scaling": {"rope_type": "yarn", "factor": None},
+    },
+    "llama3, the original limit outside": {
+        "original_max_position_embeddings": 12,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4},
+    },
+    "an original limit that counts for nothing": {
+        "original_max_position_embeddings": 12,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
     "theta outside": {"rope_theta": 7.0, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
     "two, the old one counts": {
         "rope_scaling": {"type": "linear", "factor": 2.0},

@@ -353,7 +353,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(folder: Path, monkeypatc
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert huggingface.read("some/model").history[0]["source"] == "some/model"
-    assert asked == [("some/model", {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "tokenizer.model"]})]
+    assert asked == [("some/model", {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]})]
 
 
 @pytest.mark.parametrize(
@@ -480,10 +480,18 @@ def test_a_tied_head_that_is_stored_too(name: str, embedding: str, prefix: str, 
             "has no low_freq_factor and no high_freq_factor",
         ),
         ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2'"),
-        ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "has 'mrope_section'"),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "has 'full_attention'"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "default", "mrope_section": [1]}},
+            "has mrope_section [1], which is not known",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "has full_attention {'rope_theta': 1.0}, which",
+        ),
         ("llama", {"rope_parameters": [1]}, "rope_parameters is [1]"),
-        ("llama", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta is -1.0"),
+        ("llama", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta of the rotary embedding is -1.0"),
         ("llama", {"architectures": ["LlamaModel"]}, "known are BertForSequenceClassification, BertModel, GPT2"),
         (
             "bert",

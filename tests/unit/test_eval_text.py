@@ -22,9 +22,9 @@ from astra_jax.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.strategies import Virtual
 from astra_jax.text import Text, pad
-from eval.evaluate import correlations
 from eval.loss import Loss, arrived
 from eval.perplexity import NextTokenLoss, perplexity
+from eval.similarity import correlations
 
 WORDS = [f"w{i}" for i in range(25)]
 LIMIT, D, L = 32, 16, 2

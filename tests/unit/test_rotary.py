@@ -103,12 +103,22 @@ def test_bfloat16_stays_bfloat16():
     assert Rotary()(random_heads(0, 2).astype(jnp.bfloat16), jnp.arange(2)).dtype == jnp.bfloat16
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"rope_type": "longrope"}, "rope_type is 'longrope'; known are default, dynamic, linear, llama3, yarn"),
-        ({"rope_theta": 0.0}, "rope_theta is 0.0 and factor 1.0; both must be above 0"),
-        ({"rope_type": "linear", "factor": -2.0}, "factor -2.0; both must be above 0"),
+        ({"rope_theta": 0.0}, "rope_theta of the rotary embedding is 0.0; it must be above 1 and at most 1e+15"),
+        ({"rope_theta": float("nan")}, "rope_theta of the rotary embedding is nan; it must be above 1"),
+        ({"rope_theta": float("inf")}, "rope_theta of the rotary embedding is inf; it must be above 1"),
+        ({"rope_type": "linear", "factor": -2.0}, "factor of the rotary embedding is -2.0; it must be above 1e-06"),
+        ({"rope_type": "linear", "factor": 1e-300}, "factor of the rotary embedding is 1e-300; it must be above"),
+        (YARN | {"beta_fast": 0.0}, "beta_fast of the rotary embedding is 0.0; it must be above 0"),
+        (YARN | {"attention_factor": float("-inf")}, "attention_factor of the rotary embedding is -inf"),
+        (YARN | {"mscale": float("nan")}, "mscale of the rotary embedding is nan"),
+        (YARN | {"original_max_position_embeddings": 10**12}, "is 1000000000000; it must be above -1 and at most"),
         ({"rope_type": "llama3"}, "rope_type llama3 needs original_max_position_embeddings"),
         ({"rope_type": "yarn"}, "rope_type yarn needs original_max_position_embeddings"),
         (
@@ -122,6 +132,16 @@ def test_a_rotary_embedding_that_cannot_be(wrong, message):
         Rotary(**wrong)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@given(
+    theta=st.floats(1.0, 1e15, exclude_min=True),
+    factor=st.floats(1e-6, 1e9, exclude_min=True),
+    rope_type=st.sampled_from(ROPE_TYPES),
+)
+def test_whatever_is_allowed_gives_numbers(theta, factor, rope_type):
+    rotary = Rotary(rope_type, theta, factor, original_max_position_embeddings=64)
+    assert np.isfinite(rotary.frequencies(E)).all() and np.isfinite(rotary.scale)
 
 
 def test_heads_of_an_odd_width_cannot_turn():

@@ -184,11 +184,12 @@ def test_no_verb_runs_code_of_a_tokenizer(with_code, gpt2s, word_tokenizer, caps
     assert "tokenization_x.XTok" in capsys.readouterr().out
     (files,) = (folder / "plain").glob("tokenizer*")
     with_code(files)
-    for request in (
-        ["run", "--prompt", "w1 w2", "--max-new-tokens", "1"],
-        ["eval", "--data", str(folder / "text.txt")],
-    ):
-        assert main([request[0], str(folder / "plain"), *request[1:], "--devices", "1"]) == 0
+    for name, code in (("out", 0), ("plain", 2)):  # a checkpoint that was changed is not even read
+        for request in (
+            ["run", "--prompt", "w1 w2", "--max-new-tokens", "1"],
+            ["eval", "--data", str(folder / "text.txt")],
+        ):
+            assert main([request[0], str(folder / name), *request[1:], "--devices", "1"]) == code
     assert not (files / "ran").exists()
 
 

@@ -21,6 +21,8 @@ from astra_jax.strategies import Single
     ("wrong", "message"),
     [
         ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number of at least 1"),
+        ({"image_size": 10**6, "patch_size": 1}, "image_size is 1000000; it must be a whole number of at most 16,384"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; it must be a number from 0 to 1"),
         ({"num_hidden_layers": "12"}, "num_hidden_layers is '12'; it must be a whole number"),
         ({"num_attention_heads": 7}, "hidden_size 768 is not a multiple of num_attention_heads 7"),
         ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16"),
