@@ -109,7 +109,7 @@ class Request:
 
     Attributes:
       names: of the pictures.
-      files: their contents, in any format that Pillow reads.
+      files: their contents, in one of `preprocess.FORMATS`.
       prompts: the texts.
 
     Raises:
