@@ -78,6 +78,10 @@ class ImageProcessor:
                     f"{CONFIG_FILE}: {field} has {len(values)} values; image_mean and image_std "
                     "must both have 3 (RGB) or both 1 (grey)"
                 )
+        self._check_numbers()
+        self._check_sizes()
+
+    def _check_numbers(self) -> None:
         if any(std <= 0 for std in self.image_std):
             raise AstraError(f"{CONFIG_FILE}: image_std is {list(self.image_std)}; every value must be above 0")
         if self.do_rescale and self.rescale_factor <= 0:
@@ -87,6 +91,8 @@ class ImageProcessor:
                 f"{CONFIG_FILE}: rescale_factor {self.rescale_factor}, image_mean {list(self.image_mean)} and "
                 f"image_std {list(self.image_std)} make numbers beyond float32: correct them"
             )
+
+    def _check_sizes(self) -> None:
         for field, (height, width) in (("size", self.size), ("crop_size", self.crop_size or (1, 1))):
             if height * width > MAX_INPUT_PIXELS:
                 raise AstraError(

@@ -1,7 +1,7 @@
 """Columns of rows: which holds text, pictures or labels, and the classes that the labels are."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,10 @@ def choose_column(rows: Rows, name: str | None, fits: Callable[[Any], bool], wha
     found = [column for column, feature in rows.features.items() if fits(feature)]
     if len(found) != 1 and (called := _called(rows, what)):
         return called
+    return _only(rows, found, what)
+
+
+def _only(rows: Rows, found: Sequence[str], what: str) -> str:
     if len(found) > 1:
         raise AstraError(f"{rows.where} has several {what} columns, {', '.join(found)}: choose with --{what}-column")
     if not found:
@@ -50,16 +54,14 @@ def choose_text(rows: Rows, name: str | None, label_column: str | None) -> str:
 
     Raises AstraError where there is none or a choice, or where it holds no text.
     """
+    column = name or _called(rows, "text")
+    if column is not None:
+        return check_text(rows, column)
     labels = label_column or _called(rows, "label")
-    column = name if name is not None else _called(rows, "text")
-    if column is None:
-        texts = [column for column, feature in rows.features.items() if is_text(feature) and column != labels]
-        words = [column for column in texts if column not in rows.numeric]
-        words = words or (texts if labels else [])  # numbers are text where nothing else is left beside the labels
-        if len(words) == 1:
-            return words[0]
-        column = choose_column(rows, None, lambda feature: feature in [rows.features[c] for c in words], "text")
-    return check_text(rows, column)
+    texts = [column for column, feature in rows.features.items() if is_text(feature) and column != labels]
+    words = [column for column in texts if column not in rows.numeric]
+    words = words or (texts if labels else [])  # numbers are text where nothing else is left beside the labels
+    return _only(rows, words, "text")
 
 
 def check_text(rows: Rows, name: str) -> str:
@@ -133,17 +135,23 @@ def _named(rows: Rows, column: str) -> tuple[list[str], Int[np.ndarray, "rows"]]
     own = [str(value).strip() for value in rows.table.data.column(column).to_pylist()]
     if "" in own:
         _no_label(rows, own.index(""), column)
-    others = (table.data.column(column).unique().to_pylist() for table in rows.every() if column in table.features)
-    found = {str(value).strip() for of_split in others for value in of_split if value is not None} - {""} | set(own)
-    whole = {name: number[1] for name in found if (number := re.fullmatch(r"(-?[0-9]{1,18})(\.0+)?", name))}
-    if len(whole) == len(found):  # 1.0 is the class 1, and 01, too
-        whole = {name: str(int(number)) for name, number in whole.items()}
-    else:
-        whole = {name: name for name in found}
-    unlabelled = {name for name, number in whole.items() if re.fullmatch("-[0-9]+", number)}
-    names = in_order({number for name, number in whole.items() if name not in unlabelled})
-    place = {number: place for place, number in enumerate(names)}
-    return names, np.asarray([place.get(whole[name], -1) for name in own], np.int64)
+    there = set(own).union(*(_values(table, column) for table in rows.every() if column in table.features))
+    names_of = _as_numbers(there) or {value: value for value in there}
+    names = in_order({name for name in names_of.values() if not re.fullmatch("-[0-9]+", name)})
+    place = {name: place for place, name in enumerate(names)}
+    return names, np.asarray([place.get(names_of[value], -1) for value in own], np.int64)
+
+
+def _values(table: Any, column: str) -> set[str]:
+    found = table.data.column(column).unique().to_pylist()
+    return {str(value).strip() for value in found if value is not None} - {""}
+
+
+def _as_numbers(values: Iterable[str]) -> dict[str, str] | None:
+    """Whole numbers as they are written at their shortest: 1.0 is the class 1, and 01, too; None if one is none."""
+    found = {value: re.fullmatch(r"(-?[0-9]{1,18})(\.0+)?", value) for value in values}
+    numbers = {value: str(int(number[1])) for value, number in found.items() if number}
+    return numbers if len(numbers) == len(found) else None
 
 
 def _no_label(rows: Rows, row: int, column: str) -> None:

@@ -54,10 +54,7 @@ def read_pictures(folder: Path, files: Sequence[str], spec: str) -> Pictures:
     Raises:
       AstraError: there is no such split, fewer than two classes, or folders that are no splits and no classes.
     """
-    pictures = [file for file in files if suffix_of(file) in SUFFIXES]
-    splits, lost = _splits(folder, pictures)
-    left_out = kinds([file for file in files if suffix_of(file) not in SUFFIXES])
-    left_out |= {"pictures in other places": lost} if lost else {}
+    splits, left_out = _read(folder, files)
     names = in_order({name for split in splits.values() for name in split})
     if len(names) < 2:
         found = ", ".join(f"{count:,} {what}" for what, count in left_out.items())
@@ -75,15 +72,33 @@ def read_pictures(folder: Path, files: Sequence[str], spec: str) -> Pictures:
     return Pictures([f for f, _ in found_rows], [c for _, c in found_rows], tuple(names), of, left_out)
 
 
+def _read(folder: Path, files: Sequence[str]) -> tuple[dict[str, Split], dict[str, int]]:
+    """Split -> class -> pictures, and what else there is."""
+    pictures = [file for file in files if suffix_of(file) in SUFFIXES]
+    splits, lost = _splits(folder, pictures)
+    left_out = kinds([file for file in files if suffix_of(file) not in SUFFIXES])
+    return splits, left_out | ({"pictures in other places": lost} if lost else {})
+
+
 def _splits(folder: Path, pictures: list[str]) -> tuple[dict[str, Split], int]:
     """Split -> class -> pictures, and how many have no place among them."""
     places: dict[int, list[list[str]]] = {0: [], 1: [], 2: []}  # folders that pictures are in
     for file in pictures:
         places.setdefault(file.count(os.sep), []).append(file.split(os.sep))
     classes, splits = places[1], [place for place in places[2] if split_of(place[0])]
-    if places[2] and not splits and len(places[2]) >= len(classes):
+    _check_places(folder, places[2], splits, classes)
+    found: dict[str, Split] = {}
+    for place in splits or classes:
+        split, of_class = (split_of(place[0]) or "", place[1]) if splits else ("train", place[0])
+        found.setdefault(split, {}).setdefault(shown(of_class), []).append(os.sep.join(place))
+    return found, len(pictures) - len(splits or classes)
+
+
+def _check_places(folder: Path, deep: list[list[str]], splits: list[list[str]], classes: list[list[str]]) -> None:
+    """Raises AstraError where pictures are in folders of folders, or in splits, that no name or folder says more of."""
+    if deep and not splits and len(deep) >= len(classes):
         raise AstraError(
-            f"{folder}: its folders {_tops(places[2])} have folders of pictures, so they are no classes, and no splits "
+            f"{folder}: its folders {_tops(deep)} have folders of pictures, so they are no classes, and no splits "
             "by their names: call them train and test, or give one of them as --data"
         )
     if classes and not splits and all(split_of(place[0]) for place in classes):
@@ -91,11 +106,6 @@ def _splits(folder: Path, pictures: list[str]) -> tuple[dict[str, Split], int]:
             f"{folder}: its folders {_tops(classes)} are splits by their names, and have no folders of classes: "
             "FOLDER/SPLIT/CLASS/PICTURE is what is read"
         )
-    found: dict[str, Split] = {}
-    for place in splits or classes:
-        split, of_class = (split_of(place[0]) or "", place[1]) if splits else ("train", place[0])
-        found.setdefault(split, {}).setdefault(shown(of_class), []).append(os.sep.join(place))
-    return found, len(pictures) - len(splits or classes)
 
 
 def _tops(places: list[list[str]]) -> str:

@@ -87,9 +87,7 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
       AstraError: the data cannot be read, or the split does not exist.
     """
     wanted, path = names_of(split), Path(source).expanduser()
-    local = os.path.lexists(path)
-    if not local and (suffix_of(path) in KINDS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
-        raise AstraError(f"{source}: no such file or folder: check the path, or give a hub id such as owner/name")
+    local = _is_local(source, path)
     if separator == "":
         raise AstraError("--separator is empty: write what separates documents, or leave the option out")
     advice = "check the files and --split" if local else "no local folder has that name: check it, and the network"
@@ -112,6 +110,15 @@ def read(source: str, split: str, *, pictures: bool = False, separator: str | No
             left_out=found.left_out,
             notes=tuple(note for name in names for note in splits[name].notes),
         )
+
+
+def _is_local(source: str, path: Path) -> bool:
+    """Whether a source is there, and not one of the hub's. Raises AstraError where it can be neither."""
+    if os.path.lexists(path):
+        return True
+    if suffix_of(path) in KINDS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise AstraError(f"{source}: no such file or folder: check the path, or give a hub id such as owner/name")
+    return False
 
 
 def _rows(table: Any, part: Part) -> Any:
@@ -170,10 +177,7 @@ def _in_files(path: Path, split: str, pictures: bool, separator: str | None) -> 
     """The data in a file, or in files of a folder."""
     suffixes = [".parquet"] if pictures else list(KINDS)
     if not path.is_dir():
-        if suffix_of(path) not in suffixes:
-            raise AstraError(f"{path}: not a {' or '.join(suffixes)} file: give one, a folder or a hub id")
-        files = {split_of(path.stem) or split: [str(path.absolute())]}
-        return Found(list(files), _loader(KINDS[suffix_of(path)], files, separator), {})
+        return _in_file(path, split, suffixes, separator)
     inside = [file for file in walk(path) if file != "README.md"]
     data = [file for file in inside if suffix_of(file) in suffixes and os.path.basename(file) != "metadata.parquet"]
     if data:
@@ -186,6 +190,14 @@ def _in_files(path: Path, split: str, pictures: bool, separator: str | None) -> 
         raise AstraError(f"{path}: the folder has no {' or '.join(suffixes)} files: give another one")
     files = _picture_files(path)
     return Found(list(files), lambda names: _load("imagefolder", data_files=files), {})
+
+
+def _in_file(path: Path, split: str, suffixes: list[str], separator: str | None) -> Found:
+    """The data in a file: the split that its name says, else the one that is asked for."""
+    if suffix_of(path) not in suffixes:
+        raise AstraError(f"{path}: not a {' or '.join(suffixes)} file: give one, a folder or a hub id")
+    files = {split_of(path.stem) or split: [str(path.absolute())]}
+    return Found(list(files), _loader(KINDS[suffix_of(path)], files, separator), {})
 
 
 def _splits(files: Sequence[str]) -> dict[str, list[str]]:
@@ -236,9 +248,7 @@ def _described(source: str, folder: Path | None, separator: str | None) -> Found
     kind, config = builder.name, builder.config
     files = {str(split): [str(file) for file in found] for split, found in (config.data_files or {}).items()}
     if folder:
-        for file in (file for of_split in files.values() for file in of_split):
-            if allowed(file.split("::")[-1], folder) is None:
-                raise AstraError(f"{folder / 'README.md'} lists {file}, which is no file in the folder: correct it")
+        _check_card(folder, files)
     splits = list(files) or [str(split) for split in builder.info.splits or ()]
     if kind in ("csv", "text"):
         delimiter = getattr(config, "sep", None)
@@ -257,6 +267,13 @@ def _described(source: str, folder: Path | None, separator: str | None) -> Found
         features = builder.info.features
         return Found(splits, lambda names: _load(kind, data_files=_only(wanted, names), features=features), {})
     return Found(splits, lambda names: _load(str(folder) if folder else source), {})
+
+
+def _check_card(folder: Path, files: dict[str, list[str]]) -> None:
+    """Raises AstraError where a card lists files that are not in its folder."""
+    for file in (file for of_split in files.values() for file in of_split):
+        if allowed(file.split("::")[-1], folder) is None:
+            raise AstraError(f"{folder / 'README.md'} lists {file}, which is no file in the folder: correct it")
 
 
 def _loader(
