@@ -356,7 +356,7 @@ def test_costs_are_of_the_codes_that_reach_it(tiny, tmp_path, capsys):
         ("--rate 20mbit --groups 3", "groups is 3, which does not divide"),
         ("--rate 20mbit --accuracy-budget 1", "--accuracy-budget needs to know what is lost: give --accuracy FILE"),
         ("--rate 20mbit --accuracy-budget -1 --accuracy x.json", "--accuracy-budget is -1; it must be at least 0"),
-        ("--rate 20mbit --accuracy-budget nan --accuracy x.json", "--accuracy-budget is 'nan'"),
+        ("--rate 20mbit --accuracy-budget nan --accuracy x.json", "--accuracy-budget is nan"),
         ("--rate 20mbit --accuracy nowhere/x.json", "nowhere: has no x.json"),
         ("--rate 20mbit --json nowhere/x.json", "the folder nowhere does not exist"),
     ],
