@@ -186,6 +186,10 @@ def check_simulation(args: Args) -> Args:
             f"{wanted[0]} simulates the exchange of codes, which strategy {args.strategy} does not do: "
             "use strategy astra, or leave the option out"
         )
+    if wanted and args.several != Hosts():
+        raise AstraError(
+            f"{wanted[0]} is simulated on one device: run it on one host, without --coordinator, --hosts and --host"
+        )
     return dataclasses.replace(args, virtual=bool(wanted))
 
 

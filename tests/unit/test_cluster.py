@@ -1,6 +1,9 @@
 """Several hosts: options and addresses. That they compute together is in tests/multihost."""
 
+import os
+import queue
 import threading
+import time
 
 import pytest
 
@@ -143,3 +146,27 @@ def test_one_host_agrees_with_itself(monkeypatch):
     assert cluster.agreed(lambda: 2, True, lambda two: two + 1) == (2, [3])
     with pytest.raises(ZeroDivisionError):
         cluster.agreed(lambda: 1 / 0, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "straight"),
+    [({}, "10.0.0.1"), ({"no_proxy": "a,b"}, "a,b,10.0.0.1"), ({"no_proxy": "a", "no_grpc_proxy": "c"}, "c,10.0.0.1")],
+    ids=str,
+)
+def test_jax_goes_past_proxies_to_host_0(monkeypatch, given, straight):
+    """What else is to go straight stays so, and what is to go by a proxy, as downloads are."""
+    by_proxy = {"http_proxy": "http://proxy:1", **given}
+    monkeypatch.setattr(os, "environ", {**by_proxy, "GRPC_ADDRESS_HTTP_PROXY": "proxy:1"})
+    cluster._past_proxies("10.0.0.1")
+    assert os.environ == {**by_proxy, "no_grpc_proxy": straight}
+
+
+def test_what_takes_too_long_ends_this_host(monkeypatch):
+    said = queue.Queue()
+    monkeypatch.setattr(cluster, "abandon", said.put)
+    with cluster._within(0.01, "JAX did not connect"):
+        assert said.get(timeout=10) == "JAX did not connect within 0.01 s: is a firewall between them?"
+    with cluster._within(0.2, "never said"):
+        pass
+    time.sleep(0.4)
+    assert said.empty()

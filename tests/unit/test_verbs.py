@@ -306,6 +306,10 @@ BAD = {
     "nothing is predicted": ("eval {place}/tuned {data} --loss 0.1 --lost predicted", "no predictor.*--lost masked"),
     "seeds of no loss": ("eval {place}/tuned {data} --seeds 2", "--seeds .* give --loss"),
     "loss within one device": ("eval {place}/tuned {data} --loss 0.1 --devices 1", "--loss is for several devices"),
+    "virtual shards on hosts": (
+        "eval {place}/tuned {data} --virtual --coordinator 127.0.0.1:7777 --hosts 2 --host 0",
+        "--virtual is simulated on one device: run it on one host, without --coordinator",
+    ),
     "loss of no exchange": ("eval {place}/tuned {data} --loss 0.1 --strategy single", "--loss is for several devices"),
     "loss of no codes": ("eval {place}/tuned {data} --loss 0.1 --strategy sp", "--loss .* strategy sp does not"),
     "virtual heads": ("eval {place}/tuned {data} --virtual --strategy tp", "--virtual .* strategy tp does not"),
