@@ -39,7 +39,8 @@ def check_text(option: str, value: Any) -> None:
 
 def longest(config: Any) -> int:
     """The most tokens of a text that a model of this configuration takes."""
-    return getattr(config, "max_seq_length", None) or config.max_position_embeddings
+    limit = config.max_position_embeddings
+    return min(getattr(config, "max_seq_length", None) or limit, limit)
 
 
 def bucket(T: int, limit: int) -> int:

@@ -1,5 +1,6 @@
 """What sentence-transformers writes beside a model: read in the words of every version, kept by export, or refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import checkpoints
 from astra_jax.cli import main
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.text import longest
 from checkpoints import huggingface
 from checkpoints.keys import build, flat_state, with_state
 from checkpoints.sentences import Sentences, check_width, read_sentences, sentence_names, sentence_notes
@@ -106,6 +108,11 @@ def test_every_version_is_read(tmp_path: Path) -> None:
 def test_a_pooling_in_the_words_of_today(spelling: Any, ours: str, tmp_path: Path) -> None:
     write(tmp_path, NEW, **{"1_Pooling": {"pooling_mode": spelling}})
     assert read_sentences(tmp_path).pooling == ours
+
+
+@pytest.mark.parametrize(("said", "limit"), [(None, 16), (12, 12), (16, 16), (512, 16)])
+def test_no_text_is_longer_than_the_model_has_positions(said: int | None, limit: int) -> None:
+    assert longest(dataclasses.replace(BERT, max_seq_length=said)) == limit
 
 
 @pytest.mark.parametrize("limit", [None, 10**30, True, "12"])
