@@ -123,3 +123,53 @@ def test_workers_go_on_with_texts(place):
         processes[2].kill()
         _, said = processes[0].communicate(timeout=20)
         assert said.splitlines()[-1] == "astra: error: host 2 is gone: its process ended or was killed"
+
+
+def failing(place, lines):
+    """A PYTHONPATH with which host 1 does this when it starts."""
+    (place / "site").mkdir()
+    lines = ["import sys", "if sys.orig_argv[-2:] == ['--host', '1']:", *(f"    {line}" for line in lines)]
+    (place / "site" / "sitecustomize.py").write_text("\n".join(lines))
+    return f"{place / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_host_alone_is_the_answer_and_no_end(place):
+    """Host 1 has no room for three prompts: host 0 must not go on to a collective that host 1 does not come to."""
+    path = failing(
+        place,
+        [
+            "from astra_jax import text",
+            "def pad(sequences, *rest, pad=text.pad):",
+            "    if len(sequences) == 3:",
+            "        raise MemoryError('no room on this host')",
+            "    return pad(sequences, *rest)",
+            "text.pad = pad",
+        ],
+    )
+    few = ["--max-new-tokens", 2]
+    with workers(place / "llama", hosts=2, PYTHONPATH=path) as (coordinator, processes):
+        for _ in range(2):
+            message = run(place, place / "llama", "--prompt", *"abc", *few, "--workers", coordinator, code=2)
+            assert message == "astra: error: host 1: MemoryError: no room on this host"
+            found = run(place, place / "llama", "--prompt", *"ab", *few, "--workers", coordinator)
+            assert len(found["texts"]) == len(found["hosts"]) == 2
+        assert [process.poll() for process in processes] == [None] * 2
+
+
+@pytest.mark.slow
+def test_a_host_that_leaves_others_in_a_collective_says_so(place):
+    """Nothing reaches these there: all end, who asked is told why, and nobody waits without end."""
+    path = failing(
+        place,
+        [
+            "from astra_jax.generate import Generator",
+            "def tokens(*arguments):",
+            "    raise RuntimeError('a bug')",
+            "Generator.tokens = tokens",
+        ],
+    )
+    with workers(place / "llama", hosts=2, PYTHONPATH=path) as (coordinator, processes):
+        message = run(place, place / "llama", "--prompt", "w1", "--workers", coordinator, code=2)
+        assert message == "astra: error: host 1 ended with an error: Torn: RuntimeError: a bug"
+        assert [process.wait(20) for process in processes] == [2, 2]
