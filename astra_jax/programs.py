@@ -6,6 +6,7 @@ machines of different kinds may share a home. Ours are the folder, and how files
 """
 
 import contextlib
+import hashlib
 import os
 import stat
 import warnings
@@ -21,6 +22,7 @@ from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.terminal import complain, one_line
 
+_DIGEST = hashlib.sha256().digest_size
 MOST_BYTES = 1 << 28  # our choice: a program takes 2 to 70 KiB on a CPU
 
 
@@ -41,9 +43,12 @@ class Programs(CacheInterface):
         self._path, self._most, self._tidy = path, most, False
 
     def get(self, key: str) -> bytes | None:
-        """What was put there; None for nothing."""
+        """What was put there; None for nothing, and for what is not as it was written: it would be run."""
         with contextlib.suppress(OSError):
-            value = self._file(key).read_bytes()
+            content = self._file(key).read_bytes()
+            digest, value = content[:_DIGEST], content[_DIGEST:]
+            if digest != hashlib.sha256(value).digest():
+                return None
             with contextlib.suppress(OSError):
                 os.utime(self._file(key))  # when it was last used
             return value
@@ -55,7 +60,7 @@ class Programs(CacheInterface):
             if not self._tidy:
                 self._tidy = True
                 self._remove_oldest()
-            write_atomically(self._file(key), value)
+            write_atomically(self._file(key), hashlib.sha256(value).digest() + value)
 
     def _file(self, key: str) -> Path:
         return self._path / f"{key}-cache"

@@ -42,6 +42,7 @@ from checkpoints.store import META, Checkpoint
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PREPROCESSING, GENERATION = "preprocessor_config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+UNFINISHED = f".{WEIGHTS}.*"  # what a killed export left
 # In the metadata of an exported model.safetensors: the mark of a folder that may be overwritten.
 MARK = {"format": "pt", "written_by": "astra-jax"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -361,9 +362,13 @@ def tensors_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.nda
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder was written by `write_folder`, and so may be overwritten."""
+    """Whether a folder was written by `write_folder`, also if that was killed, and so may be overwritten."""
+    return any(map(_is_marked, (folder / WEIGHTS, *folder.glob(UNFINISHED))))
+
+
+def _is_marked(weights: Path) -> bool:
     try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+        with safe_open(weights, framework="numpy") as file:
             return (file.metadata() or {}).get("written_by") == MARK["written_by"]
     except (SafetensorError, OSError):
         return False
@@ -385,7 +390,7 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
     out, dtype = Path(out), dtype or checkpoint.dtype
     if dtype not in DTYPES.values():
         raise AstraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES.values())}")
-    if not is_empty(out) and not is_export(out):
+    if not is_empty(out, but_for=(UNFINISHED,)) and not is_export(out):
         raise AstraError(f"{out}: is not empty and no earlier export: choose another output folder")
     contents = {
         CONFIG: config_to_hf(checkpoint, dtype),
@@ -398,11 +403,17 @@ def write_folder(checkpoint: Checkpoint, out: Path | str, dtype: str | None = No
         contents |= sentence_files(checkpoint.config)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        left = [*out.glob(UNFINISHED)]
         with replacing(out / WEIGHTS) as temporary:
             save_file(dict(tensors_of(checkpoint, dtype)), temporary, metadata=MARK)
-        if files is not None:
-            copy_companions(files, out)
-        for name, content in contents.items():
-            if content is not None:
-                (out / name).parent.mkdir(exist_ok=True)
-                write_atomically(out / name, json.dumps(content, indent=2) + "\n")
+            # While other files change there are no weights: what a killed export leaves is no model, rather than the
+            # weights of one with the tokenizer of another.
+            (out / WEIGHTS).unlink(missing_ok=True)
+            if files is not None:
+                copy_companions(files, out)
+            for name, content in contents.items():
+                if content is not None:
+                    (out / name).parent.mkdir(exist_ok=True)
+                    write_atomically(out / name, json.dumps(content, indent=2) + "\n")
+        for file in left:
+            file.unlink(missing_ok=True)

@@ -120,7 +120,13 @@ def test_programs_are_found_and_written_over(tmp_path):
     kept.put(KEY, b"cut sh")
     kept.put(KEY, b"whole")
     assert Programs(tmp_path).get(KEY) == b"whole"
-    assert len(list(tmp_path.iterdir())) == 1
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for place in (0, 31, 32, -1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        file.write_bytes(damaged)
+        assert Programs(tmp_path).get(KEY) is None, "what has a flipped bit is not run"
 
 
 def test_those_that_were_not_used_for_longest_go_first(tmp_path):
@@ -131,7 +137,7 @@ def test_those_that_were_not_used_for_longest_go_first(tmp_path):
     (tmp_path / ".tmpkilled").write_bytes(bytes(100))  # what a killed process left
     os.utime(tmp_path / ".tmpkilled", (990, 990))
     assert kept.get("d")  # which makes it the youngest
-    kept = Programs(tmp_path, most=250)
+    kept = Programs(tmp_path, most=350)  # two of 132 bytes each
     kept.put("e", bytes(100))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "d-cache", "e-cache"]
 

@@ -23,7 +23,7 @@ import pytest
 import checkpoints
 from astra_jax.errors import AstraError
 from astra_jax.models.gpt2 import GPT2Config
-from checkpoints import lock, store
+from checkpoints import huggingface, lock, store
 from checkpoints.keys import build, flat_state, with_state
 from checkpoints.parts import cut, digest
 
@@ -161,6 +161,34 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(
 def test_a_kill_at_any_operation(killer: Killer, make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path) -> None:
     found = kills(killer, make, tmp_path, 1)
     assert found["old"] >= 20 and found["new"] >= 4, found
+
+
+def test_a_killed_export_is_whole_or_no_model(
+    killer: Killer, make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path
+) -> None:
+    old, new, found = make(5), make(9), []
+    huggingface.write_folder(old, tmp_path / "old")
+    for operations in itertools.count(0):
+        path = tmp_path / f"{operations}"
+        shutil.copytree(tmp_path / "old", path)
+        with killer.after(operations, path):
+            huggingface.write_folder(new, path)
+        try:
+            weights = flat_state(huggingface.read(str(path)).model)["norm.scale"]
+            which = [bool(jnp.array_equal(weights, one.model.norm.scale[...])) for one in (old, new)]
+            files = (old if which[0] else new).tokenizer_files
+            assert sum(which) == 1 and files
+            assert (path / "tokenizer.json").read_bytes() == (files / "tokenizer.json").read_bytes()
+            found.append("old" if which[0] else "new")
+        except AstraError as error:
+            assert "has neither model.safetensors nor" in str(error)
+            found.append("none")
+        if not killer.dead:
+            break
+        huggingface.write_folder(new, path)  # what was left is no obstacle, and is removed
+        assert huggingface.read(str(path)) and not list(path.glob(".model*"))
+        shutil.rmtree(path)
+    assert {*found} == {"old", "none", "new"} and found[-1] == "new"
 
 
 def test_ctrl_c_tidies_up(make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path) -> None:
