@@ -21,7 +21,6 @@ STRANGE = {
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
 }
-ADVICE = "must be"
 
 
 def astra(*words, cwd, stdout=subprocess.PIPE, unset=(), **variables):
@@ -148,11 +147,6 @@ def test_verbs_do_what_they_do_in_any_environment(gpt2s, verb):
     code, out, err = astra(
         *words, cwd=place, unset=unset, HOME="/proc/none", LC_ALL="C", PYTHONIOENCODING="latin-1", **STRANGE
     )
-    assert code in (0, 2), err
-    assert b"Traceback" not in err
-    lines = [line for line in err.decode().splitlines() if line.startswith("astra: ")]
-    assert lines[0].endswith("is ignored: no program of astra is made for it")
-    if code == 2:
-        assert len(lines) == 2 and ADVICE in lines[1], lines
-    else:
-        assert len(lines) == 1 and out
+    assert code == 0 and out, err
+    (line,) = (line for line in err.decode().splitlines() if line.startswith("astra: "))
+    assert line.endswith("is ignored: no program of astra is made for it")
