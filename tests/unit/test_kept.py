@@ -140,7 +140,7 @@ def test_results_are_kept_for_the_same_bytes_and_options(place, monkeypatch):
 
 def test_workers_say_that_the_checkpoint_is_another_one_now(place):
     path = place / "original"
-    engine = SimpleNamespace(name=str(path), checkpoint=checkpoints.load(path), _shrink=None)
+    engine = SimpleNamespace(name=str(path), checkpoint=checkpoints.load(path), images=False)
     assert Answerer.shrink(engine, Request(prompts=("w1",))) == Request(prompts=("w1",))
     change(path)
     with pytest.raises(AstraError, match="original is another checkpoint now than was loaded: start the workers again"):
