@@ -152,6 +152,9 @@ class ImageProcessor:
             allowed = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in sorted(Image.Resampling))
             raise AstraError(f"{CONFIG_FILE}: resample is {given['resample']!r}; it must be one of {allowed}")
 
+        factor = given.get("rescale_factor", 1 / 255)
+        if not _is_number(factor):
+            raise AstraError(f"{CONFIG_FILE}: rescale_factor is {factor!r}; it must be a finite number")
         mean, std = (_numbers(given.get(key, 0.5), key) for key in ("image_mean", "image_std"))
         return cls(
             size=_pixels(given["size"], "size"),
@@ -159,7 +162,7 @@ class ImageProcessor:
             do_resize=given.get("do_resize", True),
             resample=int(given["resample"]),
             do_rescale=given.get("do_rescale", True),
-            rescale_factor=_numbers(given.get("rescale_factor", 1 / 255), "rescale_factor")[0],
+            rescale_factor=float(factor),
             do_normalize=given.get("do_normalize", True),
             image_mean=mean,
             image_std=std,

@@ -17,7 +17,8 @@ ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 BOUNDS = {
     "rope_theta": (1, 1e15),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), (1e-6, 1e9)),
-    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), (0, 1e9)),
+    **dict.fromkeys(("beta_fast", "beta_slow"), (1e-6, 1e9)),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), (-1e-6, 1e9)),  # 0 is none
     "original_max_position_embeddings": (-1, LARGEST),
 }
 

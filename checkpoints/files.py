@@ -55,7 +55,7 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
 
 def is_plain_name(name: Any) -> bool:
     """Whether `name`, which came from a file, names something directly inside that file's folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
 
 
 # What file browsers, systems and NFS leave in folders, which is no part of anything.

@@ -149,7 +149,8 @@ def _modules(folder: Path) -> dict[str, str]:
     kinds = [re.sub(r"^sentence_transformers\..*\.", "", module["type"]) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise AstraError(
-            f"{where}: has the modules {', '.join(kinds)}; supported are Transformer and Pooling, and then Normalize"
+            f"{where}: has the modules {', '.join(map(shown, kinds))}; supported are Transformer and Pooling, and then "
+            "Normalize"
         )
     paths = [module.get("path", "") for module in modules]
     if paths[0] != "":
@@ -162,6 +163,11 @@ def _modules(folder: Path) -> dict[str, str]:
     if (folder / paths[-1] / "config.json").is_file() and kinds[-1] == "Normalize":
         _only(folder / paths[-1] / "config.json", ("module_input_name",), also=("module_output_name",))
     return dict(zip(kinds, paths, strict=True))
+
+
+def shown(name: str) -> str:
+    """A name as it is, or in quotes where a line cannot show it."""
+    return name if name.isprintable() else shorten(name)
 
 
 def _only(where: Path, names: tuple[str, ...], also: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -265,6 +265,9 @@ def test_an_image_processor_has_no_field_that_is_not_known() -> None:
             assert ImageProcessor.from_hf(getattr(transformers, name)().to_dict())
     with pytest.raises(AstraError, match="has crop_pct 0.875, which is not known"):
         ImageProcessor.from_hf({"crop_pct": 0.875})
+    for factor in ([], [0.5, 0.25]):
+        with pytest.raises(AstraError, match="rescale_factor is .*; it must be a finite number"):
+            ImageProcessor.from_hf({"rescale_factor": factor})
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression", None])

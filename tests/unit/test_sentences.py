@@ -161,6 +161,12 @@ def test_a_prompt_that_is_not_pooled_is_refused(tmp_path: Path) -> None:
     assert read_sentences(tmp_path).prompt == ""
 
 
+@pytest.mark.parametrize("change", [{"type": "a\nb"}, {"path": "a\nb"}])
+def test_names_that_a_line_cannot_show(change: dict[str, str], tmp_path: Path) -> None:
+    first, second = OLD["modules.json"]
+    assert "a\\nb" in fault(write(tmp_path, OLD | {"modules.json": [first, second | change]}))
+
+
 def test_modules_with_arguments_are_refused(tmp_path: Path) -> None:
     first, *rest = OLD["modules.json"]
     assert "has kwargs ['task'], which is not" in fault(
