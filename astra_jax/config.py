@@ -74,6 +74,9 @@ class AstraConfig:
             value, allowed = getattr(self, field), get_args(choices)
             if value not in allowed:
                 raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+        for field, numbers in (("widths", self.widths), ("levels", self.levels)):
+            if not isinstance(numbers, tuple | list):
+                raise AstraError(f"{field} is {numbers!r}; it must be a list of whole numbers")
         expected = self.groups if self.rotated else 0
         if len(self.widths) != expected or not all(map(_whole, self.widths)):
             raise AstraError(

@@ -1,12 +1,13 @@
 """Text <-> token ids, by the tokenizer that came with a checkpoint (`transformers`, without torch)."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from astra_jax.errors import AstraError
+from astra_jax.errors import AstraError, first_line
 from astra_jax.files import in_utf8
 
 # What a tokenizer's files may be called; nothing else of a folder is copied or read.
@@ -42,6 +43,19 @@ def own_class(folder: Path) -> str | None:
     return next((str(name) for name in reversed(names) if name), None)
 
 
+@contextlib.contextmanager
+def _failing(folder: Path, what: str) -> Iterator[None]:
+    """Turns what the libraries of tokenizers raise into an AstraError that says `what` failed."""
+    try:
+        yield
+    except AstraError:
+        raise
+    except BaseException as error:  # of many kinds: JSON, missing files, missing sentencepiece, panics of Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise AstraError(f"{folder}: {what} ({first_line(error)[:160]}): are its files damaged?") from error
+
+
 def _read(folder: Path, lower: bool, plain: bool) -> Any:
     """The tokenizer of `transformers` in a folder; `plain` reads its tokenizer.json, whatever else it asks for.
 
@@ -51,20 +65,18 @@ def _read(folder: Path, lower: bool, plain: bool) -> Any:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it comments on a missing torch and on config.json, which do not matter here
     try:
-        # takes over a second: only for those who read text
-        from tokenizers.normalizers import Lowercase, Sequence
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        with _failing(folder, "the tokenizer cannot be read"):
+            # takes over a second: only for those who read text
+            from tokenizers.normalizers import Lowercase, Sequence
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        kind: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
-        with in_utf8(folder) as where:
-            inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
-        if lower:
-            backend = inner.backend_tokenizer
-            backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
-        return inner
-    except Exception as error:  # of many kinds: JSON, tokenizers, missing files, missing sentencepiece
-        reason = str(error).strip().split("\n")[0][:160]
-        raise AstraError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})") from error
+            kind: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
+            with in_utf8(folder) as where:
+                inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+            if lower:
+                backend = inner.backend_tokenizer
+                backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
+            return inner
     finally:
         logging.disable(disabled)
 
@@ -115,7 +127,8 @@ class Tokenizer:
           AstraError: the text has one of the tokens `beyond` the model's vocabulary.
         """
         cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
-        ids = self._inner(self._prompt + text, verbose=False, **cut)["input_ids"]
+        with _failing(self._folder, "the tokenizer cannot read a text"):
+            ids = self._inner(self._prompt + text, verbose=False, **cut)["input_ids"]
         if self.beyond and max(ids, default=0) >= self._vocab_size:
             token = next(token for token, id in self.beyond.items() if id in ids)
             raise AstraError(
@@ -128,7 +141,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        with _failing(self._folder, "the tokenizer cannot write a text"):
+            return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, prompt: Sequence[int] = ()) -> Callable[[int], str]:
         """A function from one id after the other to the text that it adds behind the prompt's ids: empty while a

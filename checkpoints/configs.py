@@ -109,8 +109,9 @@ def config_from_hf(
             values[field.name] = _rotary(hf_config, values["max_position_embeddings"], where)
             continue
         if field.name in aliases:
-            value = one_value(hf_config, (field.name, aliases[field.name]), where)
-            value = field.default if value is None else value
+            names = (field.name, aliases[field.name])
+            value = one_value(hf_config, names, where)
+            value = value if any(name in hf_config for name in names) else field.default
         else:
             value = values.setdefault(field.name, hf_config.get(field.name, field.default))
         if field.name in ("image_size", "patch_size"):
@@ -119,6 +120,11 @@ def config_from_hf(
     config: Any = from_dict(cls, values | dict(derived or {}), str(where))
     if classifies(config):
         problem_of(hf_config, config.num_labels, where)
+        if hf_config.get("num_labels", config.num_labels) != config.num_labels:
+            raise AstraError(
+                f"{where}: num_labels is {shorten(hf_config['num_labels'])}, but id2label names {config.num_labels} "
+                "classes: correct the wrong one"
+            )
     return config, labels if classifies(config) else None
 
 
@@ -246,7 +252,7 @@ def _square(name: str, value: Any, where: Path) -> Any:
     """A size, which Hugging Face also writes as [height, width]."""
     if not isinstance(value, list):
         return value
-    if len(value) != 2 or value[0] != value[1]:
+    if len(value) != 2 or value[0] != value[1] or type(value[0]) is not type(value[1]):
         raise AstraError(f"{where}: {name} is {shorten(value)}; only squares, as one number or [n, n], are supported")
     return value[0]
 
@@ -283,5 +289,6 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         names = checkpoint.labels or [f"LABEL_{c}" for c in range(ours.num_labels)]
         content["id2label"] = {str(c): name for c, name in enumerate(names)}
         content["label2id"] = {name: c for c, name in enumerate(names)}
+        content.pop("num_labels", None)  # the names say it
     # Older versions of transformers call it torch_dtype.
     return content | {name: dtype for name in ("dtype", "torch_dtype") if name in content}

@@ -310,6 +310,7 @@ def test_only_safetensors_are_read(folder: Path) -> None:
         ({"architectures": None, "model_type": "resnet"}, "known are BertForSequenceClassification, "),
         ({"architectures": [[]], "model_type": "vit"}, "known are BertForSequenceClassification, "),
         ({"image_size": [8, 16]}, "only squares"),
+        ({"image_size": [8, 8.0]}, "only squares"),
         ({"hidden_size": "8"}, "hidden_size is '8'"),
         ({"layer_norm_eps": None}, "layer_norm_eps is None"),
         ({"hidden_act": "swoosh"}, "hidden_act is 'swoosh'"),
@@ -491,6 +492,12 @@ def test_a_tied_head_that_is_stored_too(name: str, embedding: str, prefix: str, 
             "has full_attention {'rope_theta': 1.0}, which",
         ),
         ("llama", {"rope_parameters": [1]}, "rope_parameters is [1]"),
+        ("gpt2", {"n_positions": None}, "n_positions is None"),
+        (
+            "bert, classes",
+            {"num_labels": 7, "id2label": {"0": "a", "1": "b"}},
+            "num_labels is 7, but id2label names 2 classes",
+        ),
         ("llama", {"rope_parameters": {"rope_theta": -1.0}}, "rope_theta of the rotary embedding is -1.0"),
         ("llama", {"architectures": ["LlamaModel"]}, "known are BertForSequenceClassification, BertModel, GPT2"),
         (
@@ -678,10 +685,11 @@ def test_an_export_to_a_full_disk(
 
 def test_changed_labels_are_exported(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> None:
     hf_config = configs.config_to_hf(checkpoint, "float32") | {"id2label": {"0": "old"}, "torch_dtype": "float32"}
+    hf_config["num_labels"] = 1  # transformers would go by it, and have a head of another shape
     changed = dataclasses.replace(checkpoint, hf_config=hf_config)
     assert changed.hf_config["id2label"] == {"0": "old"}
     content = configs.config_to_hf(changed, "bfloat16")
-    assert content["id2label"] == {"0": "cat", "1": "dog", "2": "emu"}
+    assert content["id2label"] == {"0": "cat", "1": "dog", "2": "emu"} and "num_labels" not in content
     assert content["dtype"] == content["torch_dtype"] == "bfloat16"
 
 

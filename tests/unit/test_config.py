@@ -47,6 +47,8 @@ def test_the_width_of_a_group():
         ({"codewords": float("nan")}, "codewords is nan", "a power of two from 2 to 65536", "try 1024"),
         ({"codewords": float("inf")}, "codewords is inf", "a power of two from 2 to 65536", "try 1024"),
         ({"codewords": True}, "codewords is True", "a power of two from 2 to 65536", "try 2"),
+        ({"widths": 2}, "widths is 2", "it must be a list", "of whole numbers"),
+        ({"levels": "a"}, "levels is 'a'", "it must be a list", "of whole numbers"),
         ({"groups": True}, "groups is True", "a whole number of at least 1", "try 1, 8 or 32"),
         ({"groups": 2**31}, "groups is 2147483648", "a whole number", "try 1, 8 or 32"),
         ({"codewords": 131_072}, "codewords is 131072", "a power of two from 2 to 65536", "try 65536"),

@@ -223,3 +223,18 @@ def test_bytes_that_are_no_text_do_not_end_a_stream():
     tokenizer = Tokenizer(SHARED / "stories260k", 512)
     step = tokenizer.stream()
     assert [step(token) for token in (351, 85, 195, 453)][-1].endswith(tokenizer.decode([453]))
+
+
+def test_a_tokenizer_that_fails_at_a_text_only(tmp_path):
+    """Its files can be read, and the token for unknown words is not among its words."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, pre_tokenizers
+
+    inner = Inner(models.WordPiece({"hello": 0}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer = Tokenizer(tmp_path, 8)
+    assert tokenizer.encode("hello") == [0]
+    with pytest.raises(AstraError, match=r"the tokenizer cannot read a text \(Exception: .*\): are its files damaged"):
+        tokenizer.encode("hello world")
