@@ -1,10 +1,10 @@
-# make demo | paper | lab | bench | test | test-all | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+# make demo | paper | lab | bench | test | test-all | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo paper lab bench test test-all lint venv clean
+.PHONY: demo paper lab bench test test-all fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -27,6 +27,10 @@ test: .venv/installed-test
 # Slow tests run one by one: several hosts of their own each, the lab, and limits of time.
 test-all: test
 	@$(BIN)/python -m pytest -m slow
+
+# 100,000 mutations of everything that is read, always the same ones: hours.
+fuzz: .venv/installed-test
+	@ASTRA_FUZZ=100000 $(BIN)/python -m pytest -m slow tests/fuzz
 
 lint: .venv/installed-lint
 	@$(BIN)/ruff check -q

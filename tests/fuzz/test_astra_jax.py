@@ -1,0 +1,299 @@
+"""Mutations of what `astra_jax` reads: lists and addresses of options, pictures and their preprocessing, tokenizers,
+messages between processes and hosts."""
+
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+import socket
+import typing
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from astra_jax import meeting
+from astra_jax.arguments import Integers, Numbers, Texts
+from astra_jax.config import codec_and_predictor
+from astra_jax.hosts import Hosts, parse_address
+from astra_jax.line import Line
+from astra_jax.near import near_of
+from astra_jax.preprocess import MAX_PIXELS, ImageProcessor, decode_image
+from astra_jax.sharding import parse_devices
+from astra_jax.tokenizer import Tokenizer
+from tests.fuzz.harness import REFUSED, attempt, fuzz
+from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+# Options
+
+
+def parsed(kind, text):
+    """What an option with a list gets of a text."""
+    return typing.get_args(kind)[1].instance_from_str([text])
+
+
+@fuzz
+@given(lines("1,16,32", "4", "8, 16"))
+def test_lists_of_integers(text):
+    found = attempt("a list of whole numbers", parsed, Integers, text)
+    if found is not REFUSED:
+        assert re.fullmatch(r"[+-]?\d+(,[+-]?\d+)*", "".join(text.split()), re.ASCII) and found
+        assert all(type(number) is int and abs(number) < 2**63 for number in found)
+
+
+@fuzz
+@given(lines("1,1,0.5", "0.25", "1e-3, 2"))
+def test_lists_of_numbers(text):
+    found = attempt("a list of numbers", parsed, Numbers, text)
+    if found is not REFUSED:
+        assert "".join(text.split()).isascii() and "_" not in text and found
+        assert all(type(number) is float and math.isfinite(number) for number in found)
+
+
+@fuzz
+@given(lines("10mbit,20mbit", "on", "astra, sp"))
+def test_lists_of_texts(text):
+    found = attempt("a list of texts", parsed, Texts, text)
+    assert found is REFUSED or (found and all(word and word == word.strip() for word in found))
+
+
+@fuzz
+@given(lines("4", "2x4", "16x1"))
+def test_devices(text):
+    found = attempt("--devices", parse_devices, text)
+    assert found is REFUSED or (
+        re.fullmatch(r"(\d+x)?\d+", text.strip(), re.ASCII) and all(0 < number < 2**31 for number in found)
+    )
+
+
+@fuzz
+@given(lines("10.0.0.1:7777", "127.0.0.1:65534", "[::1]:7777"))
+def test_addresses(text):
+    asked = []
+
+    def look_up(name, *rest, **options):  # as without a network: only addresses are known
+        asked.append(name)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (socket.inet_ntoa(socket.inet_aton(name)), 0))]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", look_up)
+        found = attempt("--coordinator", parse_address, text, False)
+    if found is not REFUSED:
+        assert text.strip().isascii() and 0 < found[1] < 65535 and asked
+        assert not meeting.ipaddress.ip_address(found[0]).is_global
+
+
+@fuzz
+@given(lines("0,1/2,3", "0,1", "5,4/3,2,1"), st.sampled_from((0, 1, 4)))
+def test_neighbourhoods(text, far_groups):
+    near = attempt("--near", near_of, text, far_groups)
+    if near is not REFUSED:
+        assert re.fullmatch(r"[\d,/+-]*", "".join(text.split()), re.ASCII)
+        named = [device for devices in near.neighbourhoods for device in devices]
+        assert len(set(named)) == len(named) and all(abs(device) < 2**32 for device in named)
+
+
+@fuzz
+@given(lines("vq", "nested-pq+mlp", "rotated-pq+diagonal"))
+def test_codecs(text):
+    found = attempt("a codec's name", codec_and_predictor, text)
+    assert found is REFUSED or "+".join(found).removesuffix("+none") == text.removesuffix("+none").removesuffix("+")
+
+
+# Pictures and how they are made ready
+
+PREPROCESSING = (
+    ImageProcessor(size=(8, 8)).to_hf(),
+    ImageProcessor(size=(10, 12), crop_size=(8, 8), image_mean=(0.5,), image_std=(0.5,)).to_hf(),
+    {"feature_extractor_type": "ViTFeatureExtractor", "size": 8, "resample": 2, "image_mean": [0, 0.5, 1]},
+)
+STEPS = {"do_pad": True, "do_center_crop": True, "crop_size": 6, "size": {"shortest_edge": 8}, "resample": 5}
+PICTURE = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
+
+
+def processor_of(path):
+    from checkpoints.files import read_json
+
+    return ImageProcessor.from_hf(read_json(path))
+
+
+@fuzz
+@given(json_files(*PREPROCESSING, known=STEPS))
+def test_preprocessing(folder, content):
+    path = folder / "preprocessor_config.json"
+    path.write_bytes(content)
+    processor = attempt("preprocessor_config.json", processor_of, path)
+    if processor is REFUSED:
+        return
+    assert processor.height * processor.width <= math.prod(processor.size) <= MAX_PIXELS
+    assert all(type(side) is int and side > 0 for side in (*processor.size, processor.height, processor.width))
+    assert attempt("a preprocessor_config.json of ours", ImageProcessor.from_hf, processor.to_hf()) == processor
+    if math.prod(processor.size) < 1e6:
+        pixels = attempt("making a picture ready", processor, [PICTURE])
+        shape = (1, processor.height, processor.width, processor.channels)
+        assert pixels is REFUSED or (pixels.shape == shape and np.isfinite(pixels).all())
+
+
+def files_of(picture):
+    for kind, options in (
+        ("PNG", {}), ("JPEG", {}), ("GIF", {}), ("BMP", {}), ("WEBP", {}), ("TIFF", {}), ("PPM", {}), ("ICO", {}),
+        ("TIFF", {"compression": "tiff_lzw"}), ("EPS", {}),
+    ):  # fmt: skip
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        yield file.getvalue()
+
+
+@fuzz
+@given(st.sampled_from(list(files_of(PICTURE))).flatmap(byte_strings))
+def test_pictures(content):
+    picture = attempt("a picture", decode_image, content, "a.png")
+    if picture is not REFUSED:
+        assert 0 < picture.width * picture.height <= MAX_PIXELS
+        assert not content.startswith(b"%!PS"), "a program was run to read it"
+        ready = attempt("making a picture ready", ImageProcessor(size=(8, 8)), [picture])
+        assert ready.shape == (1, 8, 8, 3) and np.isfinite(ready).all()
+
+
+# Tokenizers
+
+VOCABULARY = 64
+LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+MERGES = ["h e", "l l", "he ll", "hell o"]
+RUN = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTok", "tokenization_x.XTok"]}, "tokenizer_class": "XTok"}
+SETTINGS = {"model_max_length": 8, "do_lower_case": True, "pad_token": "[PAD]", "add_bos_token": True, **RUN}
+
+
+def fast(model, **more):
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+    inner = Tokenizer(model)
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["[UNK]", "[PAD]"])
+    return json.loads(inner.to_str()) | more
+
+
+def tokenizers():
+    """Kind -> the files of a tokenizer of it: name -> a JSON tree or text."""
+    from tokenizers import models
+
+    words = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "hello", "world", *LETTERS])}
+    pieces = {piece: i for i, piece in enumerate([*LETTERS, "he", "ll", "hell", "hello"])}
+    bpe = models.BPE(vocab=pieces, merges=[tuple(merge.split()) for merge in MERGES], unk_token=None)
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    return [
+        {"tokenizer.json": fast(models.WordLevel(words, "[UNK]")), "tokenizer_config.json": plain},
+        {"tokenizer.json": fast(bpe), "tokenizer_config.json": plain, "special_tokens_map.json": {"eos_token": "o"}},
+        {
+            "vocab.json": pieces | {"<|endoftext|>": 40},
+            "merges.txt": "\n".join(["#version: 0.2", *MERGES]),
+            "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+        },
+        {"vocab.txt": "\n".join(words), "tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}},
+    ]
+
+
+@st.composite
+def tokenizer_files(draw):
+    """The files of a tokenizer, of which one is mutated, and sometimes missing."""
+    files = draw(st.sampled_from(tokenizers()))
+    name = draw(st.sampled_from(sorted(files)))
+    content = files[name]
+    mutant = draw(
+        json_files(content, known=SETTINGS)
+        if isinstance(content, dict)
+        else lines(content).map(lambda text: text.encode("utf8", "surrogatepass")) | byte_strings(content.encode())
+    )
+    whole = {n: written(c) if isinstance(c, dict) else c.encode() for n, c in files.items()}
+    return whole | {name: mutant}
+
+
+def read_tokenizer(folder):
+    tokenizer = Tokenizer(folder, VOCABULARY)
+    ids = tokenizer.encode("hello world, é 😀 [UNK]", 8)
+    return ids, tokenizer.decode(ids), [tokenizer.stream(ids[:1])(token) for token in ids[1:]]
+
+
+@fuzz
+@given(tokenizer_files())
+def test_tokenizers(folder, files):
+    here, ran = folder / "tokenizer", folder / "ran"
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir()
+    (here / "tokenization_x.py").write_text(f"open({str(ran)!r}, 'w')\nclass XTok: pass\n")
+    for name, content in files.items():
+        (here / name).write_bytes(content)
+    found = attempt("a tokenizer's files", read_tokenizer, here)
+    assert not ran.exists(), "code of the folder was run"
+    if found is not REFUSED:
+        ids, text, steps = found
+        assert type(ids) is list and len(ids) <= 8 and all(type(token) is int and 0 <= token < 64 for token in ids)
+        assert type(text) is str and all(type(step) is str for step in steps)
+
+
+# Messages between processes and hosts
+
+
+def received(content):
+    """All messages that a connection gives that sends these bytes and ends. Raises OSError at its end."""
+    ours, theirs = socket.socketpair()
+    messages = []
+    theirs.sendall(content)
+    theirs.close()
+    line = Line(ours)
+    try:
+        while True:
+            messages.append(line.receive(5.0, 1000))
+    except OSError:
+        return messages
+    finally:
+        line.close()
+
+
+MESSAGES = (
+    {"do": "wait"},
+    {"alive": True},
+    {"request": True, "bytes": 3},
+    {"do": "listen", "token": "a", "seconds": 1},
+)
+
+
+@fuzz
+@given(st.lists(trees(*MESSAGES).map(written) | json_files(*MESSAGES), min_size=1, max_size=3), st.binary(max_size=5))
+def test_messages(parts, body):
+    content = b"".join(part + b"\n" + body for part in parts)
+    for message in attempt("a line of a message", received, content):
+        assert type(message) is dict and "bytes" not in message and len(message.get("body", b"")) <= 1000
+
+
+def hello():
+    told = dataclasses.asdict(meeting.about_this(Hosts("10.0.0.1:7777", 4, 1), "10.0.0.2"))
+    return told | {"versions": dict(told["versions"])}
+
+
+@fuzz
+@given(trees(hello()).map(written))
+def test_what_hosts_say_of_themselves(content):
+    try:
+        message = json.loads(content)
+    except RecursionError:
+        return  # ends at the line already
+    if not isinstance(message, dict):
+        return
+    about = attempt("a host's first message", meeting._about, message, refusals=(OSError,))
+    if about is not REFUSED:
+        assert type(about.host) is int and 0 <= about.host < about.hosts <= 1e6
+        assert all(word.isprintable() and len(word) <= 64 for word in (about.name, about.resolves, about.address))
+        assert all(type(word) is str and len(word) <= 64 for word in about.versions.values())
+        assert str(about).isprintable()
