@@ -308,6 +308,8 @@ def _load(*args: Any, **options: Any) -> dict[str, Loaded]:
     import datasets
 
     loaded = datasets.load_dataset(*args, **options, trust_remote_code=False)
+    for table in loaded.values():
+        table.data.table.validate(full=True)  # or a text that is no UTF-8 would show when its row is read
     return {str(name): Loaded(table) for name, table in loaded.items()}
 
 

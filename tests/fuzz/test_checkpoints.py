@@ -127,7 +127,7 @@ def as_in_transformers(family, content, config):
     for field in dataclasses.fields(config):
         ours = getattr(config, field.name)
         if isinstance(ours, Rotary):
-            if config.E < 10_000:
+            if config.E < 10_000 and None not in theirs.rope_parameters.values():  # of which it computes nothing
                 found, scale = frequencies(theirs)
                 np.testing.assert_allclose(ours.frequencies(config.E), found, rtol=1e-5)
                 np.testing.assert_allclose(ours.scale, scale, rtol=1e-5)

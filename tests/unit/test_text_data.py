@@ -237,3 +237,14 @@ def test_jsonl_that_is_nested_too_deeply(tmp_path, deep):
         read(str(path), "train")
     path.write_text('{"text": "%s", "label": 1}\n' % (2_000 * "[{"))
     assert read(str(path), "train").table["text"] == [2_000 * "[{"]
+
+
+def test_text_of_a_parquet_file_that_is_no_utf8(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "train.parquet"
+    texts = pa.StringArray.from_buffers(2, *pa.array([b"good", b"\xe2ad"]).buffers()[1:])
+    pq.write_table(pa.table({"text": texts, "label": [0, 1]}), path)
+    with pytest.raises(AstraError, match="train.parquet, split train: cannot be read .*UTF"):
+        read(str(path), "train")
