@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from astra_jax.agreement import fingerprint
 from astra_jax.arguments import Integers
 from astra_jax.console import progress
 from astra_jax.errors import AstraError
@@ -476,7 +477,7 @@ def train(
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
     teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({**dataclasses.asdict(training), **source}))
+    settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": _first(data)}))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
         alone(out / LOCK, occupied(out)),
@@ -506,6 +507,15 @@ def train(
             if manager.latest_step() != done:
                 save(manager, state, data, settings, out)
     return nnx.merge(graphdef, state.params, state.codecs), done
+
+
+def _first(data: Any) -> str:
+    """A hash of the first batch, which other data under the same name change: their number does, too, as batches are
+    drawn from all of them."""
+    begin = data.get_state()
+    found = fingerprint(next(data))
+    data.set_state(begin)
+    return found
 
 
 def occupied(out: Path) -> Callable[[str], None]:
@@ -555,8 +565,11 @@ def restore(manager: ocp.CheckpointManager, state: TrainState, data: Any, settin
     # What an earlier version had no setting for was as it is by default.
     before = json.loads(json.dumps(dataclasses.asdict(Training()))) | saved["settings"]
     # A checkpoint is known by its bytes, wherever it is; an earlier version compared its path.
-    unknown = "checkpoint" if before.get("checkpoint_sha256") else "checkpoint_sha256"
-    differing = sorted(k for k in settings if k != unknown and settings[k] != before.get(k))
+    unknown = {"checkpoint" if before.get("checkpoint_sha256") else "checkpoint_sha256"}
+    unknown |= {"first_batch"} - before.keys()
+    differing = sorted(k for k in settings if k not in unknown and settings[k] != before.get(k))
+    if differing == ["first_batch"]:
+        raise AstraError(f"{out} holds a run on other data under the same name: restore them, or choose another folder")
     if differing:
         values = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in differing)
         raise AstraError(f"{out} holds a run with other settings ({values}): repeat those, or choose another folder")

@@ -119,6 +119,14 @@ def test_other_settings_are_refused(whole_run):
         fit(make_model(), Training(steps=12, batch_size=8, shards=(2, 4), accumulate=2, noise=0.5), out)
 
 
+def test_other_data_under_the_same_name_are_refused(whole_run, monkeypatch):
+    training, out, _ = whole_run
+    following = Batches.__next__
+    monkeypatch.setattr(Batches, "__next__", lambda self: following(self) | {"label": np.zeros(8, np.int32)})
+    with pytest.raises(AstraError, match="holds a run on other data under the same name"):
+        fit(make_model(), training, out)
+
+
 @pytest.mark.slow
 def test_data_parallel_equals_one_device(whole_run, tmp_path):
     training, _, model = whole_run
