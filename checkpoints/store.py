@@ -145,11 +145,13 @@ def save(path: Path | str, checkpoint: Checkpoint, parts: Iterable[Part] | None 
       parts: the weights, if they are not those of the model. What they raise leaves nothing behind.
 
     Raises:
-      AstraError: `path` is something else than a checkpoint, or the disk is full or not writable.
+      AstraError: `path` is something else than a checkpoint, the labels do not name the model's classes, or the disk is
+        full or not writable.
     """
     path = Path(path)
     if not (path / META).is_file() and not is_empty(path, but_for=KNOWN):
         raise AstraError(f"{path}: is not empty and not a checkpoint: choose another output folder")
+    _check_labels(checkpoint.labels, checkpoint.config, path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with writing(path), alone(path / LOCK, waiting(path)) as locked:
@@ -454,7 +456,7 @@ def _check_labels(labels: tuple[Any, ...] | None, config: Any, where: Path) -> N
         return
     classes = config.num_labels if classifies(config) else 0
     if len(labels) != classes or not all(isinstance(label, str) for label in labels):
-        raise AstraError(f"{where}: labels are no names of the {classes} classes of the model: is the file damaged?")
+        raise AstraError(f"{where}: labels are no names of the {classes} classes of the model: correct them")
 
 
 def _write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, str]:

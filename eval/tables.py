@@ -84,9 +84,12 @@ def is_numeric(values: list[str]) -> bool:
 
 
 def _rows(text: str, delimiter: str, quoting: Literal[0, 3]) -> list[list[str]]:
-    csv.field_size_limit(sys.maxsize)  # a document may be a value
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    return [row for row in reader if row]
+    limit = csv.field_size_limit(sys.maxsize)  # a document may be a value
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        return [row for row in reader if row]
+    finally:
+        csv.field_size_limit(limit)  # which is everybody's
 
 
 def _quoted(text: str, delimiter: str) -> list[list[str]] | None:

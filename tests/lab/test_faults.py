@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import checkpoints
+from astra_jax.agreement import digest, versions
 from astra_jax.cli import main
 from astra_jax.config import AstraConfig
-from astra_jax.meeting import digest, versions
 from eval.lab import Lab
 
 pytestmark = pytest.mark.slow

@@ -93,7 +93,7 @@ def test_a_checkpoint_with_a_profile(tmp_path, profile, tiny_bert):
     astra = AstraConfig(4, 16)
     model = tiny_bert(astra, pooling="class")
     checkpoints.save(
-        tmp_path / "bert", checkpoints.Checkpoint("bert", model.config, astra, (), None, {}, "float32", (), model)
+        tmp_path / "bert", checkpoints.Checkpoint("bert", model.config, astra, None, None, {}, "float32", (), model)
     )
     found = bench(
         tmp_path,
@@ -111,7 +111,7 @@ def four_codewords(tmp_path, tiny_vit):
     astra = AstraConfig(1, 4)
     model = tiny_vit(astra, hidden_size=32)
     checkpoints.save(
-        tmp_path / "vit", checkpoints.Checkpoint("vit", model.config, astra, (), {}, {}, "float32", (), model)
+        tmp_path / "vit", checkpoints.Checkpoint("vit", model.config, astra, None, {}, {}, "float32", (), model)
     )
     return str(tmp_path / "vit")
 
