@@ -75,7 +75,8 @@ def test_traces(folder, content):
     for start in (0.0, trace.edges[-1] / 3):
         end = attempt("a transfer over a trace", transfer_end, trace, start, 1e6)
         assert start <= end < math.inf
-    assert content.decode("utf8").isascii() or content.startswith("\ufeff".encode())
+    # A byte order mark and white space around values are let through, digits of other scripts are not.
+    assert "".join(content.decode("utf-8-sig").split()).isascii()
 
 
 PROFILE = {"name": "pi", "flops_per_second": 2.5e10}
