@@ -361,16 +361,21 @@ def test_a_slow_link_is_no_dead_host(lab, run, undisturbed):
 # What is not the same on all hosts, or in use
 
 
-def test_another_version_and_another_checkpoint(run, place, tmp_path):
+def test_another_version(run, tmp_path):
+    """Said before anything is made of a checkpoint."""
+    (tmp_path / "sitecustomize.py").write_text(ANOTHER_VERSION)
+    start, hosts = time.monotonic(), run(FEW, environment={1: {"PYTHONPATH": str(tmp_path)}})
+    hosts.all_end(f"jaxlib is {versions()['jaxlib']} on hosts 0, 2 and 0.1 on host 1: install the same", start + 30)
+
+
+def test_another_checkpoint(run, place, tmp_path):
     shutil.copytree(place / "vit", tmp_path / "other")
     with (tmp_path / "other" / "astra.json").open("a") as file:
         file.write(" ")
-    (tmp_path / "sitecustomize.py").write_text(ANOTHER_VERSION)
     start, hashes = time.monotonic(), [digest([folder])[:12] for folder in (place / "vit", tmp_path / "other")]
-    hosts = run(FEW, environment={1: {"PYTHONPATH": str(tmp_path)}}, replaced={2: str(tmp_path / "other")})
-    hosts.all_end(
-        f"jaxlib is {versions()['jaxlib']} on hosts 0, 2 and 0.1 on host 1: install the same; the checkpoint's hash is "
-        f"{hashes[0]} on hosts 0, 1 and {hashes[1]} on host 2: copy the folder of host 0 to the others",
+    run(FEW, replaced={2: str(tmp_path / "other")}).all_end(
+        f"the checkpoint's hash is {hashes[0]} on hosts 0, 1 and {hashes[1]} on host 2: copy the folder of host 0 to "
+        "the others",
         start + 30,
     )
 
