@@ -4,7 +4,7 @@
                        the Hugging Face config.json it came from, how it was made, and which weights folder counts
                        and the SHA-256 of every part of it, of every file of the tokenizer, and of what astra.json says
     OUT/weights-0001/  its parameters, codebooks and statistics: an Orbax checkpoint for every part of the model, such
-                       as `embed` and `block-0000`, so that no more than one has to be in memory at a time
+                       as `embed` and `block-0000`, so that no more than two have to be in memory at a time
     OUT/tokenizer-0001/  the files of its tokenizer, if it reads text
 
 Saving over a checkpoint leaves the old one good until the new one is complete, whenever the process is killed: weights
@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -493,12 +494,23 @@ def _read_parts(stored: Stored, model: Any) -> Iterator[Part]:
         return
     expected = outline(model)
     _check_same(folder, dict.fromkeys(expected, ()), {p.name: () for p in folder.iterdir() if not is_foreign(p)})
-    for name, shapes in expected.items():
-        arrays = _read_part(folder / name, shapes)
-        if digests is not None and digest(arrays) != digests.get(name):
-            raise AstraError(f"{folder / name}: {DAMAGED}")
-        yield name, arrays
-        del arrays  # or this part is still there while the next one is read
+    with ThreadPoolExecutor(1) as pool:
+        checked: Future[None] | None = None
+        for name, shapes in expected.items():
+            arrays = _read_part(folder / name, shapes)
+            if checked:
+                checked.result()
+            if digests is not None:  # while the next part is read, so that two of them are there
+                checked = pool.submit(_check_part, folder / name, arrays, digests.get(name))
+            yield name, arrays
+            del arrays  # or this part is still there while the next one is read
+        if checked:
+            checked.result()
+
+
+def _check_part(part: Path, arrays: Mapping[str, np.ndarray], expected: str | None) -> None:
+    if digest(arrays) != expected:
+        raise AstraError(f"{part}: {DAMAGED}")
 
 
 def _read_part(folder: Path, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
