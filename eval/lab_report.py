@@ -3,9 +3,9 @@
     make lab
 
 Four hosts of the lab (`eval.lab`) with a share of a core each run `astra bench` together, at one rate after the other;
-what host 0 measured becomes the tables and the plot of docs/lab.md. What was measured is kept in build/lab and not
-measured anew: remove a file of it for that. Needs root, a machine with two cores that does nothing else, and half an
-hour, most of it for tensor parallelism at 10 Mbps.
+what host 0 measured becomes the tables and the plot of docs/lab.md. What was measured of this code is kept in build/lab
+and not measured anew: remove a file of it for that. Needs root, a machine with two cores that does nothing else, and
+half an hour, most of it for tensor parallelism at 10 Mbps.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+from astra_jax.agreement import source
 from astra_jax.arguments import Texts, parse
 from astra_jax.cli import guarded
 from astra_jax.console import Report
@@ -45,6 +47,16 @@ class Args:
     """Where measurements are kept."""
     markdown: Path | None = None
     """Also put the tables into this file, between its marks, and a plot beside it."""
+
+
+def kept_in(folder: Path, model: str) -> Path:
+    """Where measurements of this code are kept, and of a checkpoint as it is now: others are not taken for them.
+
+    Raises:
+      AstraError: `model` is a folder that is no checkpoint.
+    """
+    digest = checkpoints.read_meta(model).digest if Path(model).is_dir() else None
+    return folder / (f"{source()}-{digest[:12]}" if digest else source())
 
 
 def measurement(path: Path, hosts: int, cpu: float, rate: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +119,11 @@ def agreement(rows: list[dict[str, Any]]) -> str:
 
 def main(args: Args) -> None:
     """Measures, and prints and writes the tables."""
-    report = Report("lab_report")
+    report, folder = Report("lab_report"), kept_in(args.folder, args.model)
     options = {"tokens": args.tokens, "strategies": STRATEGIES, "groups": GROUPS, "repeats": args.repeats}
     kept = f"{Path(args.model).name}-{args.tokens}-{{}}-{args.repeats}.json"
     found = {
-        rate: measurement(args.folder / kept.format(rate), HOSTS, CPU, rate, args.model, options) for rate in args.rates
+        rate: measurement(folder / kept.format(rate), HOSTS, CPU, rate, args.model, options) for rate in args.rates
     }
     rows = [row for rate, data in found.items() for row in rows_of(rate, data["measured"])]
     exchanges = [{"rate": rate, "an exchange of 4 bytes, ms": data["exchange_ms"]} for rate, data in found.items()]

@@ -3,9 +3,9 @@
     make bench
 
 Measures what docs/performance.md shows and writes its tables and plots, section by section. Hosts are those of the lab
-(`eval.lab`); everything else is one process on all cores of this machine. What was measured is kept in build/bench and
-not measured anew: remove a file of it for that. Needs root, a machine with two cores that does nothing else, and half
-an hour, a third of it for tensor parallelism.
+(`eval.lab`); everything else is one process on all cores of this machine. What was measured of this code is kept in
+build/bench and not measured anew: remove a file of it for that. Needs root, a machine with two cores that does nothing
+else, and half an hour, a third of it for tensor parallelism.
 
 torch stands in tests alone, so that the pass of transformers is timed by a program of its own beside the tests that
 compare numbers with it. Where torch is missing, its table says so.
@@ -45,7 +45,7 @@ from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies import Remote
 from eval import encoding, plots
 from eval.encoding import Block, one_block
-from eval.lab_report import CPU, HOSTS, measurement, rows_of
+from eval.lab_report import CPU, HOSTS, kept_in, measurement, rows_of
 from eval.paper import insert, markdown
 from eval.timing import wall_seconds
 from eval.workload import open_workload
@@ -341,7 +341,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Args], Rows]]] = {
 
 def main(args: Args) -> None:
     """Measures, and prints and writes the tables."""
-    report = Report("performance")
+    report, args = Report("performance"), dataclasses.replace(args, folder=kept_in(args.folder, args.model))
     found: dict[str, Rows] = {}
     for name, (title, measure) in SECTIONS.items():
         found[name] = measure(args)

@@ -106,16 +106,24 @@ def test_a_rate_is_measured_once(tmp_path, labs):
     assert (tmp_path / "page.png").stat().st_size > 10_000
     main(args)
     assert len(labs) == 3 and args.markdown.read_text() == text
-    next(args.folder.glob("*-500mbit-*")).unlink()
+    next(args.folder.glob("*/*-500mbit-*")).unlink()
     main(args)
     assert [made[0][1] for made in labs[3:]] == [500e6]
+
+
+def test_what_other_code_did_is_measured_anew(tmp_path, labs, monkeypatch):
+    args = Args(rates=("10mbit",), folder=tmp_path)
+    for source, measured in (("one", 1), ("two", 2), ("one", 2)):
+        monkeypatch.setattr("eval.lab_report.source", lambda source=source: source)
+        main(args)
+        assert len(labs) - 1 == measured
 
 
 def test_a_host_that_fails_is_no_result(tmp_path, labs):
     labs[0].code = 3
     with pytest.raises(AstraError, match="`astra bench` at 10mbit ended with exit code 3"):
         main(Args(rates=("10mbit",), folder=tmp_path))
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_page_agrees_with_itself():
