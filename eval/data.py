@@ -85,8 +85,10 @@ class DataArgs:
           pairs: whether the sentences of both columns of a table of pairs are documents, too.
 
         Raises:
-          AstraError: the data cannot be read, the split or column does not exist, or there is no text.
+          AstraError: the data cannot be read, the split or column does not exist, there is no text, or `labels` are
+            given.
         """
+        self._without_classes()
         rows = self._rows()
         columns = self._sentences(rows) if pairs else ()
         columns = columns or (choose_text(rows, self._one_text(), self.label_column),)
@@ -116,8 +118,10 @@ class DataArgs:
         """Pairs of sentences and how similar people find them.
 
         Raises:
-          AstraError: the data cannot be read, the split or a column does not exist, or a row has no text or score.
+          AstraError: the data cannot be read, the split or a column does not exist, a row has no text or score, or
+            `labels` are given.
         """
+        self._without_classes()
         rows = self._rows()
         columns = self.text_column or PAIR
         if len(columns) != 2:
@@ -134,6 +138,13 @@ class DataArgs:
             for i, row in enumerate(table)
         ]
         return Read(pairs, rows.account("pairs"))
+
+    def _without_classes(self) -> None:
+        """Raises AstraError where an option says what classes are called, and none are read."""
+        if self.labels:
+            raise AstraError(
+                f"--labels {','.join(self.labels)}: no classes are read for this model: leave the option out"
+            )
 
     def _rows(self) -> Rows:
         rows = read(self.data, self.split, separator=self.separator)

@@ -241,10 +241,10 @@ def window(config: Any, args: Args) -> tuple[int, int]:
     length = min(limit, LONGEST) if args.length is None else args.length
     if not 2 <= length <= limit:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
-    N = devices_of(args)[1]
-    exact = N == 1 or args.strategy not in ("auto", "astra")  # every token has exact context
-    shards = Shards.split(length, min(N, length), speeds=args.speeds)
-    strides = [] if exact else even_strides(np.asarray(shards.lengths).tolist())
+    N, strides = devices_of(args)[1], list[int]()
+    if any(strategy_of(checkpoints.read_meta(path), args) == "astra" for path in args.checkpoints):
+        shards = Shards.split(length, min(N, length), speeds=args.speeds)
+        strides = even_strides(np.asarray(shards.lengths).tolist())
     usual = min(strides, key=lambda n: abs(n - length / 2)) if strides else length // 2
     stride = usual if args.stride is None else args.stride
     if not 1 <= stride <= length:

@@ -176,6 +176,13 @@ def test_similarity_is_what_scipy_says_of_the_embeddings(place):
     assert fewer["Spearman"] == pytest.approx(stats.spearmanr(cosines[:4], pairs["score"][:4]).statistic, abs=1e-4)
 
 
+def test_an_original_alone_takes_any_stride(place):
+    """All of its context is exact."""
+    options = "--data {place}/test.txt --separator <end> --length 24 --stride 10"
+    (row,) = evaluate(place, f"{{place}}/lm {options}")["rows"]
+    assert row["N"] == 1 and row["tokens"] == 69 + 19 + 1
+
+
 # --- packet loss --------------------------------------------------------------------------------------------------
 
 
@@ -270,9 +277,10 @@ BAD = {
     "no stride": ("lm --stride 0 --data {place}/test.txt", "--stride is 0; windows of 32 tokens move by 1 to 32"),
     "a stride beyond the window": ("lm --length 8 --stride 9 --data {place}/test.txt", "--stride is 9; .* 1 to 8"),
     "a stride of part of a shard": (
-        "lm --length 24 --stride 10 --data {place}/test.txt",
+        "lm lm-codes --length 24 --stride 10 --data {place}/test.txt",
         "use 6 or 12 or 18 or 24, or",
     ),
+    "labels without classes": ("lm --labels a,b --data {place}/test.txt", "--labels a,b: no classes are read"),
     "a stride without windows": ("classifier --stride 9 --data {place}/test.csv", "--stride is for perplexity"),
     "a window for pictures": ("vit --length 9 --data {place}/test.csv", "--length is for text"),
     "no documents": ("lm --limit 0 --data {place}/test.txt", "limit is 0"),
