@@ -11,14 +11,14 @@ demo: .venv/installed
 	@$(BIN)/python -m train.recipes.digits
 
 paper: .venv/installed
-	@$(BIN)/python -m eval.paper --markdown docs/paper.md
+	@$(BIN)/python -m eval.reports.paper --markdown docs/paper.md
 
 lab: .venv/installed
-	@$(BIN)/python -m eval.lab_report --markdown docs/lab.md
+	@$(BIN)/python -m eval.reports.lab --markdown docs/lab.md
 
 # As root, half an hour on a machine that does nothing else. torch, which is timed beside us, comes with what tests need.
 bench: .venv/installed-test
-	@$(BIN)/python -m eval.performance --markdown docs/performance.md
+	@$(BIN)/python -m eval.reports.performance --markdown docs/performance.md
 
 # Two processes share the files. A file is never split, as its tests share what they load and compile.
 test: .venv/installed-test

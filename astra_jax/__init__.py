@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 
 if TYPE_CHECKING:
-    from astra_jax.parallel import parallelize
-    from astra_jax.sharding import make_mesh
+    from astra_jax.mesh.sharding import make_mesh
+    from astra_jax.serving.compile import parallelize
 
 __version__ = "0.1.0"
 
 __all__ = ["AstraConfig", "AstraError", "__version__", "make_mesh", "parallelize"]
 
-_LAZY = {"make_mesh": "astra_jax.sharding", "parallelize": "astra_jax.parallel"}
+_LAZY = {"make_mesh": "astra_jax.mesh.sharding", "parallelize": "astra_jax.serving.compile"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from astra_jax.config import from_dict
+from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
-from astra_jax.rotary import ROPE_TYPES, Rotary
+from astra_jax.models.rotary import ROPE_TYPES, Rotary
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
-from checkpoints.keys import FAMILIES, architecture_of, classifies, config_class
 from checkpoints.sentences import Sentences, read_sentences
 from checkpoints.store import Checkpoint
+from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class
 
 CONFIG = "config.json"
 

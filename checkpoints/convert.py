@@ -20,12 +20,12 @@ from typing import Annotated
 import tyro
 
 import checkpoints
-from astra_jax.console import Report, progress
-from astra_jax.tokenizer import own_class
+from astra_jax.inputs.tokenizer import own_class
+from astra_jax.report import Report, progress
 from checkpoints import huggingface
 from checkpoints.info import parameters
-from checkpoints.keys import classifies
 from checkpoints.store import Checkpoint
+from checkpoints.tensor_maps import classifies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 import checkpoints
-from astra_jax.console import Report
+from astra_jax.report import Report
 from checkpoints import huggingface
 
 

@@ -21,12 +21,15 @@ from safetensors.numpy import save_file
 
 from astra_jax.errors import AstraError
 from astra_jax.files import is_disk_full, replacing, write_atomically, writing
-from astra_jax.tokenizer import FILES
+from astra_jax.inputs.tokenizer import FILES
 from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields
 from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
-from checkpoints.keys import (
+from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
+from checkpoints.store import META, Checkpoint
+from checkpoints.streaming import Part, assemble, part_name
+from checkpoints.tensor_maps import (
     FAMILIES,
     Family,
     Tensor,
@@ -34,9 +37,6 @@ from checkpoints.keys import (
     flat_state,
     model_tensors,
 )
-from checkpoints.parts import Part, assemble, part_name
-from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
-from checkpoints.store import META, Checkpoint
 
 # safetensors' names of the dtypes that float32 holds exactly, so that an export gives back every bit.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -55,7 +55,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 @contextlib.contextmanager
 def silent(label: str, total: int) -> Iterator[Callable[..., None]]:
-    """Stands in for `astra_jax.console.progress` where nothing should be printed."""
+    """Stands in for `astra_jax.report.progress` where nothing should be printed."""
     yield lambda n=1: None
 
 

@@ -17,12 +17,12 @@ import tyro
 from flax import nnx
 
 import checkpoints
-from astra_jax.config import AstraConfig
-from astra_jax.console import Report
-from astra_jax.quantizer import usage
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.quantizer import usage
+from astra_jax.report import Report
 from checkpoints.configs import rotary_to_hf
-from checkpoints.keys import build
 from checkpoints.store import Checkpoint
+from checkpoints.tensor_maps import build
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from astra_jax.config import Similarity
+from astra_jax.codecs.config import Similarity
 from astra_jax.errors import AstraError
-from astra_jax.sharding import Pooling
-from astra_jax.tokenizer import tokenizer_names
+from astra_jax.inputs.tokenizer import tokenizer_names
+from astra_jax.mesh.sharding import Pooling
 from checkpoints.fields import refuse_unknown, shorten
 from checkpoints.files import copy_files, is_plain_name, read_json, read_json_list
 

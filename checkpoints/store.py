@@ -29,16 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from astra_jax.config import AstraConfig, from_dict
+from astra_jax.codecs.config import AstraConfig, from_dict
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
-from astra_jax.preprocess import ImageProcessor
-from astra_jax.tokenizer import FILES, Tokenizer
+from astra_jax.inputs.images import ImageProcessor
+from astra_jax.inputs.tokenizer import FILES, Tokenizer
 from checkpoints.files import is_empty, is_foreign, quiet, read_json
-from checkpoints.keys import FAMILIES, build, classifies, config_class, flat_state, with_state
 from checkpoints.lock import alone, waiting
-from checkpoints.parts import Part, assemble, cut, digest, outline
 from checkpoints.sentences import copy_companions
+from checkpoints.streaming import Part, assemble, cut, digest, outline
+from checkpoints.tensor_maps import FAMILIES, build, classifies, config_class, flat_state, with_state
 
 # 2 had no checksums, and `tokenizer` without a number; 1 had the weights in one Orbax checkpoint, blocks stacked.
 FORMAT = 3
@@ -62,7 +62,7 @@ class Checkpoint:
     """A model and everything that is known about it.
 
     Attributes:
-      family: a key of `checkpoints.keys.FAMILIES`.
+      family: a key of `checkpoints.tensor_maps.FAMILIES`.
       config: the family's configuration, such as `ViTConfig`.
       astra: how it is compressed; None for a model without codebooks.
       labels: names of the classes, where there are any.
@@ -203,7 +203,7 @@ def load(
       param_dtype: what parameters are cast to; None leaves them as they are stored: a converted model's as they were
         in its files, a trained model's in float32. Codebooks and statistics are float32 whatever it is.
       shardings: from the abstract model to where its arrays go, such as
-        `lambda model: astra_jax.parallel.shardings(model, mesh)`; None for the first local device.
+        `lambda model: astra_jax.serving.compile.shardings(model, mesh)`; None for the first local device.
       groups: how many groups of a `nested-pq` or `rotated-pq` codec to load, the first of them; None for all.
       coded_blocks: how many blocks, the first ones, are to send codes (`AstraConfig.coded_blocks`); None for as many as
         the checkpoint was made for.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
-from eval.network import parse_rate
+from eval.network.model import parse_rate
 
 
 def check_plot(path: Path) -> None:

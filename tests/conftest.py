@@ -27,12 +27,12 @@ from flax import nnx
 from hypothesis import settings
 
 import checkpoints
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
-from astra_jax.text import Text
 
 DEVICES = 8
 

@@ -19,22 +19,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import checkpoints
-from astra_jax.config import RANKS, AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
-from astra_jax.console import Report, progress
+from astra_jax.codecs.config import RANKS, AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
+from astra_jax.codecs.predictor import Around, Known, Predictor, around
+from astra_jax.codecs.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import Text
 from astra_jax.models.blocks import block_at
-from astra_jax.predictor import Around, Known, Predictor, around
-from astra_jax.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
-from astra_jax.strategies import Single, Virtual
-from astra_jax.text import Text
+from astra_jax.report import Report, progress
+from astra_jax.strategies.base import Single, Virtual
 from checkpoints import Checkpoint
-from eval.account import Tell, telling
-from eval.data import DataArgs
-from eval.labels import model_classes
-from train import rotation
+from eval.datasets.account import Tell, telling
+from eval.datasets.labelled import DataArgs
+from eval.datasets.labels import model_classes
+from train.axes import candidates, codeword_spread, key_value_metric, principal_axes
 from train.data import sequences
+from train.fit_predictor import regress, train_mlp
 from train.kmeans import kmeans
-from train.prediction import regress, train_mlp
 
 TOKENS_AT_ONCE = 2048
 SPARE = 2  # of so many tokens that the model sees one is clustered: more texts differ more, but take longer
@@ -182,10 +182,10 @@ def choose_widths(
             sent = rest = np.asarray(attention.codec_input(jnp.asarray(y[number])))
             if astra.predictor != "none" and before is not None:  # from exact vectors: estimates are not there yet
                 rest = sent - np.asarray(_predictor(astra, before, sent)(jnp.asarray(before), jnp.asarray))
-            variances.append(rotation.principal_axes(rest, rotation.key_value_metric(attention)).variance)
+            variances.append(principal_axes(rest, key_value_metric(attention)).variance)
             before = sent
             advance()
-    splits = rotation.candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
+    splits = candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
     codec: Codec = "nested-pq" if levels else "rotated-pq"
     tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
     if len(tries) == 1:
@@ -314,7 +314,7 @@ def _fit_block(
             codec.predictor = _predictor(astra, np.asarray(before), np.asarray(sent))
             if astra.predictor == "mlp":
                 seen, target = np.concatenate([before, around(before)], axis=1), np.asarray(sent)
-                metric = rotation.key_value_metric(attention)
+                metric = key_value_metric(attention)
                 _set(codec.predictor, train_mlp(astra.rank, seen, target, metric, key))
             p = codec.predict(before, around)
     rest = sent - p
@@ -322,7 +322,7 @@ def _fit_block(
         widths = (codec.width // codec.groups,) * codec.groups
         estimate = p + _fit_codewords(codec, np.asarray(rest), widths, iterations, key, settle)
         return estimate, estimate
-    axes = rotation.principal_axes(np.asarray(rest), rotation.key_value_metric(attention))
+    axes = principal_axes(np.asarray(rest), key_value_metric(attention))
     codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
     codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
     codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
@@ -361,7 +361,7 @@ def _fit_codewords(
 
     def one_group(g: int, end: int, width: int, group_key: Any) -> None:
         axes = slice(end - width, end)
-        spread = rotation.codeword_spread(variance[axes], codec.bits) if principal else np.ones(width)
+        spread = codeword_spread(variance[axes], codec.bits) if principal else np.ones(width)
         padding = (0, 0), (0, _rounded(width) - width)
         u, shrink = (jnp.asarray(np.pad(part, padding), jnp.float32) for part in (y[:, axes], spread[None]))
         found = jax.device_get(kmeans(u[:, None], codec.codewords, iterations, group_key, shrink, settle))
@@ -384,7 +384,7 @@ def _rounded(width: int) -> int:
 
 
 def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M W"]) -> Errors:
-    metric = rotation.key_value_metric(attention)
+    metric = key_value_metric(attention)
 
     def squares(x: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "2"]:
         """Of vectors, and of what they add to keys and values."""

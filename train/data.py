@@ -11,17 +11,17 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from astra_jax.console import progress
 from astra_jax.errors import AstraError
-from astra_jax.preprocess import ImageProcessor
-from astra_jax.text import Text, longest, pad
-from astra_jax.tokenizer import Tokenizer
+from astra_jax.inputs.images import ImageProcessor
+from astra_jax.inputs.token_batches import Text, longest, pad
+from astra_jax.inputs.tokenizer import Tokenizer
+from astra_jax.report import progress
 from checkpoints import Checkpoint
 from checkpoints.configs import problem_of
-from eval.account import Tell
-from eval.data import DataArgs, ImageData
-from eval.labels import model_classes
-from eval.text import encode
+from eval.datasets.account import Tell
+from eval.datasets.labelled import DataArgs, ImageData
+from eval.datasets.labels import model_classes
+from eval.datasets.windows import encode
 
 CACHE_BYTES = 2**30  # resized pixels up to this size are kept in memory
 DECODE_CHUNK = 64  # images that a thread decodes at a time

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import tyro
 
 import checkpoints
-from astra_jax.console import Report
 from astra_jax.errors import AstraError
-from astra_jax.sharding import make_mesh, parse_devices
+from astra_jax.mesh.sharding import make_mesh, parse_devices
+from astra_jax.report import Report
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
-from eval.account import Tell, telling
-from eval.data import DataArgs
-from eval.labels import model_classes
+from eval.datasets.account import Tell, telling
+from eval.datasets.labelled import DataArgs
+from eval.datasets.labels import model_classes
 from train.data import Augment, sequences, text_batches, train_batches
 from train.loop import Batch, Training, train
 

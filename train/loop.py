@@ -23,21 +23,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from astra_jax.agreement import fingerprint
-from astra_jax.arguments import Integers
-from astra_jax.console import progress
+from astra_jax.cli.arguments import Integers
+from astra_jax.codecs.predictor import Prediction
+from astra_jax.codecs.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
-from astra_jax.predictor import Prediction
-from astra_jax.quantizer import Quantizer, RotatedQuantizer
-from astra_jax.sharding import DATA, Shards
-from astra_jax.strategies import Noise, Single, Virtual, need_codec
+from astra_jax.hosts.agreement import fingerprint
+from astra_jax.mesh.sharding import DATA, Shards
+from astra_jax.report import progress
+from astra_jax.strategies.base import Noise, Single, Virtual, need_codec
 from checkpoints.files import quiet
 from checkpoints.lock import alone
-from checkpoints.parts import digest
 from checkpoints.store import DAMAGED
-from eval.loss import Loss, arrived
-from eval.perplexity import NextTokenLoss
+from checkpoints.streaming import digest
+from eval.network.packet_loss import Loss, arrived
+from eval.quality.perplexity import NextTokenLoss
 
 LOCK = ".train.lock"  # in the folder that is trained into
 BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data

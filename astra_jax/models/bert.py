@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from astra_jax.attention import MixedPrecisionAttention
-from astra_jax.config import AstraConfig, Similarity
+from astra_jax.codecs.config import AstraConfig, Similarity
+from astra_jax.codecs.predictor import SideInfo
+from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import Text
+from astra_jax.mesh.sharding import Pooling, Shards
+from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks, token_ids
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
-from astra_jax.predictor import SideInfo
-from astra_jax.quantizer import Quantizer
-from astra_jax.sharding import Pooling, Shards
-from astra_jax.text import Text
 
 Task = Literal["classification", "embedding"]
 

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from astra_jax.predictor import SideInfo
-from astra_jax.weights import dequantized, is_quantized
+from astra_jax.codecs.predictor import SideInfo
+from astra_jax.models.weight_quantization import dequantized, is_quantized
 
 
 def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], L: int, rngs: nnx.Rngs) -> Any:

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.predictor import SideInfo
+from astra_jax.codecs.quantizer import Quantizer
+from astra_jax.inputs.token_batches import Text
+from astra_jax.mesh.sharding import Shards
 from astra_jax.models.blocks import token_ids
-from astra_jax.predictor import SideInfo
-from astra_jax.quantizer import Quantizer
-from astra_jax.sharding import Shards
-from astra_jax.text import Text
 
 Task = Literal["causal-lm", "classification"]
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from astra_jax.attention import MixedPrecisionAttention
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astra_jax.config import LARGEST
+from astra_jax.codecs.config import LARGEST
 from astra_jax.errors import AstraError
 
 

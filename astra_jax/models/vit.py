@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astra_jax.attention import MixedPrecisionAttention
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.mesh.sharding import Shards
+from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_divides, check_numbers
-from astra_jax.quantizer import Quantizer
-from astra_jax.sharding import Shards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from astra_jax import meeting
-from astra_jax.arguments import Integers, Numbers, Texts
-from astra_jax.config import codec_and_predictor
-from astra_jax.hosts import Hosts, parse_address
-from astra_jax.line import Line
-from astra_jax.near import near_of
-from astra_jax.preprocess import MAX_PIXELS, ImageProcessor, decode_image
-from astra_jax.sharding import parse_devices
-from astra_jax.tokenizer import Tokenizer
+from astra_jax.cli.arguments import Integers, Numbers, Texts
+from astra_jax.codecs.config import codec_and_predictor
+from astra_jax.hosts import rendezvous
+from astra_jax.hosts.connection import Line
+from astra_jax.hosts.options import Hosts, parse_address
+from astra_jax.inputs.images import MAX_PIXELS, ImageProcessor, decode_image
+from astra_jax.inputs.tokenizer import Tokenizer
+from astra_jax.mesh.sharding import parse_devices
+from astra_jax.strategies.near import near_of
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
 
@@ -90,7 +90,7 @@ def test_addresses(text):
         found = attempt("--coordinator", parse_address, text, False)
     if found is not REFUSED:
         assert text.strip().isascii() and 0 < found[1] < 65535 and asked
-        assert not meeting.ipaddress.ip_address(found[0]).is_global
+        assert not rendezvous.ipaddress.ip_address(found[0]).is_global
 
 
 @fuzz
@@ -278,7 +278,7 @@ def test_messages(parts, body):
 
 
 def hello():
-    told = dataclasses.asdict(meeting.about_this(Hosts("10.0.0.1:7777", 4, 1), "10.0.0.2"))
+    told = dataclasses.asdict(rendezvous.about_this(Hosts("10.0.0.1:7777", 4, 1), "10.0.0.2"))
     return told | {"versions": dict(told["versions"])}
 
 
@@ -291,7 +291,7 @@ def test_what_hosts_say_of_themselves(content):
         return  # ends at the line already
     if not isinstance(message, dict):
         return
-    about = attempt("a host's first message", meeting._about, message, refusals=(OSError,))
+    about = attempt("a host's first message", rendezvous._about, message, refusals=(OSError,))
     if about is not REFUSED:
         assert type(about.host) is int and 0 <= about.host < about.hosts <= 1e6
         assert all(word.isprintable() and len(word) <= 64 for word in (about.name, about.resolves, about.address))

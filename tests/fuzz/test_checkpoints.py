@@ -18,11 +18,11 @@ from safetensors.numpy import save
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import checkpoints
-from astra_jax.config import AstraConfig
-from astra_jax.preprocess import ImageProcessor
-from astra_jax.rotary import Rotary
-from astra_jax.sharding import Pooling
-from checkpoints import configs, huggingface, keys, store
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.inputs.images import ImageProcessor
+from astra_jax.mesh.sharding import Pooling
+from astra_jax.models.rotary import Rotary
+from checkpoints import configs, huggingface, store, tensor_maps
 from checkpoints.files import read_json
 from tests.conftest import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT
 from tests.fuzz.harness import REFUSED, attempt, fuzz
@@ -83,7 +83,7 @@ def read_config(folder):
     """Family, configuration and labels of the config.json in a folder."""
     content = read_json(folder / configs.CONFIG)
     family, architecture = configs.architecture_in(content, folder)
-    task = keys.FAMILIES[family].architectures[architecture].task
+    task = tensor_maps.FAMILIES[family].architectures[architecture].task
     derived = configs.derived_fields(family, task, ["pooler.dense.weight"], folder)
     return family, content, *configs.config_from_hf(family, content, folder, derived)
 
@@ -135,7 +135,7 @@ def as_in_transformers(family, content, config):
             value = getattr(theirs, field.name)
             value = value[0] if isinstance(value, list | tuple) else value
             assert ours == value or (ours is None), f"{field.name} is {ours!r}, and {value!r} in transformers"
-    if keys.classifies(config):
+    if tensor_maps.classifies(config):
         assert config.num_labels == theirs.num_labels, "num_labels"
 
 
@@ -254,10 +254,10 @@ def llama(tmp_path_factory, built):
     here = tmp_path_factory.mktemp("llama")
     (here / "config.json").write_bytes(written(LLAMA))
     config, _ = configs.config_from_hf("llama", LLAMA, here)
-    sizes, rng = keys.FAMILIES["llama"].sizes(config), np.random.default_rng(0)
+    sizes, rng = tensor_maps.FAMILIES["llama"].sizes(config), np.random.default_rng(0)
     tensors = {
         name: rng.normal(size=key.shape(sizes)).astype(np.float32)
-        for name, (key, _) in keys.model_tensors("llama", built("llama", config)).items()
+        for name, (key, _) in tensor_maps.model_tensors("llama", built("llama", config)).items()
     }
     return here, tensors
 
@@ -268,7 +268,7 @@ def read_folder(folder):
 
 
 def check_weights(opened, parts):
-    shapes = keys.flat_state(opened.checkpoint.model)
+    shapes = tensor_maps.flat_state(opened.checkpoint.model)
     for name, arrays in parts.items():
         for path, array in arrays.items():
             assert np.isfinite(array).all() and array.dtype == opened.checkpoint.dtype
@@ -336,7 +336,7 @@ ROTATED = AstraConfig(groups=2, codewords=8, codec="nested-pq", widths=(2, 3), l
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, llama, built):
     """A checkpoint of the tiny Llama."""
-    from checkpoints.parts import assemble
+    from checkpoints.streaming import assemble
 
     here, tensors = llama
     (here / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
@@ -355,7 +355,7 @@ def metas(path):
         "labels": ["a", "b", "c", "d", "e"],
         "preprocessing": ImageProcessor(size=(20, 20)).to_hf(),
     }
-    config = dataclasses.asdict(keys.config_class("vit")(**TINY_VIT))
+    config = dataclasses.asdict(tensor_maps.config_class("vit")(**TINY_VIT))
     codes = [dataclasses.asdict(astra) for astra in (ROTATED, AstraConfig(groups=2, codewords=8, site="kv"))]
     picture = text | labels | {"config": config, "hf_config": VIT, "generation": None}
     return [json.loads(json.dumps(m)) for m in (text, picture, *({**picture, "astra": code} for code in codes))]
@@ -376,9 +376,9 @@ def test_astra_json(stored, folder, data):
     if found.astra:
         in_range(found.astra)
         assert all(type(n) is int and n > 0 for n in (*found.astra.widths, *found.astra.levels))
-    assert found.dtype in huggingface.DTYPES.values() and found.family in keys.FAMILIES
+    assert found.dtype in huggingface.DTYPES.values() and found.family in tensor_maps.FAMILIES
     assert found.labels is None or all(type(label) is str for label in found.labels)
-    if found.labels is not None and keys.classifies(found.config):
+    if found.labels is not None and tensor_maps.classifies(found.config):
         assert len(found.labels) == found.config.num_labels
     assert all(type(step) is dict for step in found.history)
 

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Sampling
-from eval import worker
-from eval.answer import Request, Wishes
-from eval.data import DataArgs
-from eval.devices import read_profile
-from eval.lab import parse_loss
-from eval.labels import match
-from eval.network import parse_rate, parse_seconds
-from eval.plan import read_quality
-from eval.sources import read
-from eval.traces import read_trace, transfer_end
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.serving.generate import Sampling
+from eval.cost.device_profile import read_profile
+from eval.datasets.labelled import DataArgs
+from eval.datasets.labels import match
+from eval.datasets.sources import read
+from eval.network.model import parse_rate, parse_seconds
+from eval.network.traces import read_trace, transfer_end
+from eval.verbs import worker
+from eval.verbs.answer import Request, Wishes
+from eval.verbs.lab import parse_loss
+from eval.verbs.plan import read_quality
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.agreement import digest, versions
 from astra_jax.cli import main
-from astra_jax.config import AstraConfig
-from eval.lab import Lab
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.hosts.agreement import digest, versions
+from eval.verbs.lab import Lab
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +119,7 @@ class Program:
         self._paths = {name: folder / f"{host}-{time.monotonic_ns()}.{name}" for name in ("out", "err")}
         environment = {**os.environ, "JAX_LOG_COMPILES": "1", "XDG_RUNTIME_DIR": str(folder), **environment}
         with self._paths["out"].open("w") as out, self._paths["err"].open("w") as err:
-            command = [sys.executable, "-m", "astra_jax.cli", *argv]
+            command = [sys.executable, "-m", "astra_jax.cli.main", *argv]
             self.process = lab.start(host, command, cwd=ROOT, env=environment, stdout=out, stderr=err)
 
     def said(self, name="out"):

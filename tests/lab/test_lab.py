@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from astra_jax.errors import AstraError
-from eval.lab import Args, Cgroups, Lab, main
+from eval.verbs.lab import Args, Cgroups, Lab, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,7 +168,7 @@ def nothing_left():
 
 
 def astra_lab(*argv, **popen):
-    command = [sys.executable, "-m", "astra_jax.cli", "lab", "run", *argv]
+    command = [sys.executable, "-m", "astra_jax.cli.main", "lab", "run", *argv]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
@@ -317,7 +317,7 @@ def test_nothing_is_left_where_the_kernel_refuses(nothing_left, tmp_path, monkey
 
 def test_a_lab_that_was_killed_takes_its_hosts_along(nothing_left):
     program = f"""
-from eval.lab import Lab
+from eval.verbs.lab import Lab
 lab = Lab(2, 10e6, cpu=0.4).__enter__()
 for host in range(2):
     lab.start(host, ["sh", "-c", {STUBBORN!r}])

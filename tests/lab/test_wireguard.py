@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
-from eval.lab import Lab
+from astra_jax.codecs.config import AstraConfig
+from eval.verbs.lab import Lab
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 ASTRA = str(Path(sys.executable).parent / "astra")

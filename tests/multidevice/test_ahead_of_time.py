@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from eval.ahead_of_time import Args, measure
-from eval.presets import LLAMA_3_8B
+from eval.cost.ahead_of_time import Args, measure
+from eval.cost.presets import LLAMA_3_8B
 
 
 def check(row, L, N, T, G):

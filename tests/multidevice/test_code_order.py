@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from astra_jax import wire
-from astra_jax.config import AstraConfig
+from astra_jax.codecs import bitpacking
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.generate import Generator, Sampling
-from astra_jax.parallel import make_of, parallelize
-from astra_jax.sharding import Shards, make_mesh
-from astra_jax.strategies import Astra
-from eval.hlo import collectives_in
-from eval.traffic import messages
+from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.serving.compile import make_of, parallelize
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Astra
+from eval.cost.hlo import collectives_in
+from eval.cost.traffic import messages
 from tests.multidevice.test_generation import decode, tokens
 from tests.multidevice.test_sharded_equals_virtual import real, run_virtual
 
@@ -26,7 +26,7 @@ KV = dict(site="kv")
 @pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["tables", "plain"])
 def fast_path(request, monkeypatch):
     """With tables of codewords, which pay also for models as small as those of tests, and without."""
-    monkeypatch.setattr("astra_jax.fast_path.folding_pays", lambda *_: True)
+    monkeypatch.setattr("astra_jax.models.key_value_tables.folding_pays", lambda *_: True)
     return request.param
 
 
@@ -79,7 +79,7 @@ def test_a_text_goes_on_in_the_same_way(tiny_gpt2, random_text, fast_path):
     codes = generator.prefill(text, 1)[1].codes
     assert codes.shape == (2, 4, 12, 1) and (np.diff(codes[..., 0], axis=-1) >= 0).all()
     (gather,) = collectives_in(generator._prefill.lower(generator.state, text).compile().as_text())
-    assert gather.bytes == 2 * 2 * wire.multiset_bytes(12, 16)
+    assert gather.bytes == 2 * 2 * bitpacking.multiset_bytes(12, 16)
 
 
 @pytest.mark.parametrize(("family", "N", "S"), [("tiny_vit", 2, 13), ("tiny_gpt2", 4, 6), ("tiny_bert", 4, 6)])
@@ -89,10 +89,10 @@ def test_only_multisets_cross_the_link(request, rank_coded, random_text, family,
     inputs = rank_coded(1) if family == "tiny_vit" else random_text(23)
     gather, *pooled = collectives_in(parallelize(model, make_mesh(N), free).lower(inputs).compile().as_text())
     assert (gather.kind, gather.dtype, gather.trip_count) == ("all-gather", "u8", model.config.num_hidden_layers)
-    assert gather.bytes == N * wire.multiset_bytes(S, 8) < N * wire.packed_bytes(S, 3)
+    assert gather.bytes == N * bitpacking.multiset_bytes(S, 8) < N * bitpacking.packed_bytes(S, 3)
     assert [c.kind for c in pooled] == ["all-reduce"] * (not model.per_token)
     sent, *_ = messages(model, N, inputs, free)  # compares with the compiled program
-    assert sent.bits == 8 * wire.multiset_bytes(S, 8)
+    assert sent.bits == 8 * bitpacking.multiset_bytes(S, 8)
 
 
 def test_short_shards_are_sent_in_order(tiny_vit, rank_coded):

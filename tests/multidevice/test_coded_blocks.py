@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.near import Near
-from astra_jax.parallel import make_of, parallelize
-from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Astra, Noise, Virtual
-from eval.traffic import messages
+from astra_jax.serving.compile import make_of, parallelize
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Astra, Noise, Virtual
+from astra_jax.strategies.near import Near
+from eval.cost.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_predictor import CLASS, KV, three_blocks
 from tests.multidevice.test_sharded_equals_virtual import check, real, run_virtual

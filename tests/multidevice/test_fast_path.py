@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.gpt2 import GPT2
-from astra_jax.parallel import parallelize
-from astra_jax.sharding import make_mesh
-from eval.hlo import collectives_in
+from astra_jax.serving.compile import parallelize
+from astra_jax.serving.generate import Generator, Sampling
+from eval.cost.hlo import collectives_in
 from tests.multidevice.test_generation import decode, tokens
 from tests.multidevice.test_sharded_equals_virtual import check
 
@@ -20,7 +20,7 @@ from tests.multidevice.test_sharded_equals_virtual import check
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """It pays also for models as small as those of tests."""
-    monkeypatch.setattr("astra_jax.fast_path.folding_pays", lambda *_: True)
+    monkeypatch.setattr("astra_jax.models.key_value_tables.folding_pays", lambda *_: True)
 
 
 TABLES, COUNTS = AstraConfig(groups=4, codewords=16), AstraConfig(groups=1, codewords=4)  # 4 are fewer than tokens

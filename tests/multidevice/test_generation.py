@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
-from astra_jax.sharding import Shards, make_mesh
-from astra_jax.strategies import Single, Virtual
-from astra_jax.text import Text
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.inputs.token_batches import Text
+from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Single, Virtual
 
 STEPS = 6
 

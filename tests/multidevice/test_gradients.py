@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from astra_jax.config import AstraConfig
-from astra_jax.sharding import DATA, make_mesh
-from astra_jax.strategies import Noise, Virtual
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import DATA, make_mesh
+from astra_jax.strategies.base import Noise, Virtual
 
 
 @pytest.mark.slow

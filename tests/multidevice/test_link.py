@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
-from astra_jax.parallel import parallelize
-from astra_jax.quantizer import VectorQuantizer
-from astra_jax.sharding import Shards, make_mesh
-from eval.hlo import collectives_in
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.quantizer import VectorQuantizer
+from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.serving.compile import parallelize
+from astra_jax.serving.generate import Generator, Sampling
+from eval.cost.hlo import collectives_in
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
-from astra_jax.near import Near
-from astra_jax.parallel import make_of, parallelize
-from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Astra, Noise, Virtual
-from eval.hlo import collectives_in
-from eval.traffic import messages
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.serving.compile import make_of, parallelize
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Astra, Noise, Virtual
+from astra_jax.strategies.near import Near
+from eval.cost.hlo import collectives_in
+from eval.cost.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_predictor import estimates, three_blocks
 from tests.multidevice.test_sharded_equals_virtual import real, run_virtual

@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import SEQ, make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.sharding import SEQ, make_mesh
-from astra_jax.strategies import Astra, Virtual
-from astra_jax.weights import quantize_weights
-from eval.traffic import messages
+from astra_jax.models.weight_quantization import quantize_weights
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Astra, Virtual
+from eval.cost.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_sharded_equals_virtual import check
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.mesh.sharding import SEQ, make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.parallel import STRATEGIES, parallelize
-from astra_jax.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel
-from astra_jax.sharding import SEQ, make_mesh
-from astra_jax.strategies import Single
-from checkpoints.keys import build
-from eval.traffic import messages
+from astra_jax.serving.compile import STRATEGIES, parallelize
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel
+from checkpoints.tensor_maps import build
+from eval.cost.traffic import messages
 
 # Name -> fixture, and values of the configuration: heads, also those of keys and values, that four devices can share.
 MODELS = {

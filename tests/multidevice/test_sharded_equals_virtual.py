@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.parallel import parallelize
-from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Single, Virtual
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.serving.compile import parallelize
+from astra_jax.strategies.base import Single, Virtual
 
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
 

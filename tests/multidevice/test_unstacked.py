@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.config import AstraConfig
-from astra_jax.generate import Generator, Sampling
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import Unstacked, unstacked
-from astra_jax.parallel import STRATEGIES, parallelize, place
-from astra_jax.rivals import BlockParallel
-from astra_jax.sharding import make_mesh
-from astra_jax.weights import quantize_weights
-from eval.perplexity import NextTokenLoss
-from eval.traffic import sent_bits
+from astra_jax.models.weight_quantization import quantize_weights
+from astra_jax.serving.compile import STRATEGIES, parallelize, place
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.rivals import BlockParallel
+from eval.cost.traffic import sent_bits
+from eval.quality.perplexity import NextTokenLoss
 from tests.multidevice.test_generation import decode, tokens
 
 CODES = AstraConfig(groups=4, codewords=16)

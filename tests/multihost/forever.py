@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import checkpoints
-from astra_jax.cli import guarded
-from astra_jax.cluster import open_mesh
-from astra_jax.hosts import Hosts
-from astra_jax.parallel import parallelize, shardings
+from astra_jax.cli.main import guarded
+from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.runtime import open_mesh
+from astra_jax.serving.compile import parallelize, shardings
 from tests.multihost.one_host import inputs_for
 
 

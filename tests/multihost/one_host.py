@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from astra_jax.cluster import open_mesh
-from astra_jax.generate import Generator, Sampling
-from astra_jax.hosts import Hosts
-from astra_jax.near import Near, near_of, near_on
-from astra_jax.parallel import make_of, parallelize, shardings
-from astra_jax.sharding import hosts_of
-from astra_jax.text import Text
+from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.runtime import open_mesh
+from astra_jax.inputs.token_batches import Text
+from astra_jax.mesh.sharding import hosts_of
+from astra_jax.serving.compile import make_of, parallelize, shardings
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.near import Near, near_of, near_on
 
 
 def inputs_for(checkpoint: checkpoints.Checkpoint) -> np.ndarray | Text:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from tests.multihost.test_hosts import free_port, together
 
 ASTRA = str(Path(sys.executable).parent / "astra")

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.hosts import Hosts, detect
+from astra_jax.hosts.options import Hosts, detect
 from tests.multihost.test_hosts import ROOT, free_port
 
 FIRST_PORT = 61440  # JAX adds the last 12 bits of a job's number

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
-from astra_jax.near import Near
-from astra_jax.sharding import make_mesh
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.strategies.near import Near
 from tests.multihost.one_host import answer
 
 NESTED = AstraConfig(groups=4, codewords=16, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))

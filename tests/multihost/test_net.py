@@ -15,18 +15,19 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from astra_jax import cli, meeting, preflight
-from astra_jax.agreement import SOURCE, settings
-from astra_jax.config import AstraConfig
+from astra_jax.cli import main
+from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.hosts import Hosts
-from astra_jax.line import Line
-from astra_jax.preflight import Findings, check_hosts, gather, take_part
-from eval import net, plan
-from eval.network import Link
-from eval.workload import open_workload
+from astra_jax.hosts import preflight, rendezvous
+from astra_jax.hosts.agreement import SOURCE, settings
+from astra_jax.hosts.connection import Line
+from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.preflight import Findings, check_hosts, gather, take_part
+from eval.cost.workload import open_workload
+from eval.network.model import Link
+from eval.verbs import net, plan
 from tests.multihost.test_hosts import free_port
-from tests.unit.test_net import HELLO
+from tests.unit.eval.verbs.test_net import HELLO
 
 SECONDS = 0.2  # of sending
 
@@ -128,12 +129,12 @@ def test_another_number_of_hosts(port):
 
 
 def test_another_version(port, monkeypatch):
-    ours = meeting.versions()
+    ours = rendezvous.versions()
 
     def versions():
         return ours | ({"jaxlib": "0.1"} if threading.current_thread().name == "host 1" else {})
 
-    monkeypatch.setattr(meeting, "versions", versions)
+    monkeypatch.setattr(rendezvous, "versions", versions)
     first, second = together(port, 2, [0, 1])
     assert first.problems == (f"jaxlib is {ours['jaxlib']} on host 0 and 0.1 on host 1: install the same",)
     assert second.problems == first.problems
@@ -141,13 +142,13 @@ def test_another_version(port, monkeypatch):
 
 def test_another_setting_or_code(port, monkeypatch):
     """Of three hosts one each. It is told which hosts have what, and on all of them."""
-    ours, versions = settings(), meeting.versions()
+    ours, versions = settings(), rendezvous.versions()
 
     def of(host, values, **others):
         return values | (others if threading.current_thread().name == host else {})
 
     monkeypatch.setattr(preflight, "settings", lambda: of("host 1", ours, JAX_ENABLE_X64="True"))
-    monkeypatch.setattr(meeting, "versions", lambda: of("host 2", versions, **{SOURCE: "0123"}))
+    monkeypatch.setattr(rendezvous, "versions", lambda: of("host 2", versions, **{SOURCE: "0123"}))
     first, *others = together(port, 3, [0, 1, 2])
     assert first.problems == (
         f"astra's source code is {versions[SOURCE]} on hosts 0, 1 and 0123 on host 2: install the same",
@@ -405,7 +406,7 @@ def test_the_verb_prints_tables_and_advice(port, checkpoint, tmp_path, capsys):
     with ThreadPoolExecutor() as pool:
         other = pool.submit(outcome, Hosts(f"127.0.0.1:{port}", 2, 1), checkpoint)
         argv = ["net", "check", str(checkpoint), "--coordinator", f"127.0.0.1:{port}", "--hosts", "2", "--host", "0"]
-        assert cli.main([*argv, "--rate-seconds", str(SECONDS), "--json", str(tmp_path / "net.json")]) == 0
+        assert main.main([*argv, "--rate-seconds", str(SECONDS), "--json", str(tmp_path / "net.json")]) == 0
         assert other.result(10) == Findings()
     out, data = capsys.readouterr().out, json.loads((tmp_path / "net.json").read_text())
     assert "slowest link: " in out and data["reason"] in out
@@ -417,7 +418,7 @@ def test_the_verb_prints_tables_and_advice(port, checkpoint, tmp_path, capsys):
 
 def test_the_verb_ends_with_what_is_wrong(port, tmp_path, capsys):
     argv = ["net", "check", "--coordinator", f"127.0.0.1:{port}", "--hosts", "2", "--host", "0"]
-    assert cli.main([*argv, "--start-seconds", "0.1", "--json", str(tmp_path / "net.json")]) == 2
+    assert main.main([*argv, "--start-seconds", "0.1", "--json", str(tmp_path / "net.json")]) == 2
     out, err = capsys.readouterr()
     assert "did not take part" in out
     assert err.splitlines()[-1].startswith("astra: error: host 1 did not come")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from tests.multihost.test_hosts import free_port, together
 
 HOSTS = 3

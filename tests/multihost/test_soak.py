@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from astra_jax.console import Report
 from astra_jax.errors import AstraError
-from astra_jax.generate import Sampling
-from eval import worker
-from eval.answer import Answerer, Request, Setup, Wishes
+from astra_jax.report import Report
+from astra_jax.serving.generate import Sampling
+from eval.verbs import worker
+from eval.verbs.answer import Answerer, Request, Setup, Wishes
 from tests.multihost.test_worker import place, workers  # noqa: F401  # a fixture
 
 HOSTS, REQUESTS = 2, 100  # of each of two models

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig
 from tests.multihost.test_hosts import ROOT, free_port
 
 ASTRA = str(Path(sys.executable).parent / "astra")
@@ -163,7 +163,7 @@ def test_a_host_that_leaves_others_in_a_collective_says_so(place):
     path = failing(
         place,
         [
-            "from astra_jax.generate import Generator",
+            "from astra_jax.serving.generate import Generator",
             "def tokens(*arguments):",
             "    raise RuntimeError('a bug')",
             "Generator.tokens = tokens",

@@ -18,10 +18,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from astra_jax.parallel import parallelize
-from astra_jax.sharding import make_mesh
-from eval.timing import wall_seconds
-from eval.workload import Workload, open_workload
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.serving.compile import parallelize
+from eval.cost.timing import wall_seconds
+from eval.cost.workload import Workload, open_workload
 
 
 def ours(work: Workload) -> Callable[[], Any]:

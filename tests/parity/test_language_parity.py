@@ -20,13 +20,13 @@ from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import checkpoints
-from astra_jax.generate import Generator, Sampling
+from astra_jax.inputs.token_batches import Text, longest
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.sharding import make_mesh
-from astra_jax.strategies import Single
-from astra_jax.text import Text, longest
+from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
-from checkpoints.keys import FAMILIES, config_class, flat_state, model_tensors
+from checkpoints.tensor_maps import FAMILIES, config_class, flat_state, model_tensors
 
 V, T, PAD = 61, 24, 60
 SHARED = Path(os.environ.get("ASTRA_SHARED", Path(__file__).parents[3] / "shared"))

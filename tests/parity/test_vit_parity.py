@@ -16,7 +16,7 @@ from transformers import ViTForImageClassification
 import checkpoints
 from astra_jax.models.blocks import block_at
 from astra_jax.models.vit import ViTConfig
-from astra_jax.strategies import Single
+from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
 
 BASE = {
@@ -184,7 +184,7 @@ def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path, close
         hf_config={},
         dtype="float32",
         history=(),
-        model=checkpoints.keys.build("vit", config, abstract=False),
+        model=checkpoints.tensor_maps.build("vit", config, abstract=False),
     )
     huggingface.write_folder(checkpoint, tmp_path)
     loaded, problems = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)

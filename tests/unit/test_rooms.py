@@ -50,7 +50,7 @@ def test_collectives_live_in_one_file(path):
     tree = ast.parse(path.read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & COLLECTIVES
     used |= {name for name in imports(tree) if name.startswith("jax.lax.")}
-    assert not used or path.name == "collectives.py", f"{used} belong into astra_jax/collectives.py"
+    assert not used or path.name == "collectives.py", f"{used} belong into astra_jax/mesh/collectives.py"
 
 
 @each_file

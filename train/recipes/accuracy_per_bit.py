@@ -21,18 +21,19 @@ from urllib.parse import quote
 import tyro
 
 import checkpoints
-from astra_jax.arguments import Integers, Texts, parse
-from astra_jax.cli import guarded
-from astra_jax.config import Codec, Site, codec_and_predictor
-from astra_jax.console import Report, say
+from astra_jax.cli.arguments import Integers, Texts, parse
+from astra_jax.cli.main import guarded
+from astra_jax.codecs.config import Codec, Site, codec_and_predictor
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
-from eval import evaluate, plots
-from eval.data import DataArgs
-from eval.paper import around_marks, insert, markdown
+from astra_jax.report import Report, say
+from eval import plots
+from eval.datasets.labelled import DataArgs
+from eval.reports.paper import around_marks, insert, markdown
+from eval.verbs import evaluate
 from train import calibrate, finetune
 from train.loop import Training
-from train.recipes.kept import calibrated, evaluated, finetuned, short_name
+from train.recipes.resumable import calibrated, evaluated, finetuned, short_name
 
 COMMAND = "python -m train.recipes.accuracy_per_bit"
 LOST = {"perplexity": "% above the original", "accuracy %": "points below the original"}  # metric -> column behind it

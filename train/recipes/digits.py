@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from astra_jax.arguments import parse
-from astra_jax.cli import guarded
-from astra_jax.console import say
+from astra_jax.cli.arguments import parse
+from astra_jax.cli.main import guarded
+from astra_jax.report import say
 from train.data import write_digits
 
 GROUPS = (1, 8, 32)
@@ -39,7 +39,7 @@ class Args:
 def run(*command: str) -> None:
     """Prints a command and runs it; the demo ends where it fails."""
     say(f"\n$ {shlex.join(command)}")
-    module = {"astra": "astra_jax.cli"}.get(command[0])
+    module = {"astra": "astra_jax.cli.main"}.get(command[0])
     argv = [sys.executable, "-m", module, *command[1:]] if module else [sys.executable, *command[1:]]
     code = subprocess.run(argv, check=False).returncode
     if code:

@@ -15,15 +15,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from astra_jax.arguments import Integers, parse
-from astra_jax.cli import guarded
-from astra_jax.config import Site
-from astra_jax.console import Report, say
-from eval import evaluate
-from eval.data import DataArgs
+from astra_jax.cli.arguments import Integers, parse
+from astra_jax.cli.main import guarded
+from astra_jax.codecs.config import Site
+from astra_jax.report import Report, say
+from eval.datasets.labelled import DataArgs
+from eval.verbs import evaluate
 from train import calibrate, finetune
 from train.loop import Training
-from train.recipes.kept import calibrated, evaluated, finetuned, short_name
+from train.recipes.resumable import calibrated, evaluated, finetuned, short_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ import tyro
 from flax import nnx
 
 import checkpoints
-from astra_jax.arguments import parse
-from astra_jax.cli import guarded
-from astra_jax.console import say
+from astra_jax.cli.arguments import parse
+from astra_jax.cli.main import guarded
+from astra_jax.inputs.images import ImageProcessor
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.vit import ViT, ViTConfig
-from astra_jax.preprocess import ImageProcessor
-from astra_jax.sharding import make_mesh
+from astra_jax.report import say
 from checkpoints.huggingface import write_folder
-from eval.data import DataArgs
+from eval.datasets.labelled import DataArgs
 from train.data import Augment, train_batches
 from train.loop import Training, train
 

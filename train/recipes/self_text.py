@@ -15,14 +15,14 @@ import numpy as np
 import tyro
 
 import checkpoints
-from astra_jax.arguments import parse
-from astra_jax.cli import guarded
-from astra_jax.console import progress, say
+from astra_jax.cli.arguments import parse
+from astra_jax.cli.main import guarded
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
-from astra_jax.generate import Continuation, Generator, Sampling
-from astra_jax.sharding import make_mesh
-from astra_jax.text import pad
+from astra_jax.inputs.token_batches import pad
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.report import progress, say
+from astra_jax.serving.generate import Continuation, Generator, Sampling
 
 SEPARATOR = "\n<|endoftext|>\n"
 

@@ -16,16 +16,16 @@ from typing import Annotated, get_args
 import tyro
 
 import checkpoints
-from astra_jax.arguments import Integers, parse
-from astra_jax.cli import guarded
-from astra_jax.config import ClassToken
-from astra_jax.console import Report, say
-from astra_jax.sharding import make_mesh
-from eval import evaluate
-from eval.data import DataArgs
+from astra_jax.cli.arguments import Integers, parse
+from astra_jax.cli.main import guarded
+from astra_jax.codecs.config import ClassToken
+from astra_jax.mesh.sharding import make_mesh
+from astra_jax.report import Report, say
+from eval.datasets.labelled import DataArgs
+from eval.verbs import evaluate
 from train import calibrate, finetune
 from train.loop import Training
-from train.recipes.kept import calibrated, finetuned, remembered
+from train.recipes.resumable import calibrated, finetuned, remembered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

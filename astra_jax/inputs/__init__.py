@@ -1,0 +1,1 @@
+"""What models read: images, and batches of token ids."""

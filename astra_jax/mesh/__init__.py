@@ -1,0 +1,1 @@
+"""The mesh, the split of tokens over it, and every collective."""

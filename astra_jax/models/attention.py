@@ -1,0 +1,261 @@
+"""Mixed-precision attention: one online softmax over a list of sources. Collective-free.
+
+Everything attention ever sees is a list of sources: local keys and values in full precision, remote ones from
+codes. Attention on one device is the case of one source.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
+
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.quantizer import make_codec
+from astra_jax.models.layers import RowLinear
+from astra_jax.models.rotary import Rotary
+
+SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
+
+
+class Folded(nnx.Variable):
+    """What a codeword adds to key and value of a token, `C_g [Wk_g Wv_g]`, biases in the first group: [G,K,2JE].
+
+    Made by `astra_jax.models.key_value_tables.fold`.
+    """
+
+
+class Readout(nnx.Variable):
+    """Keys and values of a step along every axis of a rotated codec, and in the last row of its origin: [A+1,2JE].
+
+    Made by `astra_jax.models.key_value_tables.fold`.
+    """
+
+
+class Source(NamedTuple):
+    """Keys and values of R tokens, and who may see them. The mask broadcasts to [B, S, R]; None where all see all.
+
+    `times` says how many equal tokens each of them stands for; None for one.
+    """
+
+    key: Float[Array, "#B R J E"]
+    value: Float[Array, "#B R J E"]
+    mask: Bool[Array, "*#B #S R"] | None
+    times: Int[Array, "*#B #S R"] | None = None
+
+
+class Kept(NamedTuple):
+    """What a block leaves for a cache: its local keys and values, and what it received of remote tokens.
+
+    `message` is codes [B,R,G], as they arrived, or estimates; None on one device.
+    """
+
+    key: Float[Array, "*L B S J E"]
+    value: Float[Array, "*L B S J E"]
+    message: Shaped[Array, "*L B R _"] | None
+
+
+class Partial(NamedTuple):
+    """Softmax statistics of one source: `sum_r exp(s_r - max_score) v_r`, the same sum without v, and the maximum."""
+
+    numerator: Float[Array, "B H S E"]
+    denominator: Float[Array, "B H S 1"]
+    max_score: Float[Array, "B H S 1"]
+
+
+def attend(query: Float[Array, "B S H E"], source: Source) -> Partial:
+    """Attention of queries to one source, left unnormalised. H may be a multiple of J (grouped-query attention)."""
+    B, S, H, _ = query.shape
+    if B * H * S * source.key.shape[1] <= SCORES:
+        return _attend_all_heads(query, source)
+    return jax.lax.platform_dependent(query, source, cpu=_attend_by_head, default=_attend_all_heads)
+
+
+def _attend_by_head(query: Float[Array, "B S H E"], source: Source) -> Partial:
+    """`attend` for a CPU: the queries of one key/value head at a time, whose scores stay in the cache. A backward pass
+    computes them again, which takes less time than to have kept those of all heads and blocks."""
+    B, S, H, E = query.shape
+    J = source.key.shape[2]
+
+    @jax.checkpoint
+    def one_head(head: tuple[Array, Array, Array]) -> Partial:
+        q, k, v = head
+        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None]))
+
+    q = query.reshape(B, S, J, H // J, E).transpose(2, 0, 1, 3, 4)
+    by_head = jax.lax.map(one_head, (q, *(jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, H, *a.shape[3:]), by_head)
+
+
+def _attend_all_heads(query: Float[Array, "B S H E"], source: Source) -> Partial:
+    B, S, H, E = query.shape
+    R, J = source.key.shape[1:3]
+    # Heads first and plain batched matmuls: about 1.7 times as fast on a CPU as einsums over [B,S,H,E], gradients too.
+    q = (query / math.sqrt(E)).reshape(B, S, J, H // J, E).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * S, E)
+    k, v = source.key.transpose(0, 2, 1, 3), source.value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bjme,bjre->bjmr", q, k, preferred_element_type=jnp.float32).reshape(B, H, S, R)
+    if source.mask is not None:
+        scores = jnp.where(_for_heads(source.mask), scores, -jnp.inf)
+    # A finite floor: where nothing is visible, exp(-inf - floor) is 0 instead of nan.
+    floor = jnp.finfo(scores.dtype).min
+    max_score = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=floor))
+    weights = jnp.exp(scores - max_score)
+    if source.times is not None:  # the same as log(count) added to the scores
+        weights = weights * _for_heads(source.times)
+    rows = weights.astype(v.dtype).reshape(B, J, (H // J) * S, R)
+    numerator = jnp.matmul(rows, v, preferred_element_type=jnp.float32).reshape(B, H, S, E)
+    return Partial(numerator, weights.sum(axis=-1, keepdims=True), max_score)
+
+
+def _for_heads(table: Shaped[Array, "*#B #S R"]) -> Shaped[Array, "*#BH #S R"]:
+    """A table of queries and keys, the same for every head."""
+    return table if table.ndim == 2 else table[:, None]
+
+
+def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
+    """The softmax over all sources together, exactly, from their statistics. A query that sees nothing gets 0."""
+    top = partials[0].max_score
+    for p in partials[1:]:
+        top = jnp.maximum(top, p.max_score)
+    scales = [jnp.exp(p.max_score - top) for p in partials]
+    numerator = sum(p.numerator * scale for p, scale in zip(partials, scales, strict=True))
+    denominator = sum(p.denominator * scale for p, scale in zip(partials, scales, strict=True))
+    merged = numerator / jnp.maximum(denominator, jnp.finfo(jnp.float32).tiny)
+    return merged.transpose(0, 2, 1, 3)
+
+
+def sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -> Float[Array, "B R width"]:
+    """`sum_g tables[g, z_g]`, group by group, so that nothing of size [B,R,G,width] is held."""
+    z = jnp.moveaxis(z.astype(jnp.int32), -1, 0)
+
+    def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
+        table, codes = group
+        return total + table[codes], None
+
+    if len(tables) == 1:
+        return tables[0][z[0]]
+    # From 0 on, and not from the first group: the rest of the tables would be copied. Made of `z` so that it varies
+    # over a mesh as it does.
+    start = jnp.zeros_like(z[0], jnp.float32)[..., None] * jnp.zeros(tables.shape[-1])
+    return jax.lax.scan(add, start, (tables, z))[0]
+
+
+def _counts(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
+    """How often each of K codewords occurs among the tokens that can be seen."""
+    seen = jnp.broadcast_to(True if mask is None else mask[..., 0, :], z.shape).astype(jnp.int32)
+    return jax.vmap(lambda codes, ones: jnp.zeros(K, jnp.int32).at[codes].add(ones))(z, seen)[:, None]
+
+
+class MixedPrecisionAttention(nnx.Module):
+    """Attention of local queries to local tokens in full precision and to remote tokens through codes.
+
+    Args:
+      D, H, J, E: hidden width, query heads, key/value heads, head width.
+      qkv_bias: whether the q, k and v projections have a bias.
+      o_bias: whether the output projection has one.
+      rotary: the rotary embedding of queries and keys; None where positions are in the input.
+      astra: the codec's configuration; None for a model that has no codebooks yet.
+      dtype: what activations are computed in. Parameters are float32.
+      rngs: initialisation.
+    """
+
+    def __init__(
+        self,
+        D: int,
+        H: int,
+        J: int,
+        E: int,
+        *,
+        qkv_bias: bool,
+        o_bias: bool = True,
+        rotary: Rotary | None = None,
+        astra: AstraConfig | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.H, self.J, self.E, self.rotary = H, J, E, rotary
+        self.q = nnx.Linear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.k = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
+        self.site = astra.site if astra else None
+        self.codec = make_codec(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
+        self.folded: Folded | None = nnx.data(None)
+        self.readout: Readout | None = nnx.data(None)
+
+    def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
+        """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
+        return x.reshape(*x.shape[:-1], -1, self.E)
+
+    def codec_input(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens W"]:
+        """What the codec quantizes of an input of the projections: itself, or at site `kv` its key and value."""
+        return y if self.site == "hidden" else jnp.concatenate([self.k(y), self.v(y)], axis=-1)
+
+    def remote_key_value(self, message: Shaped[Array, "B R _"], site: str | None) -> tuple[Array, Array]:
+        """K^ and V^ of remote tokens: the two halves of a vector at site `kv`, else its projections `y^ Wk, y^ Wv`.
+
+        `message` is codes, or the vectors themselves where a strategy already has them.
+        """
+        if self.folded is not None:
+            k, v = jnp.split(sum_of_rows(self.folded[...], message), 2, axis=-1)
+            return self.heads(k), self.heads(v)
+        if self.readout is not None:
+            u = self.codec.coordinates(message)  # type: ignore[union-attr]  # who has codes has a codec
+            table = self.readout[...]
+            kv = u.astype(table.dtype) @ table[:-1] + table[-1]
+            return tuple(map(self.heads, jnp.split(kv, 2, axis=-1)))  # type: ignore[return-value]
+        if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
+            message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
+        k, v = jnp.split(message, 2, axis=-1) if site == "kv" else (self.k(message), self.v(message))
+        return self.heads(k), self.heads(v)
+
+    def remote_source(self, remote: Any, site: str | None, dtype: Any) -> Source:
+        """Remote tokens as attention sees them: one by one, or where that is less, as codewords with their counts.
+
+        Without a rotary embedding, tokens with the same code (G=1) have the same key and value, wherever they are.
+        So attention to all of them is attention to K codewords that count as often as they were sent (the log-count
+        bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
+        """
+        R, folded = remote.message.shape[1], self.folded
+        if folded is not None and self.rotary is None and (remote.mask is None or remote.mask.shape[-2] == 1):
+            G, K, _ = folded.shape
+            if G == 1 and K < R:
+                count = _counts(remote.message[..., 0], remote.mask, K)
+                k, v = (self.heads(a).astype(dtype) for a in jnp.split(folded[...], 2, axis=-1))
+                return Source(k, v, count > 0, count)
+        k, v = self.remote_key_value(remote.message, site)
+        return Source(self.rotate(k, remote.position).astype(dtype), v.astype(dtype), remote.mask)
+
+    def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
+        """Queries or keys at their places in the sequence; as they are without a rotary embedding."""
+        return self.rotary(x, position) if self.rotary else x
+
+    def __call__(self, y: Float[Array, "B S D"], strategy: Any, carry: Any, block: Any) -> tuple[Array, Any, Any]:
+        """One block's attention (DESIGN section 3).
+
+        Args:
+          y: the input of the projections, normalised.
+          strategy: what exchanges codes and knows who sees whom (astra_jax/strategies/base.py).
+          carry: what the strategy keeps per token from block to block: estimates, with a predictor; else ().
+          block: number of the block.
+
+        Returns:
+          the attention output [B,S,D], the new carry, and what the strategy reports of this block.
+        """
+        k, v = self.k(y), self.v(y)
+        site = self.site if strategy.coded else "hidden"
+        sent = jnp.concatenate([k, v], axis=-1) if site == "kv" else y
+        # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
+        remote, carry, report = strategy.exchange(self.codec, sent, carry, block)
+        position = strategy.positions() if self.rotary else None
+        q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
+        sources = [Source(k, v, strategy.local_mask()), *strategy.cached(block)]
+        if remote is not None:
+            sources.append(self.remote_source(remote, site, k.dtype))
+        if strategy.keep:
+            report = Kept(k, v, remote.message if remote is not None else None)
+        attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
+        return self.o(attended.reshape(*y.shape[:2], -1), strategy), carry, report

@@ -1,0 +1,122 @@
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), with the scalings that Llama's configurations use."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from astra_jax.codecs.config import LARGEST
+from astra_jax.errors import AstraError
+
+# `dynamic` changes nothing up to `max_position_embeddings`, beyond which no sequence is accepted.
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
+# Above what, and up to what, a number may be, so that frequencies in float32 are numbers (our choice).
+BOUNDS = {
+    "rope_theta": (1, 1e15),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), (1e-6, 1e9)),
+    **dict.fromkeys(("beta_fast", "beta_slow"), (1e-6, 1e9)),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), (-1e-6, 1e9)),  # 0 is none
+    "original_max_position_embeddings": (-1, LARGEST),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding, under the names of Hugging Face's `rope_parameters`.
+
+    Attributes:
+      rope_type: `default`; `linear` divides all frequencies by `factor`; `llama3` divides the low ones, between the
+        wavelengths `original_max_position_embeddings / high_freq_factor` and `/ low_freq_factor` smoothly; `yarn`
+        (arXiv 2309.00071) ramps between frequencies that turn `beta_fast` and `beta_slow` times.
+      rope_theta: base of the frequencies.
+      attention_factor: what YaRN scales queries and keys with; None for its formula.
+
+    Raises:
+      AstraError: a type that is not known, or one that lacks a value, or a value out of its range.
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10_000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise AstraError(f"config.json: rope_type is {self.rope_type!r}; known are {', '.join(ROPE_TYPES)}")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not low < value <= high:
+                raise AstraError(
+                    f"config.json: {name} of the rotary embedding is {value}; it must be above {low} and at most "
+                    f"{high:g}"
+                )
+        if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
+            raise AstraError(f"config.json: rope_type {self.rope_type} needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise AstraError(
+                f"config.json: low_freq_factor is {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; the second must be greater"
+            )
+
+    def frequencies(self, E: int) -> Float[np.ndarray, "pairs"]:
+        """Radians per position of every pair of dimensions."""
+        plain = (1.0 / self.rope_theta ** (np.arange(0, E, 2, dtype=np.float32) / E)).astype(np.float32)
+        slow = plain / np.float32(self.factor)
+        if self.rope_type == "linear":
+            return slow
+        if self.rope_type == "llama3":
+            turns = self.original_max_position_embeddings * plain / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        elif self.rope_type == "yarn":
+            kept = 1 - self._yarn_ramp(E)
+        else:
+            return plain
+        kept = np.clip(kept, 0, 1).astype(np.float32)
+        return kept * plain + (1 - kept) * slow
+
+    def _yarn_ramp(self, E: int) -> Float[np.ndarray, "pairs"]:
+        """0 for the dimensions that are kept, 1 for those that are interpolated."""
+
+        def dimension(turns: float) -> float:
+            """The dimension that turns so often over the original context."""
+            ratio = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return E * math.log(ratio) / (2 * math.log(self.rope_theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, E - 1)
+        return (np.arange(E // 2) - low) / (high - low if high != low else 0.001)
+
+    @property
+    def scale(self) -> float:
+        """What YaRN scales cosine and sine with; 1 for the other types."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def mscale(weight: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+        if self.mscale and self.mscale_all_dim:
+            return mscale(self.mscale) / mscale(self.mscale_all_dim)
+        return mscale(1.0)
+
+    def __call__(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
+        """Turns the pairs (e, e + E/2) of every head of [B,R,heads,E] by `position` [R] or [B,R] times frequency."""
+        angle = jnp.asarray(position)[..., None, None] * self.frequencies(x.shape[-1])  # [*B,R,1,E/2]
+        cos, sin = self.scale * jnp.cos(angle), self.scale * jnp.sin(angle)
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""A model compiled for a mesh, and what is asked of it."""

@@ -1,0 +1,1 @@
+"""How one model is run: what is split, and what crosses the link."""

@@ -1,0 +1,224 @@
+"""What ASTRA is compared with: strategies that are exact, or that split the hidden width, and send far more.
+
+Sequence parallelism as in Voltage, tensor parallelism as in Megatron, and block parallelism as in DeTransformer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from astra_jax.codecs.quantizer import Quantizer
+from astra_jax.errors import AstraError
+from astra_jax.mesh.collectives import Alone, Peers
+from astra_jax.mesh.sharding import SEQ, Shards
+from astra_jax.strategies.base import Message, Remote, Sharded, SplitTokens, hidden_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceParallel(SplitTokens):
+    """Voltage (ICDCS 2024): the devices gather the full-precision inputs of attention in every block. Exact.
+
+    As in ASTRA, every device projects all remote tokens to keys and values itself. The class token, where there is
+    one, is a token of the first shard.
+    """
+
+    coded = False
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "SequenceParallel":
+        return cls(one_class_token(model.shards(N, inputs)))
+
+    def messages(self, model: Any) -> list[Message]:
+        bits = self.shards.sent_slots * hidden_bits(model)
+        return [Message("all-gather", bits, model.config.num_hidden_layers), *self._pooled(model)]
+
+    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
+        return self._remote(self.peers.gather_others(y)), carry, None
+
+
+def one_class_token(shards: Shards) -> Shards:
+    """The split with a class token, if there is one, that is a token like any other."""
+    return dataclasses.replace(shards, class_token="single" if shards.class_token else None)
+
+
+# The layers of a block that read the hidden state, and those that write to it.
+READERS, WRITERS = {"q", "k", "v", "up", "gate"}, {"o", "down"}
+
+
+def heads_axis(names: Sequence[str]) -> int:
+    """Which axis of a weight, counted from the last, Megatron splits: heads and columns of the MLP. 0 for none.
+
+    Args:
+      names: the weight's path in the model.
+    """
+    if READERS & {*names}:
+        return -1
+    return -2 if WRITERS & {*names} and "bias" not in names else 0
+
+
+def width_axis(names: Sequence[str]) -> int:
+    """Which axis of a block's weight, counted from the last, is the hidden width: DeTransformer's split. 0 for none."""
+    if READERS & {*names}:
+        return -2 if "bias" not in names else 0
+    return 0 if "codec" in names else -1
+
+
+def split_axes(axis_of: Callable[[Sequence[str]], int], state: Any) -> Any:
+    """`axis_of(path)` of every array in a state. What has length 1 there, as scales of quantized weights, is whole."""
+
+    def one(path: Any, array: Any) -> int:
+        axis = axis_of([str(getattr(key, "key", getattr(key, "name", ""))) for key in path])
+        return axis if axis and array.shape[axis] > 1 else 0
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def part_size(array: Any, axis: int, N: int) -> int:
+    """How long one of N parts of an array along an axis is. Raises AstraError where the parts are not equal."""
+    size, rest = divmod(array.shape[axis], N)
+    if rest:  # what `of` checks are the layers; only scales of quantized weights are fewer
+        raise AstraError(
+            f"{array.shape[axis]} groups of quantized weights cannot be split over {N} devices: use fewer, or int8"
+        )
+    return size
+
+
+def part(array: Shaped[Array, "*whole"], axis: int, n: Any, N: int) -> Shaped[Array, "*part"]:
+    """Part n of N of an array along an axis, counted from the last; the array itself for axis 0."""
+    if not axis:
+        return array
+    size = part_size(array, axis, N)
+    return jax.lax.dynamic_slice_in_dim(array, n * size, size, array.ndim + axis)
+
+
+def check_divides(strategy: str, N: int, sizes: dict[str, int]) -> None:
+    """Raises AstraError unless all sizes (by their names) are multiples of N."""
+    if any(size % N for size in sizes.values()):
+        named = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        fitting = [str(n) for n in range(2, min(sizes.values()) + 1) if not any(size % n for size in sizes.values())]
+        raise AstraError(
+            f"strategy {strategy} splits {named} evenly, which {N} devices cannot: use "
+            + (f"{', '.join(fitting)} devices, or strategy sp" if fitting else "strategy sp")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorParallel(Sharded):
+    """Megatron's tensor parallelism: heads and MLP columns are split, all tokens are everywhere. Exact.
+
+    Two all-reduces per block: of the attention's output and of the MLP's. Embeddings, norms and heads are replicated.
+
+    Attributes:
+      shards: one shard.
+      peers: the devices.
+    """
+
+    peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
+
+    coded = False
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "TensorParallel":
+        attention = model.blocks.attention
+        sizes = {"heads": attention.H, "key/value heads": attention.J, "MLP columns": model.config.intermediate_size}
+        check_divides("tp", N, sizes)
+        return cls(model.shards(1, inputs))
+
+    def messages(self, model: Any) -> list[Message]:
+        slots = self.shards.class_slots + self.shards.S
+        return [Message("all-reduce", slots * hidden_bits(model), 2 * model.config.num_hidden_layers)]
+
+    def weight_axes(self, state: Any) -> Any:
+        return split_axes(heads_axis, state)
+
+    def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return self.peers.total(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockParallel(Sharded):
+    """DeTransformer's block parallelism (DATE 2024) with its all-gather plan: `bp-ag`.
+
+    The L blocks form Nb groups. In all blocks of a group but the last, device n runs a sub-block of its own: it has
+    D/N of the hidden width of all tokens, and of the weights what reads or writes that part; norms are over the part.
+    Then the devices gather their parts, and each runs the group's last block whole. With Nb = L nothing is decoupled
+    and the result is exact; otherwise a model has to be trained for it: the outputs of one that was not mean nothing.
+
+    This is the structure of DeTransformer's public code; names and counts of the variants in the paper's comparison are
+    not public, so that what `bp-ag` and `bp-sp` are is our choice.
+
+    Attributes:
+      shards: the split over N devices (only `bp-sp` uses that it is one).
+      exchanges: Nb.
+      peers: the devices.
+    """
+
+    exchanges: int = 1
+    peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
+
+    coded = False
+    unstacks = False
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None, exchanges: int = 1) -> "BlockParallel":
+        L = model.config.num_hidden_layers
+        check_divides("bp", N, {"hidden units": model.config.hidden_size})
+        if exchanges < 1 or L % exchanges:
+            fitting = ", ".join(str(n) for n in range(1, L + 1) if L % n == 0)
+            raise AstraError(f"{exchanges} exchanges do not divide {L} blocks into equal groups: use one of {fitting}")
+        return cls(one_class_token(model.shards(N, inputs)), exchanges)
+
+    @property
+    def _slots(self) -> int:
+        """Slots of one shard."""
+        return self.shards.class_slots + self.shards.S
+
+    def messages(self, model: Any) -> list[Message]:
+        return [Message("all-gather", self._slots * hidden_bits(model), self.exchanges)]
+
+    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded_blocks: int) -> Any:
+        (weights, numbers), n, N = xs, self.peers.index(), self.peers.N
+
+        def weights_of(number: Array) -> Any:
+            # Taken from the stack one by one: a scan over slices of the stack would copy nearly all of it first.
+            return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), weights)
+
+        def sub_block(x: Array, number: Array) -> tuple[Array, None]:
+            whole = weights_of(number)
+            mine = jax.tree.map(partial(part, n=n, N=N), whole, split_axes(width_axis, whole))
+            return block(self, (x, ()), (mine, number))[0][0], None
+
+        def group(carry: Any, numbers: Array) -> tuple[Any, Any]:
+            x, remote = carry
+            x, _ = jax.lax.scan(sub_block, part(x, -1, n, N), numbers[:-1])
+            return self._whole_block(block, x, remote, (weights_of(numbers[-1]), numbers[-1]))
+
+        return jax.lax.scan(group, carry, numbers.reshape(self.exchanges, -1))
+
+    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+        """A group's last block: parts of the width of all tokens -> all tokens, whole."""
+        whole = jnp.concatenate([*self.peers.gather(x)], axis=-1)
+        return block(self, (whole, remote), xs)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSequenceParallel(BlockParallel):
+    """`bp-sp`: block parallelism whose whole blocks are run as Voltage does, each device its own tokens (our choice).
+
+    An all-to-all makes of all tokens' parts of the width a shard of whole tokens, attention gathers as in
+    `SequenceParallel`, and then the devices gather the result.
+    """
+
+    def messages(self, model: Any) -> list[Message]:
+        bits = self._slots * hidden_bits(model)
+        return [Message("all-to-all", bits, self.exchanges), Message("all-gather", bits, 2 * self.exchanges)]
+
+    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+        mine = self.peers.transpose(x, split=1, join=2)
+        (mine, remote), report = block(SequenceParallel(self.shards, peers=self.peers), (mine, remote), xs)
+        return (jnp.concatenate([*self.peers.gather(mine)], axis=1), remote), report

@@ -1,0 +1,1 @@
+"""Operations, bits and seconds of a model."""

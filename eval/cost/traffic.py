@@ -1,0 +1,83 @@
+"""What crosses the link in one forward pass: as the strategy predicts, checked against the compiled program."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from astra_jax.errors import AstraError
+from astra_jax.mesh.sharding import DATA, SEQ, make_mesh
+from astra_jax.serving.compile import make_for, on_mesh, place
+from astra_jax.strategies.base import Message
+from eval.cost.hlo import collectives_in
+from eval.cost.timing import forward
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes in place of the arrays of a model or of inputs."""
+    if isinstance(tree, nnx.Module):
+        graphdef, state = nnx.split(tree)
+        return nnx.merge(graphdef, abstract(state))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def pass_on_mesh(model: Any, mesh: Mesh, make: Any, fast_path: bool = True) -> tuple[Any, Any]:
+    """A forward pass on the devices of a mesh (see `timing.forward`): the jitted function of state and inputs, and
+    the state.
+
+    Raises:
+      AstraError: the strategy cannot split the model.
+    """
+    N, make = mesh.shape[SEQ], make_for(mesh, make)
+    graphdef, state = place(model, mesh, make, fast_path)
+    work = forward(model, graphdef)
+
+    @jax.jit
+    def run(state: Any, inputs: Any) -> Array:
+        strategy = make(model, N, inputs)
+        by_token = model.per_token and strategy.splits_tokens
+        return on_mesh(work, mesh, strategy, P(DATA, SEQ) if by_token else P(DATA))(state, model.to_tokens(inputs))
+
+    return run, state
+
+
+def compiled_pass(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> str:
+    """The optimized HLO of a forward pass on N devices, which need not be there. Weights and inputs may be shapes."""
+    run, state = pass_on_mesh(abstract(model), make_mesh(N, to_run=False), make, fast_path)
+    text = run.lower(state, abstract(inputs)).compile().as_text()
+    assert text is not None
+    return text
+
+
+def sent_bits(compiled_text: str, N: int) -> dict[str, int]:
+    """Bits that one device gives to the collectives of every kind in a compiled program, counted as in `Message`."""
+    found = Counter[str]()
+    for c in collectives_in(compiled_text):
+        found[c.kind] += 8 * c.bytes * (c.trip_count or 1) // (N if c.kind == "all-gather" else 1)
+    return dict(found)
+
+
+def messages(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> list[Message]:
+    """What one device sends in a forward pass of one sequence, by prediction and in the compiled program.
+
+    Args:
+      inputs: one sequence.
+      fast_path: which form is compiled (`astra_jax.serving.compile.parallelize`); both send the same.
+
+    Raises:
+      AstraError: the program sends something else than predicted; or see `compiled_pass`.
+    """
+    if N == 1:
+        return []
+    predicted = make(model, N, inputs).messages(model)
+    expected = Counter[str]()
+    for message in predicted:
+        expected[message.kind] += message.bits * message.times
+    found = sent_bits(compiled_pass(model, N, inputs, make, fast_path), N)
+    if found != dict(expected):
+        raise AstraError(f"the program sends {found} bits, not {dict(expected)} as predicted: please report it")
+    return predicted

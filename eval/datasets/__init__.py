@@ -1,0 +1,1 @@
+"""Labelled images and texts, from files, folders, tables and the hub."""

@@ -1,0 +1,1 @@
+"""Links: their model, traces, lost packets, and where the time of a pass went."""

@@ -1,0 +1,71 @@
+"""Run one checkpoint with its tokens split over the devices that --devices picks.
+
+It names what is in pictures (--image), or goes on with texts, classifies them or compares them (--prompt), whatever the
+checkpoint is for.
+
+On a CPU the devices are made by the program itself. Prints the answer, the time, and what crossed the link. A language
+model reads the prompts on all devices and then goes on where their end is, without the others. With --workers, `astra
+worker` has loaded the checkpoint already, on this host as host 0 and on the others, and answers at once.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from astra_jax.errors import AstraError
+from astra_jax.hosts.agreement import inputs, options
+from astra_jax.report import Report
+from eval.verbs.answer import Answerer, Request, Setup, Wishes
+from eval.verbs.worker import ask
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of `astra run`."""
+
+    setup: Annotated[Setup, tyro.conf.arg(name="")]
+    image: tuple[Path, ...] = ()
+    """One or more pictures."""
+    prompt: tuple[str, ...] = ()
+    """One or more texts; several are run as one batch."""
+    wishes: Annotated[Wishes, tyro.conf.arg(name="")] = Wishes()
+    workers: str | None = None
+    """Let the workers answer whose host 0 is this one: what they were given as --coordinator."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+
+def read(path: Path) -> bytes:
+    """The content of a picture's file. Raises AstraError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise AstraError(f"{path}: cannot be read ({error.strerror}): check the path") from error
+
+
+def brought(request: Request) -> dict[str, str]:
+    """What of a request has to be the same on all hosts. Of pictures it is what is in the files."""
+    return options(request.wishes) | inputs("picture", request.files) | inputs("prompt", request.prompts)
+
+
+def main(args: Args) -> None:
+    """Runs `astra run`."""
+    report = Report("run", args.json)
+
+    @functools.cache
+    def request() -> Request:
+        return Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes)
+
+    if args.setup.several.host is None:
+        request()  # before a model is loaded; of several hosts, when they meet: who cannot read says so to all
+    if args.workers:
+        if args.setup != Setup(args.setup.checkpoint):
+            raise AstraError("--workers: how the checkpoint is loaded and split was said to the workers: leave it out")
+        ask(args.workers, args.setup.checkpoint, request(), report)
+    else:
+        answerer = Answerer(args.setup, report, lambda: brought(request()))
+        answerer.answer(lambda: (request(), answerer.inputs(request())), report)
+    report.close()
