@@ -201,7 +201,7 @@ def _notes(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
     """What a folder says that is known and not done here. Raises AstraError where a setting is of a wrong type."""
     if code := checkpoint.hf_config.get("auto_map"):
         yield f"{CONFIG} asks for code of its own ({shorten(code)}), which is never run: the model is what it is here"
-    if checkpoint.family == "vit" and checkpoint.preprocessing is not None:
+    if checkpoint.config.input_kind == "images" and checkpoint.preprocessing is not None:
         checkpoint.processor  # noqa: B018  # raises unless it can be read
     if checkpoint.generation is not None:
         check_generation(checkpoint.generation, folder / GENERATION)

@@ -86,7 +86,7 @@ class Args(DataArgs):
 
 def inputs(checkpoint: Checkpoint, args: Args, tell: Tell) -> list[Any]:
     """Batches of what the model takes: images, or `Text` of equal length. `tell` is told what is read."""
-    if checkpoint.family == "vit":
+    if checkpoint.config.input_kind == "images":
         # Whose classes they are matters to nobody here, but what is said of them is to be right.
         data = args.open(model_classes(checkpoint) if args.labels else None)
         rows = np.random.default_rng(args.seed).permutation(len(data))[: args.samples]
@@ -411,7 +411,7 @@ def main(args: Args) -> None:
         side_info=args.side_info,
     )
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
-    if astra.side_info != "none" and source.family == "vit":
+    if astra.side_info != "none" and source.config.input_kind == "images":
         raise AstraError(f"--side-info {astra.side_info} is for texts; this is a {source.family}: leave it out")
     batches = inputs(source, args, telling(report))
     S = 1

@@ -59,7 +59,7 @@ def training_batches(checkpoint: Checkpoint, args: Args, tell: Tell) -> Iterator
     """
     training = args.training
     need_one_class(checkpoint, args.checkpoint, "finetuned for")
-    if checkpoint.family == "vit":
+    if checkpoint.config.input_kind == "images":
         augment = Augment(flip=args.flip) if args.augment else None
         data = args.open(model_classes(checkpoint))
         tell(data.account)

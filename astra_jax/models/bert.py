@@ -12,6 +12,7 @@ from astra_jax.codecs.config import AstraConfig, Similarity
 from astra_jax.codecs.predictor import SideInfo
 from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Pooling, Shards
 from astra_jax.models.attention import MixedPrecisionAttention
@@ -40,6 +41,7 @@ class BertConfig:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
 
+    input_kind: ClassVar[InputKind] = "text"
     FIXED: ClassVar[dict[str, Any]] = {
         "position_embedding_type": "absolute",
         "is_decoder": False,
@@ -104,6 +106,7 @@ class Bert(nnx.Module):
       rngs: initialisation.
     """
 
+    input_kind: ClassVar[InputKind] = BertConfig.input_kind
     per_token = False
 
     def __init__(

@@ -1,7 +1,7 @@
 """What the decoders GPT-2 and Llama share: how text goes in, and the heads."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.predictor import SideInfo
 from astra_jax.codecs.quantizer import Quantizer
+from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.blocks import token_ids
@@ -22,6 +23,8 @@ class Decoder(nnx.Module):
 
     A family sets `config`, `astra`, `embed` and `blocks`, calls `add_head`, and defines `embedded` and `states`.
     """
+
+    input_kind: ClassVar[InputKind] = "text"
 
     config: Any
     astra: AstraConfig | None

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.config import AstraConfig
+from astra_jax.inputs import InputKind
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
@@ -22,6 +23,7 @@ class GPT2Config:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
 
+    input_kind: ClassVar[InputKind] = "text"
     # What Hugging Face's configuration may not ask for, because nothing here computes it.
     FIXED: ClassVar[dict[str, Any]] = {
         "scale_attn_weights": True,

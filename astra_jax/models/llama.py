@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
+from astra_jax.inputs import InputKind
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
@@ -24,6 +25,7 @@ class LlamaConfig:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
 
+    input_kind: ClassVar[InputKind] = "text"
     FIXED: ClassVar[dict[str, Any]] = {"rope_interleaved": False, "is_causal": True}
 
     vocab_size: int = 32000

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.inputs import InputKind
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
@@ -24,6 +25,8 @@ class ViTConfig:
     Raises:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
+
+    input_kind: ClassVar[InputKind] = "images"
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -77,6 +80,7 @@ class ViT(nnx.Module):
       rngs: initialisation.
     """
 
+    input_kind: ClassVar[InputKind] = ViTConfig.input_kind
     per_token = False
 
     def __init__(

@@ -137,7 +137,7 @@ def with_codec(work: Workload, name: str, G: int, axes: int | None = None, rank:
         levels=levels,
         predictor=predictor,
         rank=RANKS.get(predictor, AstraConfig.rank) if rank is None else rank,
-        side_info="token-ids" if predictor != "none" and work.family != "vit" else "none",
+        side_info="token-ids" if predictor != "none" and work.config.input_kind == "text" else "none",
     )
     return dataclasses.replace(work, astra=astra)
 

@@ -16,7 +16,6 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig, Site
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
-from astra_jax.models.vit import ViTConfig
 from astra_jax.serving.compile import STRATEGIES, Make
 from astra_jax.strategies.rivals import BlockParallel
 from checkpoints.tensor_maps import build
@@ -145,7 +144,7 @@ class Workload:
 
     def inputs(self) -> Any:
         """One image, or one text of T tokens."""
-        if isinstance(self.config, ViTConfig):
+        if self.config.input_kind == "images":
             return jnp.zeros((1, self.config.image_size, self.config.image_size, self.config.num_channels), self.dtype)
         length = self.T + build(self.family, self.config).shards(1).class_slots
         return Text(np.zeros((1, length), np.int32), np.full((1,), length, np.int32))
@@ -189,7 +188,7 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
         astra = dataclasses.replace(astra, site=site)
     if tokens is not None and tokens < 1:
         raise AstraError(f"--tokens is {tokens}; it must be at least 1: try {TOKENS}")
-    if isinstance(config, ViTConfig):
+    if config.input_kind == "images":
         T = tokens or (config.num_patches if path else TOKENS)
         side = math.isqrt(T)
         if path and config.num_patches != T:

@@ -221,7 +221,7 @@ class Answerer:
                 f"the weights take {after:,} bytes instead of {before:,}", weight_bytes=after, full_weight_bytes=before
             )
         self.checkpoint, self.model = checkpoint, checkpoint.model
-        self.images = checkpoint.family == "vit"
+        self.images = checkpoint.config.input_kind == "images"
         self.task = None if self.images else checkpoint.config.task
         if self.task == "causal-lm":
             if self.strategy != "astra":

@@ -150,7 +150,7 @@ def check_task(args: Args) -> str:
         need_one_class(checkpoint, path, "evaluated by")
     if args.stride is not None and task != "perplexity":
         raise AstraError(f"--stride is for perplexity; {first} is a model for {task}: leave the option out")
-    if args.length is not None and any(map(takes_images, described.values())):
+    if args.length is not None and any(meta.config.input_kind == "images" for meta in described.values()):
         raise AstraError("--length is for text; a ViT's images all have the same size: leave the option out")
     return task
 
@@ -229,11 +229,6 @@ def lost_of(astra: AstraConfig, args: Args) -> Literal["masked", "predicted"]:
     return args.lost or ("masked" if astra.predictor == "none" else "predicted")
 
 
-def takes_images(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's model takes images, not text."""
-    return checkpoint.family == "vit"
-
-
 def window(config: Any, args: Args) -> tuple[int, int]:
     """Length and stride in tokens, for a model of text. Raises AstraError if the model cannot take that, or if a stride
     does not count all places of a shard alike."""
@@ -260,7 +255,7 @@ def window(config: Any, args: Args) -> tuple[int, int]:
 def example(checkpoint: Checkpoint, length: int) -> Any:
     """One input of a model: an image, or a sequence of `length` tokens."""
     config = checkpoint.config
-    if takes_images(checkpoint):
+    if checkpoint.config.input_kind == "images":
         return jnp.zeros((1, config.image_size, config.image_size, config.num_channels))
     return Text(jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32))
 
@@ -496,7 +491,7 @@ def measure(
     strategy = strategy_of(checkpoint, args)
     N = devices_of(args)[1] if strategy != "single" else 1
     astra = checkpoint.astra if strategy == "astra" else None
-    images = takes_images(checkpoint)
+    images = checkpoint.config.input_kind == "images"
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
     near = near_of(args.near, args.far_groups) if astra and N > 1 else None
@@ -574,7 +569,8 @@ def main(args: Args) -> None:
         for row in rows
         for seed, metrics in enumerate(row.pop("seeds", ()))
     ]
-    what = "image" if takes_images(checkpoints.read_meta(args.checkpoints[0])) else "sequence of T tokens"
+    kind = checkpoints.read_meta(args.checkpoints[0]).config.input_kind
+    what = "image" if kind == "images" else "sequence of T tokens"
     shown = [{column: value for column, value in row.items() if column != "astra"} for row in rows]
     report.table("rows", f"{args.data} [{args.split}]", shown)
     report.data["rows"] = rows

@@ -109,7 +109,7 @@ def metric_of(args: Args) -> str:
 
 def is_text(args: Args) -> bool:
     """Whether the model reads texts, of which token ids can be sent."""
-    return checkpoints.read_meta(args.original).family != "vit"
+    return bool(checkpoints.read_meta(args.original).config.input_kind == "text")
 
 
 def check(args: Args) -> None:
