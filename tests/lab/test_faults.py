@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.hosts.agreement import digest, versions
 from eval.verbs.lab import Lab

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.hosts import preflight, rendezvous

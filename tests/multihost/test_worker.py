@@ -139,12 +139,12 @@ def test_an_error_of_one_host_alone_is_the_answer_and_no_end(place):
     path = failing(
         place,
         [
-            "from astra_jax import text",
-            "def pad(sequences, *rest, pad=text.pad):",
+            "from astra_jax.inputs import token_batches",
+            "def pad(sequences, *rest, pad=token_batches.pad):",
             "    if len(sequences) == 3:",
             "        raise MemoryError('no room on this host')",
             "    return pad(sequences, *rest)",
-            "text.pad = pad",
+            "token_batches.pad = pad",
         ],
     )
     few = ["--max-new-tokens", 2]

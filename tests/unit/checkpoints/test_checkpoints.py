@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.inputs.images import ImageProcessor
 from astra_jax.models.gpt2 import GPT2Config

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig

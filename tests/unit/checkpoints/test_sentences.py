@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import longest
 from astra_jax.models.bert import BertConfig

@@ -203,7 +203,8 @@ def test_a_second_run_does_nothing_again(rows, args, monkeypatch):
     ],
 )
 def test_fewer_blocks_have_more_groups(monkeypatch, args, family, coded_blocks, groups):
-    described = SimpleNamespace(family=family, config=SimpleNamespace(num_hidden_layers=4))
+    kind = "images" if family == "vit" else "text"
+    described = SimpleNamespace(family=family, config=SimpleNamespace(num_hidden_layers=4, input_kind=kind))
     monkeypatch.setattr(checkpoints, "read_meta", lambda _: described)
     assert groups_of(coded_blocks, "mlp", dataclasses.replace(args, groups=(8, 1, 3, 2))) == groups
 

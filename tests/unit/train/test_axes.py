@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig, doubling
 from astra_jax.codecs.predictor import Known
 from astra_jax.codecs.quantizer import RotatedQuantizer, padded, unpadded

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.predictor import Known, Prediction, Predictor, around
 from astra_jax.errors import AstraError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.inputs.tokenizer import Tokenizer
 

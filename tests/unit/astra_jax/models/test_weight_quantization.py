@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh

@@ -17,7 +17,7 @@ from scipy import stats
 
 import checkpoints
 from astra_jax import make_mesh, parallelize
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text, pad

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig

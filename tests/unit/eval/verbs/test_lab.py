@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from eval.verbs.lab import Cgroups, Lab, cores_of, parse_loss, token_bucket
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import checkpoints
 from astra_jax import make_mesh, parallelize
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.inputs.images import decode_image
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.vit import ViT, ViTConfig

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from checkpoints.info import compression
 

@@ -9,7 +9,7 @@ import tyro
 from PIL import Image
 
 import checkpoints
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.models.key_value_tables import fold
 from astra_jax.report import Report

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 
 NESTED = AstraConfig(groups=4, codewords=16, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))

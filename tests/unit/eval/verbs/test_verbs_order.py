@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 
 

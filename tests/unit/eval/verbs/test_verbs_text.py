@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpoints
 from astra_jax import make_mesh
-from astra_jax.cli import main
+from astra_jax.cli.main import main
 from astra_jax.inputs.token_batches import pad
 from astra_jax.models.bert import BertConfig
 from astra_jax.models.gpt2 import GPT2Config
