@@ -13,14 +13,12 @@ import contextlib
 import math
 import re
 import socket
-import struct
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import psutil
 from jax._src.lib import _profiler  # JAX's public way to a profile goes through a file
 from jax.profiler import ProfileData, ProfileOptions
 
@@ -29,7 +27,6 @@ from astra_jax.hosts import runtime
 # Names that XLA gives to what `astra_jax.mesh.collectives` calls.
 _COLLECTIVE = re.compile(r"(all[-_]gather|psum|all[-_]reduce|all[-_]to[-_]all|permute)")
 MOST_COLLECTIVES = 10_000  # of a pass, that are told one by one
-_SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 class Pass(NamedTuple):
@@ -48,33 +45,18 @@ class Pass(NamedTuple):
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface with this IPv4 address; None where the system does not tell."""
-    if sys.platform != "linux":
-        return None
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
+    """The name of the interface with this IPv4 address; None where there is none."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.family == socket.AF_INET and own.address == address for own in addresses):
+            return name
     return None
 
 
 def counters(interface: str | None) -> tuple[float, float]:
     """Bytes (sent, received) by an interface so far, headers included; nan where it is not known."""
-    try:
-        lines = Path("/proc/net/dev").read_text().splitlines() if interface else []
-    except OSError:  # no file can be opened any more, say
-        lines = []
-    for line in lines:
-        name, _, numbers = line.partition(":")
-        if name.strip() == interface:
-            fields = numbers.split()
-            return float(fields[8]), float(fields[0])
+    with contextlib.suppress(OSError, KeyError):  # no file can be opened any more, say
+        found = psutil.net_io_counters(pernic=True)[interface or ""]
+        return float(found.bytes_sent), float(found.bytes_recv)
     return float("nan"), float("nan")
 
 

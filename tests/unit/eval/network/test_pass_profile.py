@@ -84,12 +84,12 @@ def test_a_program_that_is_compiled_meanwhile_adds_no_collectives():
 def test_what_cannot_be_measured_is_not_known_and_the_answer_is_there(monkeypatch):
     """No profile, no interface, no file that can be opened, no room for one."""
 
-    def broken(*args):
+    def broken(*args, **options):
         raise OSError("no space left")
 
     monkeypatch.setattr(pass_profile._profiler, "ProfilerSession", broken)
     monkeypatch.setattr(pass_profile, "interface_of", broken)
-    monkeypatch.setattr(pass_profile.Path, "read_text", broken)
+    monkeypatch.setattr(pass_profile.psutil, "net_io_counters", broken)
     result, passed = observe(lambda: 7)
     assert result == 7 and passed.collectives == () and math.isnan(passed.sent) and passed.seconds > 0
     assert all(map(math.isnan, counters("lo")))
