@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import brentq
 
 from astra_jax.errors import AstraError
 
@@ -56,11 +57,9 @@ def principal_axes(y: Float[np.ndarray, "M W"], metric: Float[np.ndarray, "W W"]
 def axis_bits(variance: Float[np.ndarray, "W"], total: float) -> Float[np.ndarray, "W"]:
     """Reverse water-filling: `max(0, log2(variance / level) / 2)` of every axis, with the level that gives `total`."""
     logs = np.log2(np.maximum(variance, 1e-12 * variance.max())) / 2
-    low, high = logs.min() - total / len(logs), logs.max()
-    for _ in range(100):
-        level = (low + high) / 2
-        low, high = (level, high) if np.maximum(logs - level, 0).sum() > total else (low, level)
-    return np.maximum(logs - high, 0)
+    low, high = logs.min() - total / len(logs) - 1, logs.max()
+    level = brentq(lambda level: np.maximum(logs - level, 0).sum() - total, low, high, xtol=1e-14)
+    return np.maximum(logs - level, 0)
 
 
 def codeword_spread(variance: Float[np.ndarray, "d"], bits: int) -> Float[np.ndarray, "d"]:
