@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import platformdirs
 from jax._src import compilation_cache, compiler, config  # JAX has no public way to say who writes programs, and how
 from jax._src.compilation_cache_interface import CacheInterface
 
@@ -77,10 +78,11 @@ class Programs(CacheInterface):
 
 
 def folder() -> Path | None:
-    """Where programs are kept, by the XDG Base Directory Specification; None where the user has no home."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    path = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~"), ".cache")
-    return path / "astra-jax" if path.is_absolute() else None
+    """Where programs are kept: `$XDG_CACHE_HOME/astra-jax` or `~/.cache/astra-jax` on Linux, elsewhere where such
+    files belong; None where the user has no home."""
+    with contextlib.suppress(RuntimeError):
+        return platformdirs.user_cache_path("astra-jax")
+    return None
 
 
 def make(path: Path) -> bool:
