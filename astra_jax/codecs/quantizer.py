@@ -149,12 +149,9 @@ class Quantizer(nnx.Module):
         """Moves codebooks and statistics towards what was observed (in place; stacked blocks work alike)."""
         raise NotImplementedError
 
-    def wire_bits(self, S: int, groups: int | None = None) -> int:
-        """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes.
-
-        With `groups` of so many of the G groups.
-        """
-        return 8 * bitpacking.packed_bytes(S * (groups or self.groups), self.bits)
+    def wire_bits(self, S: int) -> int:
+        """Bits that one device sends per block for S tokens: S * G * log2(K), rounded up to whole bytes."""
+        return 8 * bitpacking.packed_bytes(S * self.groups, self.bits)
 
     def predict(self, carry: Any, around: Around) -> Any:
         """What is expected before a block's codes arrive: [...,W], or [W] of any token; 0 without a predictor.

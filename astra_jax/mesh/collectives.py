@@ -5,12 +5,10 @@ method names the shapes before and after on one device; N is the number of devic
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 
@@ -55,24 +53,6 @@ class Peers:
         """[...] -> [N-1, ...]: what every other device holds, in the order of `others` (an all-gather)."""
         return self.gather(x)[self.others()]
 
-    def gather_near(
-        self, x: Shaped[Array, "*shape"], steps: Sequence[Sequence[tuple[int, int]]]
-    ) -> Shaped[Array, "N *shape"]:
-        """[...] -> [N, ...]: what the devices hold that send to this one, in their places; zeros in those of others.
-
-        Args:
-          steps: pairs (from, to) of devices, each at most once on either side of a step. In every step in which a
-            device is named it sends all of `x` (a collective-permute).
-        """
-        gathered = jnp.zeros((self.N, *x.shape), x.dtype)
-        for pairs in steps:
-            senders = np.full(self.N, self.N)
-            for sender, receiver in pairs:
-                senders[receiver] = sender
-            came = _of_bits(jax.lax.ppermute(_bits(x), self.axis, pairs), x.dtype)
-            gathered = gathered.at[jnp.asarray(senders)[self.index()]].set(came, mode="drop")
-        return gathered
-
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """[...] -> [...]: the sum over the devices, on every device (an all-reduce)."""
         return jax.lax.psum(x, self.axis)
@@ -106,9 +86,6 @@ class Alone:
 
     def gather_others(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "others *shape"]:
         return jnp.broadcast_to(x, (self.N - 1, *x.shape))
-
-    def gather_near(self, x: Shaped[Array, "*shape"], steps: Any) -> Shaped[Array, "N *shape"]:
-        return self.gather(x)
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x

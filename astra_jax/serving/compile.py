@@ -16,7 +16,6 @@ from astra_jax.mesh.sharding import DATA, SEQ, put
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
 from astra_jax.strategies.base import Astra, Order, Sharded, Single
-from astra_jax.strategies.near import Near
 from astra_jax.strategies.rivals import (
     BlockParallel,
     BlockSequenceParallel,
@@ -61,9 +60,9 @@ class Program:
         return self.run.lower(self.state, inputs)
 
 
-def make_of(name: str, order: Order = "kept", near: Near | None = None) -> Make:
-    """What makes the strategy of this name of `STRATEGIES`; `order` and `near` are of ASTRA's codes (`Astra`)."""
-    return partial(Astra.of, order=order, near=near) if name == "astra" else STRATEGIES[name].of
+def make_of(name: str, order: Order = "kept") -> Make:
+    """What makes the strategy of this name of `STRATEGIES`; `order` is of ASTRA's codes (`Astra`)."""
+    return partial(Astra.of, order=order) if name == "astra" else STRATEGIES[name].of
 
 
 def make_for(mesh: Mesh, make: Make) -> Make:

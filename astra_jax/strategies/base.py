@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt16
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from astra_jax.codecs import bitpacking
 from astra_jax.codecs.predictor import Known, SideInfo, around, is_exact
@@ -22,7 +22,6 @@ from astra_jax.mesh.collectives import Alone, Peers
 from astra_jax.mesh.sharding import SEQ, Pooling, Shards, Table, Tokens
 from astra_jax.models.attention import Source
 from astra_jax.models.blocks import length, run_stack
-from astra_jax.strategies.near import Near
 
 Order = Literal["kept", "free"]
 
@@ -133,12 +132,8 @@ class Sharded(Strategy):
     silent: bool = dataclasses.field(default=False, kw_only=True)
 
     splits_tokens: ClassVar[bool] = False  # whether a device holds its own shard alone, or all tokens
+    folds: ClassVar[bool] = False  # whether attention gets codes, for which `models.key_value_tables` has tables
     unstacks: ClassVar[bool] = True  # whether weights of the blocks may come as an array for each (`Unstacked`)
-
-    @property
-    def folds(self) -> bool:
-        """Whether attention gets codes, for which `astra_jax.models.key_value_tables` has tables, and no vectors."""
-        return False
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "Sharded":
@@ -250,7 +245,6 @@ class Virtual(Sharded):
       lost: what becomes of a token in a block in which its code did not arrive (our choice: the paper does not say what
         stands in for it). `masked` takes it out of that block's softmax. `predicted` puts there what the receiver
         expected of it; without a predictor it is masked all the same.
-      near: see `Astra`; with it all codes arrive, and there is no noise.
 
     With a predictor and `arrived` every shard has its own estimates of all tokens. A token's codes are about what its
     own shard expects, which does not hear of losses; others add them to what they expect. Attention gets N copies of
@@ -260,7 +254,6 @@ class Virtual(Sharded):
     noise: Noise | None = None
     arrived: Bool[Array, "L B N slots"] | None = None
     lost: Literal["masked", "predicted"] = "predicted"
-    near: Near | None = None
 
     def start(self, codec: Quantizer | None, side_info: SideInfo | None) -> Any:
         if codec is None or codec.predictor is None:
@@ -288,13 +281,8 @@ class Virtual(Sharded):
             if self.lost == "masked" or not predicts:
                 mask = mask & there[:, tokens.shard]
         if predicts:
-            decoded = codec.decode(z, self.near.far_groups if self.near else self.noise and self.noise.groups)
+            decoded = codec.decode(z, self.noise and self.noise.groups)
             carry = p if unsent else jax.lax.stop_gradient(p + _at_receivers(decoded, there))
-        if self.near and not unsent:
-            assert self.arrived is None and self.noise is None
-            near = jnp.asarray(self.near.table(self.shards.N))[:, tokens.shard, None]  # [N,slots,1]
-            said = jnp.where(near, codec.decode(z)[:, None], codec.decode(z, self.near.far_groups)[:, None])
-            return self._remote(said + (p[:, None] if jnp.ndim(p) == 3 else p), mask), carry, None
         if self.noise is None:
             return self._remote(carry if predicts else z, mask), carry, None
         noise_key, revive_key = jax.random.split(jax.random.fold_in(self.noise.key, block))
@@ -395,24 +383,18 @@ class Astra(SplitTokens):
       shards, peers: see `SplitTokens`.
       order: whether the codes of a shard are sent in the order of its tokens (`kept`), or in any order where that takes
         fewer bytes (`free`, our choice): attention cannot tell, because tokens with the same code are the same to it.
-      near: which devices get all groups of each other's codes, and how many the others; None where all get all.
     """
 
     order: Order = dataclasses.field(default="kept", kw_only=True)
-    near: Near | None = dataclasses.field(default=None, kw_only=True)
+
+    folds = True
 
     @classmethod
-    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept", near: Near | None = None) -> "Astra":
+    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept") -> "Astra":
         codec, shards = need_codec(model.codec), model.shards(N, inputs)
         if order == "free":
             check_order_free(codec, model.blocks.attention.rotary is not None, shards)
-        if near:
-            near.check(codec, N)
-        return cls(shards, order=order, near=near)
-
-    @property
-    def folds(self) -> bool:
-        return self.near is None
+        return cls(shards, order=order)
 
     def sorts(self, codec: Quantizer) -> bool:
         """Whether codes are sent sorted, because their order is free and that takes fewer bytes."""
@@ -426,7 +408,7 @@ class Astra(SplitTokens):
         S = self.shards.sent_slots
         if self.sorts(codec):
             return 8 * bitpacking.multiset_bytes(S, codec.codewords)
-        return codec.wire_bits(S, self.near.far_groups if self.near else None)
+        return codec.wire_bits(S)
 
     def messages(self, model: Any) -> list[Message]:
         codec, blocks, first = need_codec(model.codec), model.astra.sending(model.config.num_hidden_layers), []
@@ -435,45 +417,19 @@ class Astra(SplitTokens):
             first = [Message("all-gather", ids, 1, in_blocks=False)]
         if not blocks:
             return [*first, *self._pooled(model)]
-        codes = [Message("all-gather", self.code_bits(codec), blocks)]
-        if self.near:
-            rest = codec.wire_bits(self.shards.sent_slots, codec.groups - self.near.far_groups)
-            codes.append(Message("collective-permute", rest, blocks * len(self.near.steps())))
-        return [*first, *codes, *self._pooled(model)]
+        return [*first, Message("all-gather", self.code_bits(codec), blocks), *self._pooled(model)]
 
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
         codec, sent = need_codec(codec), y[:, self.shards.home_slots :]
         if codec.predictor is None:
-            z = codec.encode(sent)
-            if not self.near:
-                return self._remote(self._gather(codec, z, self.peers.gather_others)), carry, None
-            return self._remote(self._others(codec.from_coordinates(self._said(codec, z)[0]))), carry, None
+            return self._remote(self._gather(codec, codec.encode(sent), self.peers.gather_others)), carry, None
         # The estimates of all devices' tokens [N,B,sent,W], also its own, are computed alike on every device, so that
         # all have the same ones to the last bit.
-        seen = estimate = codec.predict(carry, self._around)
+        estimate = codec.predict(carry, self._around)
         if not (is_exact(carry) or self.silent):
             mine = jnp.take(estimate, self.peers.index(), axis=0) if estimate.ndim > 1 else estimate
-            here, everywhere = self._said(codec, codec.encode(sent - mine))
-            said = codec.from_coordinates(everywhere)
-            seen, estimate = estimate + (codec.from_coordinates(here) if self.near else said), estimate + said
-        return self._remote(self._others(seen)), estimate, None
-
-    def _others(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "others *shape"]:
-        return jnp.take(x, self.peers.others(), axis=0)
-
-    def _said(self, codec: Quantizer, z: UInt16[Array, "B sent G"]) -> tuple[Array, Array]:
-        """Codes of this device -> the coordinates that those of all devices stand for [N,B,sent,A]: as far as they came
-        here, and as far as they came to every device."""
-        if not self.near:
-            everywhere = codec.coordinates(self._gather(codec, z, self.peers.gather))
-            return everywhere, everywhere
-        m, steps = self.near.far_groups, self.near.steps()
-        first = self._gather(codec, z[..., :m], self.peers.gather)
-        rest = self._gather(codec, z[..., m:], partial(self.peers.gather_near, steps=steps))
-        near = jnp.asarray(self.near.table(self.shards.N))[self.peers.index(), :, None, None, None]
-        everywhere = codec.coordinates(jnp.pad(first, [(0, 0)] * 3 + [(0, z.shape[-1] - m)]), m)
-        here = codec.coordinates(jnp.concatenate([first, rest], axis=-1))
-        return jnp.where(near, here, everywhere), everywhere
+            estimate = estimate + codec.decode(self._gather(codec, codec.encode(sent - mine), self.peers.gather))
+        return self._remote(jnp.take(estimate, self.peers.others(), axis=0)), estimate, None
 
     def _around(self, estimate: Float[Array, "N B sent W"]) -> Float[Array, "N B sent W"]:
         """What is around every token in its shard."""

@@ -36,7 +36,6 @@ from astra_jax.report import Report, progress
 from astra_jax.serving.compile import Make, make_for, make_of, parallelize, shardings
 from astra_jax.serving.generate import Continuation, Generator, Sampling, check_stop, ends_of, is_whole
 from astra_jax.strategies.base import Astra, Order
-from astra_jax.strategies.near import near_of, near_on
 from checkpoints import Checkpoint
 from checkpoints.configs import Problem, problem_of
 from eval.cost.flops import flops
@@ -66,10 +65,6 @@ class Setup:
     coded_blocks: int | None = None
     """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
     predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
-    near: str | None = None
-    """Which hosts (on one machine: devices) have fast links between them, such as 0,1/2,3: they get all groups."""
-    far_groups: int | None = None
-    """With --near: how many of the first groups all others get (docs/accuracy-per-bit.md)."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -183,13 +178,10 @@ class Answerer:
 
     def __init__(self, setup: Setup, report: Report, same: Same = dict):
         self.name, self.strategy, self.fast_path = str(setup.checkpoint), setup.strategy, setup.fast_path == "on"
-        near = near_of(setup.near, setup.far_groups)
-        about_codes = {"--near": near, "--groups": setup.groups, "--coded-blocks": setup.coded_blocks}
+        about_codes = {"--groups": setup.groups, "--coded-blocks": setup.coded_blocks}
         given = [option for option, value in about_codes.items() if value is not None]
         if given and setup.strategy != "astra":
             raise AstraError(f"{given[0]} is about codes, which strategy {setup.strategy} does not send: leave it out")
-        if near and setup.on_failure == "shrink":
-            raise AstraError("--near names hosts by numbers, which change with --on-failure shrink: use fail or single")
         self.mesh = runtime.open_mesh(
             setup.devices,
             setup.several,
@@ -199,7 +191,7 @@ class Answerer:
         )
         if getattr(checkpoints.read_meta(setup.checkpoint).config, "task", None) == "causal-lm":
             ends_of(self.mesh)  # before anything is loaded
-        self.make = make_of(setup.strategy, setup.code_order, near and near_on(near, hosts_of(self.mesh)))
+        self.make = make_of(setup.strategy, setup.code_order)
         self.here = runtime.membership()
         if self.here:
             report.data["pairs"] = pair_rows(self.here.findings.pairs)

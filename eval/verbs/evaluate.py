@@ -33,12 +33,11 @@ from astra_jax.hosts.agreement import options
 from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.runtime import open_mesh, say_read
 from astra_jax.inputs.token_batches import Text, longest
-from astra_jax.mesh.sharding import Shards, hosts_of, make_mesh, parse_devices
+from astra_jax.mesh.sharding import Shards, make_mesh, parse_devices
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
 from astra_jax.serving.compile import make_of, parallelize
 from astra_jax.strategies.base import Astra, Order, Single, Virtual
-from astra_jax.strategies.near import Near, near_of, near_on
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
 from eval import plots
@@ -87,10 +86,6 @@ class Args(DataArgs):
     coded_blocks: int | None = None
     """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
     predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
-    near: str | None = None
-    """Which devices (on several machines: hosts) have fast links between them, such as 0,1/2,3: they get all groups."""
-    far_groups: int | None = None
-    """With --near: how many of the first groups all others get (docs/accuracy-per-bit.md)."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
@@ -171,13 +166,9 @@ def strategy_of(checkpoint: Checkpoint, args: Args) -> str:
 
 def check_simulation(args: Args) -> Args:
     """The arguments, with --virtual where another option needs it. Raises AstraError where options do not fit."""
-    near = near_of(args.near, args.far_groups)
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
-    several = [*wanted, *["--near"] * bool(near)]
-    if several and (devices_of(args)[1] == 1 or args.strategy == "single"):
-        raise AstraError(f"{several[0]} is for several devices; one alone sends nothing: leave the option out")
-    if near and (args.loss is not None or args.strategy not in ("auto", "astra")):
-        raise AstraError("--near is for strategy astra where no packets are lost: leave out --loss and --strategy")
+    if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
+        raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
     if args.loss is not None and args.code_order == "free":
         raise AstraError("--loss: packets hold whole tokens, which codes in any order do not: leave out --code-order")
     wanted += ["--virtual"] * args.virtual
@@ -260,7 +251,7 @@ def example(checkpoint: Checkpoint, length: int) -> Any:
     return Text(jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost", "near"))
+@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost"))
 def run_virtual(
     graphdef: Any,
     state: Any,
@@ -269,7 +260,6 @@ def run_virtual(
     speeds: tuple[float, ...],
     there: Bool[Array, "L B N slots"] | None = None,
     lost: Literal["masked", "predicted"] = "predicted",
-    near: Near | None = None,
 ) -> Array:
     """Inputs -> outputs of a model on one device with N virtual shards, of which `there` tells what codes arrived.
 
@@ -277,7 +267,7 @@ def run_virtual(
     """
     model = nnx.merge(graphdef, state)
     tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
-    strategy = Virtual(shards, arrived=there, lost=lost, near=near) if N > 1 else Single(shards)
+    strategy = Virtual(shards, arrived=there, lost=lost) if N > 1 else Single(shards)
     out = model(shards.scatter(tokens), strategy)[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
@@ -309,7 +299,6 @@ class Trial:
     strategy: str
     say: Callable[[str], None]
     loss: Loss | None
-    near: Near | None
     tell: Tell
 
     @property
@@ -324,7 +313,7 @@ class Trial:
         alone = self.N == 1 and jax.distributed.is_initialized()
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
-            make = make_of(self.strategy, self.args.code_order, self.near)
+            make = make_of(self.strategy, self.args.code_order)
             program, batch = parallelize(model, mesh, make, self.args.fast_path == "on"), itertools.count(1)
 
             def together(inputs: Any) -> Array:
@@ -334,7 +323,7 @@ class Trial:
             return together
         graphdef, state = nnx.split(model)
         if seed is None:
-            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds, near=self.near)
+            return lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds)
         loss, astra, L = self.loss, self.checkpoint.astra, self.checkpoint.config.num_hidden_layers
         assert loss is not None and astra is not None
         number, silent = itertools.count(), int(astra.side_info != "none")
@@ -494,24 +483,19 @@ def measure(
     images = checkpoint.config.input_kind == "images"
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
-    near = near_of(args.near, args.far_groups) if astra and N > 1 else None
-    if near and not args.virtual:
-        near = near_on(near, hosts_of(make_mesh(N, devices_of(args)[0])))
-    make, fast_path = make_of(strategy, args.code_order, near), args.fast_path == "on"
+    make, fast_path = make_of(strategy, args.code_order), args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
     told = tell or (lambda account: say(str(account)))
-    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, near, told)
+    trial = Trial(checkpoint, args, N, strategy, lambda text: say(f"{path.name}: {text}"), loss, told)
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     say_read("all data", ())
     inputs = example(checkpoint, T)
-    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order, near=near) if astra else None
+    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order) if astra else None
     sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)
-    # How long a device of another speed would take is not known here, nor over links of several rates.
-    compute = None if N > 1 and (args.speeds or near) else compute_seconds(model, N, inputs, make, fast_path=fast_path)
+    # How long a device of another speed would take is not known here.
+    compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
     bits = astra.mean_bits(config.num_hidden_layers) if astra else None
-    if near and astra:
-        bits = near.far_groups * astra.mean_bits(config.num_hidden_layers) / astra.groups
     if coded and coded.sorts(model.codec):
         bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {
@@ -520,7 +504,6 @@ def measure(
         "strategy": strategy,
         "N": N,
         "G": astra.groups if astra else None,
-        **({"far G": near.far_groups if near else None} if args.near else {}),
         "T": T,
         **({"lost": lost_of(astra, args) if astra else None} if args.loss is not None else {}),
         **reached,
@@ -593,11 +576,6 @@ def main(args: Args) -> None:
             f"tokens are split for speeds {' '.join(f'{s:g}' for s in args.speeds)}, on virtual shards; "
             "unequal devices are not timed here",
             speeds=list(args.speeds),
-        )
-    if args.near:
-        report.say(
-            f"bits of the first {args.far_groups} groups, which all get; devices that are near ({args.near}) get all "
-            "groups; what exchanges take over links of different rates is not predicted here"
         )
     if args.plot:
         plots.metric_and_latency(rows, METRICS[task], what.removesuffix(" of T tokens"), args.rates, args.plot)

@@ -11,7 +11,6 @@ round trip besides.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,15 +18,13 @@ import tyro
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.options import Hosts, detect
-from astra_jax.hosts.preflight import RATE_SECONDS, Findings, Pair, check_hosts, pair_rows
+from astra_jax.hosts.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
 from astra_jax.hosts.rendezvous import About
 from astra_jax.report import Report, be_quiet
 from eval.cost.cost import cost
 from eval.cost.workload import ONE, Setting, Workload, open_workload
 from eval.network.model import Link
 from eval.verbs.plan import Option, candidates, measured_speeds, reason, usual_groups
-
-FASTER = 4  # times as fast as the slowest is a link over which more is worth sending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +78,6 @@ def advice(work: Workload, N: int, link: Link) -> str:
     return reason(option(ONE), [option(way) for way in ways])
 
 
-def fast_links(pairs: Sequence[Pair], N: int) -> tuple[tuple[int, ...], ...]:
-    """Hosts among which every link is `FASTER` times as fast as the slowest one, where hosts fall apart into such; ()
-    where links are alike, or who is near to whom is not the same for all that are near each other (our choice)."""
-    rates = {(p.there.source, p.there.target): min(p.there.rate or 0.0, p.back.rate or 0.0) for p in pairs}
-    least = FASTER * min(rates.values(), default=0.0)
-    fast = {pair for pair, rate in rates.items() if rate >= least > 0}
-    found: dict[tuple[int, ...], None] = {}
-    for host in range(N):
-        near = tuple(other for other in range(N) if other == host or (min(host, other), max(host, other)) in fast)
-        if len(near) > 1:
-            found[near] = None
-    named = [host for near in found for host in near]
-    return tuple(found) if len(named) == len(set(named)) else ()
-
-
 def main(args: Args) -> None:
     """Runs `astra net check`."""
     report, hosts = Report("net", args.json), detect(args.several)
@@ -116,13 +98,6 @@ def main(args: Args) -> None:
             slowest_mbps=slowest.rate / 1e6,
             round_trip_ms=1e3 * round_trip,
         )
-        if near := fast_links(findings.pairs, N):
-            option = "/".join(",".join(map(str, hosts)) for hosts in near)
-            report.say(
-                f"links among {option.replace('/', ' and among ')} are at least {FASTER} times as fast as the slowest: "
-                f"with nested codes, --near {option} --far-groups 4 sends less over the others",
-                near=option,
-            )
         if work and not findings.problems:
             why = advice(work, N, Link(slowest.rate, round_trip / 2, "each"))
             report.say(f"{why}.", reason=why)

@@ -185,13 +185,9 @@ def _choose(path: Path, found: Sequence[AstraConfig], planned: AstraConfig | Non
 
 
 def _codes(path: Path, row: Mapping[str, Any]) -> AstraConfig:
-    """How the codes of a row are made. Raises AstraError where it does not say, or not all links carry its G groups."""
+    """How the codes of a row are made. Raises AstraError where it does not say."""
     if not isinstance(row.get("astra"), dict):
         raise AstraError(f"{path}: does not say how its codes are made: run astra eval --json again")
-    if row.get("far G") is not None:
-        raise AstraError(
-            f"{path}: is of fewer groups over slow links, which are not planned for: run eval without --near"
-        )
     return from_dict(AstraConfig, row["astra"], str(path))
 
 

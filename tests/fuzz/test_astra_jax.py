@@ -24,7 +24,6 @@ from astra_jax.hosts.options import Hosts, parse_address
 from astra_jax.inputs.images import MAX_PIXELS, ImageProcessor, decode_image
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.mesh.sharding import parse_devices
-from astra_jax.strategies.near import near_of
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
 
@@ -91,16 +90,6 @@ def test_addresses(text):
     if found is not REFUSED:
         assert text.strip().isascii() and 0 < found[1] < 65535 and asked
         assert not rendezvous.ipaddress.ip_address(found[0]).is_global
-
-
-@fuzz
-@given(lines("0,1/2,3", "0,1", "5,4/3,2,1"), st.sampled_from((0, 1, 4)))
-def test_neighbourhoods(text, far_groups):
-    near = attempt("--near", near_of, text, far_groups)
-    if near is not REFUSED:
-        assert re.fullmatch(r"[\d,/+-]*", "".join(text.split()), re.ASCII)
-        named = [device for devices in near.neighbourhoods for device in devices]
-        assert len(set(named)) == len(named) and all(abs(device) < 2**32 for device in named)
 
 
 @fuzz

@@ -10,10 +10,9 @@ import pytest
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.serving.compile import make_of, parallelize
+from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator, Sampling
 from astra_jax.strategies.base import Astra, Noise, Virtual
-from astra_jax.strategies.near import Near
 from eval.cost.traffic import messages
 from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_predictor import CLASS, KV, three_blocks
@@ -122,18 +121,6 @@ def test_what_is_sent(request, random_text, family, astra, codes, ids):
     sent = messages(model, 4, random_text(24), Astra.of)
     assert [(m.bits, m.times) for m in sent if m.in_blocks] == codes
     assert [(m.bits, m.times) for m in sent if not m.in_blocks] == ids
-
-
-@pytest.mark.slow
-def test_near_devices_send_each_other_the_rest_in_the_same_blocks(request, random_text):
-    model, near = three_blocks(request, "tiny_gpt2", of(NESTED, 2)), Near(((0, 1),), 2)
-    sent = messages(model, 3, random_text(24), make_of("astra", near=near))
-    assert [(m.kind, m.bits, m.times) for m in sent] == [("all-gather", 64, 2), ("collective-permute", 64, 2)]
-    text = random_text(23, 24)
-    shards, ids = model.shards(3, text), model.to_tokens(text)
-    expected = shards.gather(model(shards.scatter(ids), Virtual(shards, near=near))[0], ids.shape[1])
-    found = parallelize(model, make_mesh(3), make_of("astra", near=near))(text)
-    np.testing.assert_allclose(real(model, text, found), real(model, text, expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("astra", [of(MLP, 1), pytest.param(of(IDS, 1), marks=pytest.mark.slow)], ids=str)

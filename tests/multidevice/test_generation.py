@@ -18,7 +18,7 @@ STEPS = 6
 
 
 @nnx.jit(static_argnums=(3, 4))
-def recompute(model, text, new, N, near=None):
+def recompute(model, text, new, N):
     """Logits [B,STEPS,V] at the end of the prompts and behind every new token [B,STEPS] but the last.
 
     The prompts are split as ever, and every new token is one more of the last shard. A token sees none that follows,
@@ -29,7 +29,7 @@ def recompute(model, text, new, N, near=None):
     ids = jnp.pad(text.ids, [(0, 0), (0, STEPS)]).at[rows, places].set(new)
     lengths = Shards.ragged(text.lengths, T, N).lengths.at[:, -1].add(STEPS)
     shards = Shards(lengths, slots=-(-T // N) + STEPS, causal=True)
-    out = model(shards.scatter(ids), Virtual(shards, near=near) if N > 1 else Single(shards))[0]
+    out = model(shards.scatter(ids), Virtual(shards) if N > 1 else Single(shards))[0]
     return shards.gather(out, T + STEPS)[rows, places - 1]
 
 

@@ -1,6 +1,4 @@
-"""One of several hosts, as a process: python one_host.py COORDINATOR HOSTS HOST CHECKPOINT OUT [NEAR]
-
-NEAR says which hosts are near each other, as `--near` does; the others get one group of codes.
+"""One of several hosts, as a process: python one_host.py COORDINATOR HOSTS HOST CHECKPOINT OUT
 
 Writes to OUT what a model makes of fixed inputs: logits, and of a language model also the tokens that it goes on with.
 """
@@ -14,10 +12,8 @@ import checkpoints
 from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.runtime import open_mesh
 from astra_jax.inputs.token_batches import Text
-from astra_jax.mesh.sharding import hosts_of
-from astra_jax.serving.compile import make_of, parallelize, shardings
+from astra_jax.serving.compile import parallelize, shardings
 from astra_jax.serving.generate import Generator, Sampling
-from astra_jax.strategies.near import Near, near_of, near_on
 
 
 def inputs_for(checkpoint: checkpoints.Checkpoint) -> np.ndarray | Text:
@@ -30,20 +26,18 @@ def inputs_for(checkpoint: checkpoints.Checkpoint) -> np.ndarray | Text:
     return Text(ids, np.array([24, 9], np.int32))
 
 
-def answer(path: Path, mesh, near: Near | None = None) -> dict[str, np.ndarray]:
+def answer(path: Path, mesh) -> dict[str, np.ndarray]:
     """What the checkpoint makes of its inputs on a mesh."""
-    make = make_of("astra", near=near)
-    checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh, make))
+    checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh))
     inputs = inputs_for(checkpoint)
-    found = {"logits": np.asarray(parallelize(checkpoint.model, mesh, make)(inputs))}
+    found = {"logits": np.asarray(parallelize(checkpoint.model, mesh)(inputs))}
     if checkpoint.model.per_token:
-        generator = Generator(checkpoint.model, mesh, make=make)
+        generator = Generator(checkpoint.model, mesh)
         found["tokens"] = np.array(list(generator.tokens(inputs, 8, Sampling())))
     return found
 
 
 if __name__ == "__main__":
-    coordinator, hosts, host, path, out, *named = sys.argv[1:]
+    coordinator, hosts, host, path, out = sys.argv[1:]
     mesh = open_mesh(None, Hosts(coordinator, int(hosts), int(host)))
-    near = near_of(named[0], 1) if named else None
-    np.savez(out, **answer(Path(path), mesh, near and near_on(near, hosts_of(mesh))))
+    np.savez(out, **answer(Path(path), mesh))

@@ -15,10 +15,8 @@ from PIL import Image
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import make_mesh
-from astra_jax.strategies.near import Near
 from tests.multihost.one_host import answer
 
-NESTED = AstraConfig(groups=4, codewords=16, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))
 HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
 
 
@@ -53,8 +51,8 @@ def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess
 def saved(request, tmp_path):
     """Saves a tiny model with codebooks; returns the folder."""
 
-    def save(family: str, site: str, nested: bool = False) -> Path:
-        astra = NESTED if nested else AstraConfig(groups=4, codewords=16, site=site)
+    def save(family: str, site: str) -> Path:
+        astra = AstraConfig(groups=4, codewords=16, site=site)
         model = request.getfixturevalue(f"tiny_{family}")(astra)
         meta = checkpoints.Checkpoint(family, model.config, astra, None, None, {}, "float32", (), model)
         checkpoints.save(tmp_path / family, meta)
@@ -65,19 +63,18 @@ def saved(request, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "site", "hosts", "near"),
-    [("vit", "hidden", 4, ()), ("llama", "kv", 4, ()), ("gpt2", "hidden", 2, ()), ("gpt2", "hidden", 3, ("0,2",))],
+    ("family", "site", "hosts"),
+    [("vit", "hidden", 4), ("llama", "kv", 4), ("gpt2", "hidden", 2), ("gpt2", "hidden", 3)],
     ids=str,
 )
-def test_hosts_compute_what_devices_of_one_process_do(saved, tmp_path, family, site, hosts, near):
+def test_hosts_compute_what_devices_of_one_process_do(saved, tmp_path, family, site, hosts):
     """Logits on every host; the tokens that a text goes on with, on host 0 alone."""
-    path, coordinator = saved(family, site, bool(near)), f"127.0.0.1:{free_port()}"
+    path, coordinator = saved(family, site), f"127.0.0.1:{free_port()}"
     program = [sys.executable, "-m", "tests.multihost.one_host", coordinator, str(hosts)]
-    commands = [[*program, str(host), str(path), str(tmp_path / f"{host}.npz"), *near] for host in range(hosts)]
+    commands = [[*program, str(host), str(path), str(tmp_path / f"{host}.npz")] for host in range(hosts)]
     for ended in together(commands):
         assert ended.returncode == 0, ended.stderr
-    # Hosts 1, 2 and 0, in this order, have shards 0, 1 and 2.
-    expected = answer(path, make_mesh(hosts), Near(((1, 2),), 1) if near else None)
+    expected = answer(path, make_mesh(hosts))
     for host in range(hosts):
         found = np.load(tmp_path / f"{host}.npz")
         np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,6 @@ from astra_jax.cli.arguments import Integers, Numbers, parse
 from astra_jax.cli.numerals import number, whole
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import parse_devices
-from astra_jax.strategies.near import near_of
 from eval.network.model import parse_rate, parse_seconds
 from eval.verbs.lab import parse_loss
 
@@ -115,8 +114,6 @@ def test_quantities_are_written_in_plain_digits(digits):
     for read, unit in ((parse_rate, "mbit"), (parse_seconds, "ms"), (parse_loss, "%"), (parse_devices, "")):
         with pytest.raises(AstraError):
             read(f"{digits}{unit}")
-    with pytest.raises(AstraError, match=r"near"):
-        near_of(f"0,{digits}/2,3", 1)
 
 
 def test_a_rate_of_nothing_is_none():

@@ -69,25 +69,6 @@ def test_the_slowest_way_and_the_longest_round_trip():
     assert Findings().slowest is None and Findings().round_trip == 0
 
 
-def among(rates):
-    return [pair(a, b, rates=rate if isinstance(rate, tuple) else (rate, rate)) for (a, b), rate in rates.items()]
-
-
-@pytest.mark.parametrize(
-    ("rates", "near"),
-    [
-        ({(0, 1): 90e6, (0, 2): 2e6, (1, 2): 2e6}, ((0, 1),)),  # host 2 has a slow link
-        ({(0, 1): 90e6, (0, 2): 2e6, (1, 2): 2e6, (0, 3): 2e6, (1, 3): 3e6, (2, 3): 9e6}, ((0, 1), (2, 3))),
-        ({(0, 1): 5e6, (0, 2): 2e6, (1, 2): 2e6}, ()),  # not that much faster
-        ({(0, 1): (90e6, 2e6), (0, 2): 2e6, (1, 2): 2e6}, ()),  # one way is slow
-        ({(0, 1): 90e6, (0, 2): 2e6, (1, 2): 90e6}, ()),  # 1 is near to both, who are far from each other
-        ({(0, 1): None, (0, 2): 2e6, (1, 2): 90e6}, ()),  # not known
-    ],
-)
-def test_who_has_fast_links(rates, near):
-    assert net.fast_links(among(rates), 4) == near
-
-
 def test_failures_are_one_sentence():
     assert preflight._failures(PAIRS[:2]) == []
     assert preflight._failures(PAIRS) == ["from host 1 to host 2: host 1: no connection"]

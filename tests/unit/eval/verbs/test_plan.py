@@ -190,7 +190,6 @@ def test_what_is_reached_is_that_of_the_codes_that_are_planned(tmp_path):
         (ROWS, AstraConfig(site="kv"), "made as vq, K=1024, site hidden, and codes are planned as vq, K=1024, site kv"),
         (ROWS, AstraConfig(class_token="single"), "planned as vq, K=1024, site hidden, a single class token: plan for"),
         ([ROWS[0], {"N": 4, "G": 1, "accuracy %": 3}], None, "does not say how its codes are made: run astra eval"),
-        ([ROWS[0], coded(4, 1, 3.0) | {"far G": 1}], None, "is of fewer groups over slow links"),
         ([ROWS[0], coded(4, 1, 3.0) | {"astra": {"colour": 1}}], None, "unknown ..colour"),
     ],
 )
