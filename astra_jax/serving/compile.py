@@ -15,7 +15,7 @@ from jaxtyping import Array
 from astra_jax.mesh.sharding import DATA, SEQ, put
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
-from astra_jax.strategies.base import Astra, Order, Sharded, Single
+from astra_jax.strategies.base import Astra, Sharded, Single
 from astra_jax.strategies.rivals import (
     BlockParallel,
     BlockSequenceParallel,
@@ -58,11 +58,6 @@ class Program:
     def lower(self, inputs: Any) -> Any:
         """The lowered program; `.compile().as_text()` of it shows every collective."""
         return self.run.lower(self.state, inputs)
-
-
-def make_of(name: str, order: Order = "kept") -> Make:
-    """What makes the strategy of this name of `STRATEGIES`; `order` is of ASTRA's codes (`Astra`)."""
-    return partial(Astra.of, order=order) if name == "astra" else STRATEGIES[name].of
 
 
 def make_for(mesh: Mesh, make: Make) -> Make:

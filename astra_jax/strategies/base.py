@@ -23,8 +23,6 @@ from astra_jax.mesh.sharding import SEQ, Pooling, Shards, Table, Tokens
 from astra_jax.models.attention import Source
 from astra_jax.models.blocks import length, run_stack
 
-Order = Literal["kept", "free"]
-
 
 class Remote(NamedTuple):
     """Remote tokens as attention gets them.
@@ -381,34 +379,14 @@ class Astra(SplitTokens):
 
     Attributes:
       shards, peers: see `SplitTokens`.
-      order: whether the codes of a shard are sent in the order of its tokens (`kept`), or in any order where that takes
-        fewer bytes (`free`, our choice): attention cannot tell, because tokens with the same code are the same to it.
     """
-
-    order: Order = dataclasses.field(default="kept", kw_only=True)
 
     folds = True
 
     @classmethod
-    def of(cls, model: Any, N: int, inputs: Any = None, order: Order = "kept") -> "Astra":
-        codec, shards = need_codec(model.codec), model.shards(N, inputs)
-        if order == "free":
-            check_order_free(codec, model.blocks.attention.rotary is not None, shards)
-        return cls(shards, order=order)
-
-    def sorts(self, codec: Quantizer) -> bool:
-        """Whether codes are sent sorted, because their order is free and that takes fewer bytes."""
-        S = self.shards.sent_slots
-        return self.order == "free" and bitpacking.multiset_bytes(S, codec.codewords) < bitpacking.packed_bytes(
-            S, codec.bits
-        )
-
-    def code_bits(self, codec: Quantizer) -> int:
-        """Bits of the codes that one device sends in one block, for one sequence."""
-        S = self.shards.sent_slots
-        if self.sorts(codec):
-            return 8 * bitpacking.multiset_bytes(S, codec.codewords)
-        return codec.wire_bits(S)
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "Astra":
+        need_codec(model.codec)
+        return cls(model.shards(N, inputs))
 
     def messages(self, model: Any) -> list[Message]:
         codec, blocks, first = need_codec(model.codec), model.astra.sending(model.config.num_hidden_layers), []
@@ -417,7 +395,7 @@ class Astra(SplitTokens):
             first = [Message("all-gather", ids, 1, in_blocks=False)]
         if not blocks:
             return [*first, *self._pooled(model)]
-        return [*first, Message("all-gather", self.code_bits(codec), blocks), *self._pooled(model)]
+        return [*first, Message("all-gather", codec.wire_bits(self.shards.sent_slots), blocks), *self._pooled(model)]
 
     def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
         codec, sent = need_codec(codec), y[:, self.shards.home_slots :]
@@ -441,12 +419,6 @@ class Astra(SplitTokens):
     def _gather(self, codec: Quantizer, z: Any, gather: Any) -> Shaped[Array, "devices B sent G"]:
         """Codes [B,sent,G] of this device -> those of all that are gathered from."""
         B, sent, G = z.shape
-        if self.sorts(codec):
-            # Padding takes the last code, and so the last places, which are those where receivers expect it.
-            valid = jnp.asarray(self.tokens().valid)[..., self.shards.home_slots :]
-            codes = jnp.where(valid, z[..., 0], jnp.uint16(codec.codewords - 1))
-            packed = gather(bitpacking.pack_multiset(codes, codec.codewords))
-            return bitpacking.unpack_multiset(packed, sent, codec.codewords)[..., None]
         packed = gather(bitpacking.pack(z.reshape(B, -1), codec.bits))  # [devices,B,bytes]
         return bitpacking.unpack(packed, sent * G, codec.bits).reshape(-1, B, sent, G)
 
@@ -461,19 +433,3 @@ class Astra(SplitTokens):
         position = jnp.moveaxis(jnp.broadcast_to(self.shards.tokens().position[..., home:], (B, N, S)), 1, 0)
         vectors = side_info.vectors_of(ids.reshape(N * B, S).astype(jnp.int32), position.reshape(N * B, S))
         return Known(vectors.astype(jnp.float32).reshape(N, B, S, -1))
-
-
-def check_order_free(codec: Quantizer, rotary: bool, shards: Shards) -> None:
-    """Raises AstraError where the order of a shard's codes matters to those who receive them.
-
-    With a single class token some shards begin with a slot that is no token, and not only end with such (our choice).
-    """
-    reasons = {
-        f"{codec.groups} groups": codec.groups > 1,
-        "a rotary embedding": rotary,
-        "a predictor": codec.predictor is not None,
-        "a single class token": shards.class_token == "single",
-    }
-    found = [reason for reason, given in reasons.items() if given]
-    if found:
-        raise AstraError(f"codes cannot be sent in any order with {found[0]}: keep the order, which is the default")

@@ -33,9 +33,9 @@ from astra_jax.inputs.token_batches import Text, bucket, check_text, longest, pa
 from astra_jax.mesh.sharding import DATA, SEQ, hosts_of
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
-from astra_jax.serving.compile import Make, make_for, make_of, parallelize, shardings
+from astra_jax.serving.compile import STRATEGIES, Make, make_for, parallelize, shardings
 from astra_jax.serving.generate import Continuation, Generator, Sampling, check_stop, ends_of, is_whole
-from astra_jax.strategies.base import Astra, Order
+from astra_jax.strategies.base import Astra
 from checkpoints import Checkpoint
 from checkpoints.configs import Problem, problem_of
 from eval.cost.flops import flops
@@ -73,9 +73,6 @@ class Setup:
     """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
     fast_path: Literal["on", "off"] = "on"
     """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
-    code_order: Order = "kept"
-    """Send codes in the order of tokens, or in any order where that takes fewer bytes (free): at G=1 without rotary
-    embedding (docs/performance.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +188,7 @@ class Answerer:
         )
         if getattr(checkpoints.read_meta(setup.checkpoint).config, "task", None) == "causal-lm":
             ends_of(self.mesh)  # before anything is loaded
-        self.make = make_of(setup.strategy, setup.code_order)
+        self.make = STRATEGIES[setup.strategy].of
         self.here = runtime.membership()
         if self.here:
             report.data["pairs"] = pair_rows(self.here.findings.pairs)

@@ -20,7 +20,7 @@ import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -37,8 +37,7 @@ from astra_jax.hosts.runtime import open_mesh
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
-from astra_jax.serving.compile import STRATEGIES, Make, make_of
-from astra_jax.strategies.base import Order
+from astra_jax.serving.compile import STRATEGIES
 from eval import plots
 from eval.cost.cost import Cost, check_speeds, check_split, cost, fastest, share_flops
 from eval.cost.device_profile import DeviceProfile, read_profile, write_profile
@@ -66,9 +65,6 @@ class Args:
     """G of astra, one after the other."""
     fast_path: Texts = ("on",)
     """Exact short cuts of astra where they pay (docs/performance.md): on, off, or both: on,off."""
-    code_order: Texts = ("kept",)
-    """How astra sends codes (docs/performance.md): in the order of tokens (kept), in any order where that takes fewer
-    bytes (free, at G=1 without rotary embedding), or both: kept,free."""
     exchanges: Integers = (1,)
     """Nb of bp-ag and bp-sp: exchanges over the whole network."""
     rates: Texts = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
@@ -99,34 +95,6 @@ class Args:
     """Write a line for every strategy and rate to this file."""
     json: Path | None = None
     """Also write everything printed to this file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FreeOrder(Setting):
-    """A way to run `astra` that sends codes in any order where that takes fewer bytes."""
-
-    def __str__(self) -> str:
-        return f"{super().__str__()} free"
-
-    @property
-    def make(self) -> Make:
-        return make_of(self.strategy, "free")
-
-
-def in_orders(ways: Sequence[Setting], orders: Sequence[str]) -> list[Setting]:
-    """The ways, and in the place of one of `astra` with G=1 one for each order of codes.
-
-    Raises:
-      AstraError: an order is neither `kept` nor `free`.
-    """
-    for order in orders:
-        if order not in get_args(Order):
-            raise AstraError(f"--code-order is {order!r}; it must be kept, free, or both: kept,free")
-    found: list[Setting] = []
-    for way in ways:
-        kinds = {"kept": Setting, "free": FreeOrder if way.groups == 1 else Setting}
-        found += dict.fromkeys(kinds[order](**vars(way)) for order in orders)
-    return found
 
 
 def summary(found: Cost, L: int) -> dict[str, Any]:
@@ -260,7 +228,7 @@ def main(args: Args) -> None:
     latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = in_orders(settings(args.strategies, N, args.groups, args.exchanges, args.fast_path), args.code_order)
+    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
     checkpoints = [work.checkpoint] if work.checkpoint else []

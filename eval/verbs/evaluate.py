@@ -36,8 +36,8 @@ from astra_jax.inputs.token_batches import Text, longest
 from astra_jax.mesh.sharding import Shards, make_mesh, parse_devices
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
-from astra_jax.serving.compile import make_of, parallelize
-from astra_jax.strategies.base import Astra, Order, Single, Virtual
+from astra_jax.serving.compile import STRATEGIES, parallelize
+from astra_jax.strategies.base import Astra, Single, Virtual
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
 from eval import plots
@@ -91,9 +91,6 @@ class Args(DataArgs):
     fast_path: Literal["on", "off"] = "on"
     """Exact short cuts where they pay (docs/performance.md); off for the plain form. Virtual shards always have that,
     and there it only says how compute is timed."""
-    code_order: Order = "kept"
-    """Send codes in the order of tokens, or in any order where that takes fewer bytes (free): at G=1 without rotary
-    embedding (docs/performance.md)."""
     loss: float | None = None
     """Share of the packets that are lost on every link, such as 0.05."""
     loss_model: Literal["bernoulli", "burst"] | None = None
@@ -169,8 +166,6 @@ def check_simulation(args: Args) -> Args:
     wanted = [f"--{name}" for name, value in (("loss", args.loss is not None), ("speeds", args.speeds)) if value]
     if wanted and (devices_of(args)[1] == 1 or args.strategy == "single"):
         raise AstraError(f"{wanted[0]} is for several devices; one alone sends nothing: leave the option out")
-    if args.loss is not None and args.code_order == "free":
-        raise AstraError("--loss: packets hold whole tokens, which codes in any order do not: leave out --code-order")
     wanted += ["--virtual"] * args.virtual
     if wanted and args.strategy not in ("auto", "single", "astra"):
         raise AstraError(
@@ -313,7 +308,7 @@ class Trial:
         alone = self.N == 1 and jax.distributed.is_initialized()
         if not (self.args.virtual or alone):
             mesh = make_mesh(self.N, devices_of(self.args)[0])
-            make = make_of(self.strategy, self.args.code_order)
+            make = STRATEGIES[self.strategy].of
             program, batch = parallelize(model, mesh, make, self.args.fast_path == "on"), itertools.count(1)
 
             def together(inputs: Any) -> Array:
@@ -483,7 +478,7 @@ def measure(
     images = checkpoint.config.input_kind == "images"
     T = config.num_patches if images else window(config, args)[0]
     loss = loss_of(args) if N > 1 else None
-    make, fast_path = make_of(strategy, args.code_order), args.fast_path == "on"
+    make, fast_path = STRATEGIES[strategy].of, args.fast_path == "on"
     make(model, N)  # what cannot be split is told before any data are read
     model.shards(N, speeds=args.speeds if N > 1 else ())
     told = tell or (lambda account: say(str(account)))
@@ -491,13 +486,11 @@ def measure(
     reached = image_accuracy(trial) if images else MEASURES[task_of(config)](trial)
     say_read("all data", ())
     inputs = example(checkpoint, T)
-    coded = Astra(model.shards(N, inputs, args.speeds), order=args.code_order) if astra else None
+    coded = Astra(model.shards(N, inputs, args.speeds)) if astra else None
     sent = coded.messages(model) if coded and args.virtual else messages(model, N, inputs, make, fast_path)
     # How long a device of another speed would take is not known here.
     compute = None if N > 1 and args.speeds else compute_seconds(model, N, inputs, make, fast_path=fast_path)
     bits = astra.mean_bits(config.num_hidden_layers) if astra else None
-    if coded and coded.sorts(model.codec):
-        bits = coded.code_bits(model.codec) / coded.shards.sent_slots
     return {
         "checkpoint": path.name,
         "astra": dataclasses.asdict(astra) if astra else None,

@@ -17,7 +17,7 @@ from astra_jax.strategies.base import Single, Virtual
 STEPS = 6
 
 
-@nnx.jit(static_argnums=(3, 4))
+@nnx.jit(static_argnums=3)
 def recompute(model, text, new, N):
     """Logits [B,STEPS,V] at the end of the prompts and behind every new token [B,STEPS] but the last.
 

@@ -135,24 +135,6 @@ def test_with_and_without_the_fast_path(tmp_path, four_codewords):
         assert (row["strategy"], row["GFLOP"]) == (kept["strategy"], kept["GFLOP"])
 
 
-def test_codes_in_their_order_and_in_any(tmp_path, four_codewords, tiny, profile):
-    """13 codes of 2 bits are 4 bytes, in any order 16 bits, 2 bytes less in each of 2 blocks: 32 ms at 1 kbps."""
-    options = f"--devices 2 --strategies single,astra --rates 1kbit --device-profile {profile}"
-    found = bench(tmp_path, f"{four_codewords} {options} --groups 1 --code-order kept,free")
-    _, kept, free = found["costs"]
-    assert [row["strategy"] for row in found["costs"]] == ["single", "astra G=1", "astra G=1 free"]
-    assert (kept["kbit per block"], free["kbit per block"]) == (0.032, 0.016)
-    assert kept["kbit in total"] - free["kbit in total"] == pytest.approx(0.032)
-    _, in_order, in_any = found["cells"]
-    assert in_order["link ms"] - in_any["link ms"] == pytest.approx(32)
-    assert in_any["total ms"] == pytest.approx(in_any["compute ms"] + in_any["link ms"])
-    (row,) = bench(tmp_path, f"{four_codewords} {options} --groups 1 --code-order free --strategies astra")["costs"]
-    assert row == free
-
-    several = bench(tmp_path, f"tiny --tokens 16 {options} --groups 1,4 --code-order free,kept")["costs"]
-    assert [row["strategy"] for row in several] == ["single", "astra G=1 free", "astra G=1", "astra G=4"]
-
-
 def test_unequal_devices_that_count_codewords_do_what_even_splits_do(tiny):
     """2 of 64 tokens are what one device of 32 has, which is none of the splits that tell it. The other device saves
     4 R D^2 per block for 2 remote tokens, and has 63 queries meet 4 codewords instead."""
@@ -312,11 +294,6 @@ BAD = {
     "no groups": ("tiny --groups 0", "groups is 0; it must be a whole number of at least 1"),
     "exchanges that do not divide": ("tiny --tokens 16 --groups 1 --devices 2 --exchanges 3", "use one of 1, 2"),
     "a fast path that is neither": ("tiny --fast-path on,fast", "--fast-path is 'fast'; it must be on, off, or both"),
-    "an order that is neither": ("tiny --code-order kept,any", "--code-order is 'any'; it must be kept, free, or both"),
-    "no order where keys are rotated": (
-        "llama-s --tokens 16 --groups 1 --code-order free",
-        "codes cannot be sent in any order with a rotary embedding: keep the order",
-    ),
     "an unknown strategy": ("tiny --strategies single,voltage", "there is no strategy 'voltage'; known are"),
     "an empty item": (
         "tiny --strategies single,,sp",
