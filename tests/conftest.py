@@ -34,6 +34,8 @@ from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
 
+pytest.register_assert_rewrite("tests.helpers")
+
 DEVICES = 8
 
 TINY_VIT = {

@@ -40,7 +40,7 @@ def port():
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    for module in (meeting, preflight):
+    for module in (rendezvous, preflight):
         monkeypatch.setattr(module, "HELLO_SECONDS", 0.5)
         monkeypatch.setattr(module, "CONNECT_SECONDS", 0.5)
 

@@ -18,6 +18,7 @@ from checkpoints.sentences import Sentences, check_width, read_sentences, senten
 from checkpoints.tensor_maps import build, flat_state, with_state
 from eval.quality.similarity import correlations
 from eval.verbs.answer import similarity_rows
+from tests.helpers import folders
 
 BERT = BertConfig(
     vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
@@ -230,3 +231,60 @@ def test_embeddings_are_compared_as_the_model_is_made_for(by: Any, expected: flo
     assert row[by] == pytest.approx(expected)
     scale = np.asarray([[1.0], [5.0]])
     assert correlations(rows, scale * rows, np.asarray([1.0, 2.0]), by if by != "cosine" else "dot")["Pearson"]
+
+
+# The modules of a folder
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
+
+def write_modules(folder: Path, modules: Any, **pooling: Any) -> None:
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pooling", "expected"),
+    [
+        ({}, {"pooling_mode_max_tokens": True}, "has pooling_mode_max_tokens; supported is one of"),
+        ({}, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "supported is one of"),
+        ({}, {"pooling_mode_mean_tokens": False}, "has no pooling_mode"),
+        ({1: {"path": "../1_Pooling"}}, {}, "must be the name of a folder"),
+        ({1: {"path": "/etc"}}, {}, "must be the name of a folder"),
+        ({1: {"path": None}}, {}, "must be the name of a folder"),
+        ({1: {"path": "2_Pooling"}}, {}, "2_Pooling: has no config.json"),
+        ({0: {"path": "0_Transformer"}}, {}, "must be the folder itself"),
+        ({1: {"type": "sentence_transformers.models.Dense"}}, {}, "modules Transformer, Dense; supported"),
+        ({1: {"type": "custom.Pooling"}}, {}, "modules Transformer, custom.Pooling; supported"),
+        ({1: {"type": 3}}, {}, "must be an object with a type"),
+    ],
+)
+def test_sentence_transformers_that_are_not_supported(
+    changes: dict[int, dict], pooling: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    folders.write(tmp_path, "bert")
+    write_modules(tmp_path, [m | changes.get(i, {}) for i, m in enumerate(MODULES)], **pooling)
+    assert expected in folders.fault(tmp_path)
+
+
+def test_a_list_of_modules_that_is_none(tmp_path: Path) -> None:
+    folders.write(tmp_path, "bert")
+    write_modules(tmp_path, {"0": MODULES[0]})
+    assert "must be a JSON array" in folders.fault(tmp_path)
+    write_modules(tmp_path, [*MODULES, MODULES[1]])
+    assert "Transformer, Pooling, Pooling; supported" in folders.fault(tmp_path)
+
+
+def test_how_sentences_are_pooled_is_exported(tmp_path: Path) -> None:
+    folders.write(tmp_path, "bert, no pooler")
+    assert [m["type"].split(".")[-1] for m in json.loads((tmp_path / "modules.json").read_text())][1:] == [
+        "Pooling",
+        "Normalize",
+    ]
+    config = huggingface.read(str(tmp_path)).config
+    assert config.pooling == "last" and config.normalize and not config.pooler
+    (tmp_path / "modules.json").unlink()
+    assert huggingface.read(str(tmp_path)).config.pooling == "mean"

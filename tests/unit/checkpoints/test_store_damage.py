@@ -1,4 +1,4 @@
-"""What is left of a checkpoint by kills, by several processes at a time, and by damage on the disk."""
+"""What is left of a checkpoint by kills, and by damage on the disk."""
 
 import contextlib
 import dataclasses
@@ -6,65 +6,21 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import checkpoints
 from astra_jax.errors import AstraError
-from astra_jax.models.gpt2 import GPT2Config
-from checkpoints import huggingface, lock, store
+from checkpoints import huggingface, store
 from checkpoints.streaming import cut, digest
-from checkpoints.tensor_maps import build, flat_state, with_state
-
-CONFIG = GPT2Config(vocab_size=14, n_positions=6, n_embd=8, n_layer=1, n_head=2)
-ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture
-def make(word_tokenizer: Callable[..., Path]) -> Callable[[int], checkpoints.Checkpoint]:
-    """Makes different models with different tokenizers."""
-
-    def one(number: int) -> checkpoints.Checkpoint:
-        model, rng = build("gpt2", CONFIG), np.random.default_rng(number)
-        flat = {p: jnp.asarray(rng.normal(size=a.shape).astype(np.float32)) for p, a in flat_state(model).items()}
-        files, history = word_tokenizer(number), ({"verb": "make", "number": number},)
-        model = with_state(model, flat)
-        return checkpoints.Checkpoint("gpt2", CONFIG, None, None, None, {}, "float32", history, model, None, files)
-
-    return one
-
-
-def is_whole(path: Path, expected: checkpoints.Checkpoint) -> bool:
-    """Whether a checkpoint is all as expected; fails where it is in part."""
-    found = checkpoints.load(path)
-    ours, theirs = flat_state(found.model), flat_state(expected.model)
-    assert found.tokenizer_files and expected.tokenizer_files
-    tokenizers = [
-        (files / "tokenizer.json").read_bytes() for files in (found.tokenizer_files, expected.tokenizer_files)
-    ]
-    same = {
-        "weights": all(bool(jnp.array_equal(ours[name], theirs[name])) for name in theirs),
-        "tokenizer": tokenizers[0] == tokenizers[1],
-        "history": found.history == expected.history,
-    }
-    assert len(set(same.values())) == 1, same
-    return same["weights"]
-
-
-def names(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
-
+from checkpoints.tensor_maps import flat_state
+from tests.helpers.folders import is_whole, names
 
 # Kills
 
@@ -213,147 +169,6 @@ def test_a_tokenizer_that_is_gone_is_not_left_out(
     assert is_whole(tmp_path, make(9))
 
 
-# Several at a time
-
-
-def test_a_save_waits_for_the_one_before_and_neither_harms_the_other(
-    make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path, first, second = tmp_path / "out", make(5), make(9)
-    other = threading.Thread(target=lambda: checkpoints.save(path, second))
-
-    def fails() -> Iterator[Any]:
-        yield next(iter(cut(first.model)))
-        other.start()
-        other.join(0.5)
-        assert other.is_alive()  # it waits
-        raise AstraError("no")
-
-    with pytest.raises(AstraError, match="^no$"):
-        checkpoints.save(path, first, fails())
-    other.join(60)
-    assert is_whole(path, second) and names(path) == ["astra.json", "tokenizer-0001", "weights-0001"]
-
-
-def test_who_is_there_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, waiting, order = tmp_path / "lock", lock.waiting(tmp_path), []
-
-    def later() -> None:
-        with lock.alone(path, waiting):
-            order.append("second")
-
-    thread = threading.Thread(target=later)
-    with lock.alone(path, pytest.fail) as locked:
-        assert locked
-        thread.start()
-        thread.join(0.5)
-        order.append("first")
-    thread.join(10)
-    said = capsys.readouterr().err.splitlines()
-    assert order == ["first", "second"] and not path.exists()
-    assert len(said) == 1 and f"process {os.getpid()} on host " in said[0] and "is saving there" in said[0]
-
-
-HOLDER = """
-import importlib.util, sys, time
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("lock", {file!r})
-lock = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lock)
-with lock.alone(Path(sys.argv[1]), print):
-    print("locked", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_the_lock_of_a_killed_process_is_none(tmp_path: Path) -> None:
-    path, program = tmp_path / "lock", HOLDER.format(file=str(ROOT / "checkpoints" / "lock.py"))
-    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout and holder.stdout.readline() == "locked\n"
-        said: list[str] = []
-
-        def busy(who: str) -> None:
-            said.append(who)
-            if len(said) == 3:
-                holder.send_signal(signal.SIGKILL)
-                holder.wait()
-
-        with lock.alone(path, busy):
-            assert path.read_text().startswith(f"process {os.getpid()} on host")
-    assert said == [said[0]] * 3 and said[0].startswith(f"process {holder.pid} on host ") and not path.exists()
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.alone(tmp_path / "lock", pytest.fail) as locked:
-        assert not locked
-
-
-SAVER = """
-import sys, time
-import checkpoints
-from checkpoints import store
-one, out, number = sys.argv[1:]
-checkpoint = checkpoints.load(one)
-print("loaded", flush=True)
-sys.stdin.readline()
-for _ in range(int(number)):
-    checkpoints.save(out, checkpoint)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_save_into_one_folder_and_are_killed(
-    make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path
-) -> None:
-    ones = [make(5), make(9)]
-    for number, one in enumerate(ones):
-        checkpoints.save(tmp_path / f"{number}", one)
-    out = tmp_path / "out"
-    checkpoints.save(out, ones[0])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    rng = np.random.default_rng(0)
-    for _ in range(2):
-        savers = [
-            subprocess.Popen(
-                [sys.executable, "-c", SAVER, str(tmp_path / f"{number}"), str(out), "1000"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-            )
-            for number in range(2)
-        ]  # fmt: skip
-        for saver in savers:
-            assert saver.stdout and saver.stdout.readline() == "loaded\n"
-        for saver in savers:
-            assert saver.stdin
-            saver.stdin.write("\n")
-            saver.stdin.flush()
-        for saver in savers:
-            time.sleep(rng.uniform(1, 4))
-            saver.kill()
-            saver.wait()
-        assert any(is_whole(out, one) for one in ones)
-    checkpoints.save(out, ones[1])
-    assert is_whole(out, ones[1]) and len(names(out)) == 3
-
-
-def test_what_is_saved_over_while_it_is_read_is_said(
-    make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints.save(tmp_path, make(5))
-    read = store._read_parts
-
-    def late(*args: Any) -> Any:
-        checkpoints.save(tmp_path, make(9))
-        return read(*args)
-
-    monkeypatch.setattr(store, "_read_parts", late)
-    with pytest.raises(AstraError, match="was saved over while it was read: repeat the command"):
-        checkpoints.load(tmp_path)
-
-
 # Damage
 
 
@@ -457,16 +272,6 @@ def test_a_checkpoint_is_known_by_its_bytes(make: Callable[[int], checkpoints.Ch
         checkpoints.save(tmp_path / "a", other)
         digests.add(checkpoints.read_meta(tmp_path / "a").digest)
     assert len(digests) == 4
-
-
-def test_a_part_is_known_by_its_names_shapes_and_kinds_of_numbers() -> None:
-    a = np.arange(6, dtype=np.float32)
-    others = [{"b": a}, {"a": a.reshape(2, 3)}, {"a": a.view(np.int32)}, {"a": a + 1}, {"a": a, "b": a}, {}]
-    assert len({digest(one) for one in ({"a": a}, *others)}) == 7
-    assert digest({"a": a.reshape(2, 3).T}) == digest({"a": np.ascontiguousarray(a.reshape(2, 3).T)})
-    bfloat16 = np.asarray(jnp.arange(3, dtype=jnp.bfloat16))
-    assert digest({"a": bfloat16, "b": np.float32(1)}) != digest({"a": bfloat16, "b": np.float32(2)})
-    assert digest({"b": a, "a": bfloat16}) == digest({"a": jax.device_get(bfloat16), "b": a})
 
 
 def test_checkpoints_of_format_2_are_read(make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path) -> None:

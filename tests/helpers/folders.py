@@ -1,0 +1,154 @@
+"""Tiny models of every family, their Hugging Face folders and checkpoints, and what is done to those in tests."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import checkpoints
+from astra_jax.cli.main import main
+from astra_jax.codecs.config import AstraConfig
+from astra_jax.errors import AstraError
+from astra_jax.models.bert import BertConfig
+from astra_jax.models.gpt2 import GPT2Config
+from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.vit import ViTConfig
+from checkpoints import huggingface
+from checkpoints.tensor_maps import build, flat_state, with_state
+
+VIT = ViTConfig(
+    hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+    num_labels=3,
+)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
+LLAMA = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=16,
+)
+BERT = BertConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=6,
+)
+CONFIGS = {
+    "vit": ("vit", VIT),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),
+    "gpt2, classes": ("gpt2", dataclasses.replace(GPT2, task="classification", num_labels=3)),
+    "llama": ("llama", LLAMA),
+    "llama, tied": ("llama", dataclasses.replace(LLAMA, tie_word_embeddings=True, attention_bias=True)),
+    "llama, classes": ("llama", dataclasses.replace(LLAMA, task="classification", num_labels=3, mlp_bias=True)),
+    "bert": ("bert", BERT),
+    "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
+    "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+}
+each_model = pytest.mark.parametrize("name", CONFIGS)
+ASTRA = AstraConfig(groups=2, codewords=8)
+NUMBERED = GPT2Config(vocab_size=14, n_positions=6, n_embd=8, n_layer=1, n_head=2)
+QUERY = "vit.encoder.layer.1.attention.attention.query.weight"
+NORM = "vit.layernorm.weight"
+
+
+def drawn(family: str, config: Any, dtype: Any = np.float32) -> Any:
+    """A model with random weights, which take no compiling."""
+    rng, model = np.random.default_rng(0), build(family, config)
+    return with_state(
+        model, {p: jnp.asarray(rng.normal(size=a.shape).astype(dtype)) for p, a in flat_state(model).items()}
+    )
+
+
+def described(family: str, config: Any, **more: Any) -> checkpoints.Checkpoint:
+    """A checkpoint that came from nowhere."""
+    nothing = dict.fromkeys(("astra", "labels", "preprocessing", "model"))
+    known = nothing | {"hf_config": {}, "dtype": "float32", "history": ()}
+    return checkpoints.Checkpoint(family, config, **(known | more))
+
+
+def write(folder: Path, name: str) -> checkpoints.Checkpoint:
+    """Writes the model of that name as a Hugging Face folder."""
+    family, config = CONFIGS[name]
+    checkpoint = described(family, config, model=drawn(family, config))
+    huggingface.write_folder(checkpoint, folder)
+    return checkpoint
+
+
+def rename(folder: Path, change: Any, **more: Any) -> None:
+    """Changes the names of all tensors, and adds some."""
+    tensors = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, **more}, folder / "model.safetensors")
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Replaces tensors (None removes one); the names of changes have `__` for dots."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors[name.replace("__", ".")] = tensor
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def fault(folder: Path) -> str:
+    """The one line that reading the folder ends in."""
+    with pytest.raises(AstraError) as caught:
+        huggingface.read(str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(a: Any, b: Any) -> bool:
+    a, b = flat_state(a), flat_state(b)
+    return a.keys() == b.keys() and all(bool(jnp.array_equal(a[path], b[path])) for path in a)
+
+
+def refused(path: Path) -> str:
+    """The one line that loading a checkpoint ends in."""
+    with pytest.raises(AstraError) as caught:
+        checkpoints.load(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The line on stderr of a command that must end in exit code 2."""
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("astra: error: ")
+    return lines[0]
+
+
+def is_whole(path: Path, expected: checkpoints.Checkpoint) -> bool:
+    """Whether a checkpoint is all as expected; fails where it is in part."""
+    found = checkpoints.load(path)
+    ours, theirs = flat_state(found.model), flat_state(expected.model)
+    assert found.tokenizer_files and expected.tokenizer_files
+    tokenizers = [
+        (files / "tokenizer.json").read_bytes() for files in (found.tokenizer_files, expected.tokenizer_files)
+    ]
+    same = {
+        "weights": all(bool(jnp.array_equal(ours[name], theirs[name])) for name in theirs),
+        "tokenizer": tokenizers[0] == tokenizers[1],
+        "history": found.history == expected.history,
+    }
+    assert len(set(same.values())) == 1, same
+    return same["weights"]
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
