@@ -406,7 +406,7 @@ def test_the_verb_prints_tables_and_advice(port, checkpoint, tmp_path, capsys):
     with ThreadPoolExecutor() as pool:
         other = pool.submit(outcome, Hosts(f"127.0.0.1:{port}", 2, 1), checkpoint)
         argv = ["net", "check", str(checkpoint), "--coordinator", f"127.0.0.1:{port}", "--hosts", "2", "--host", "0"]
-        assert main.main([*argv, "--rate-seconds", str(SECONDS), "--json", str(tmp_path / "net.json")]) == 0
+        assert main([*argv, "--rate-seconds", str(SECONDS), "--json", str(tmp_path / "net.json")]) == 0
         assert other.result(10) == Findings()
     out, data = capsys.readouterr().out, json.loads((tmp_path / "net.json").read_text())
     assert "slowest link: " in out and data["reason"] in out
@@ -418,7 +418,7 @@ def test_the_verb_prints_tables_and_advice(port, checkpoint, tmp_path, capsys):
 
 def test_the_verb_ends_with_what_is_wrong(port, tmp_path, capsys):
     argv = ["net", "check", "--coordinator", f"127.0.0.1:{port}", "--hosts", "2", "--host", "0"]
-    assert main.main([*argv, "--start-seconds", "0.1", "--json", str(tmp_path / "net.json")]) == 2
+    assert main([*argv, "--start-seconds", "0.1", "--json", str(tmp_path / "net.json")]) == 2
     out, err = capsys.readouterr()
     assert "did not take part" in out
     assert err.splitlines()[-1].startswith("astra: error: host 1 did not come")

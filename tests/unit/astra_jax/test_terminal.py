@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from astra_jax import terminal
-from astra_jax.cli.main import main
+from astra_jax.cli import main
 from astra_jax.report import Report, progress
 from astra_jax.terminal import visible
 

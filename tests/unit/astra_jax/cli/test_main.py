@@ -9,7 +9,7 @@ import types
 import pytest
 
 from astra_jax import __version__
-from astra_jax.cli.main import main
+from astra_jax.cli import main
 from astra_jax.errors import AstraError
 
 
