@@ -204,7 +204,7 @@ def load(
         in its files, a trained model's in float32. Codebooks and statistics are float32 whatever it is.
       shardings: from the abstract model to where its arrays go, such as
         `lambda model: astra_jax.serving.compile.shardings(model, mesh)`; None for the first local device.
-      groups: how many groups of a `nested-pq` or `rotated-pq` codec to load, the first of them; None for all.
+      groups: how many groups of a `nested-pq` codec to load, the first of them; None for all.
       coded_blocks: how many blocks, the first ones, are to send codes (`AstraConfig.coded_blocks`); None for as many as
         the checkpoint was made for.
       verify: whether the parts' SHA-256 are compared with those that were written. Without, a part that was damaged
@@ -218,7 +218,7 @@ def load(
     model = build(meta.family, meta.config, meta.astra, dtype)
     parts = _read_parts(stored if verify else stored._replace(parts=None), model)
     if groups is not None:
-        if meta.astra is None or not meta.astra.rotated:
+        if meta.astra is None or not meta.astra.levels:
             raise AstraError(
                 f"{path}: has no codes of which the first {groups} groups would do: run `astra calibrate --codec "
                 "nested-pq` first"

@@ -1,4 +1,4 @@
-"""The axes of a rotated quantizer: which errors matter, along which axes tokens differ, who gets the bits.
+"""The axes of a `nested-pq` codec: which errors matter, along which axes tokens differ, who gets the bits.
 
 What counts is the error of keys and values (our choice; that a quantizer should minimise the error of what its vectors
 are used for is the idea of ScaNN, 1908.10396). In whitened axes of that metric, ordered by variance, bits are given out

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import checkpoints
-from astra_jax.codecs.config import RANKS, AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
+from astra_jax.codecs.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
 from astra_jax.codecs.predictor import Around, Known, Predictor, around
 from astra_jax.codecs.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
 from astra_jax.errors import AstraError
@@ -56,14 +56,14 @@ class Args(DataArgs):
     codewords: int = 1024
     """K: codewords per group, a power of two. A code takes log2(K) bits."""
     codec: Codec = "vq"
-    """`vq` cuts vectors into equal groups, as the paper does; `rotated-pq` finds axes along which bits say more;
-    `nested-pq` does, too, and its first groups are a good code by themselves, for links that carry less."""
+    """`vq` cuts vectors into equal groups, as the paper does; `nested-pq` finds axes along which bits say more, and its
+    first groups are a good code by themselves, for links that carry less."""
     predictor: Prediction = "none"
-    """Let codes say how a token differs from what is expected of it after the block before, by a linear map or parts of
-    one, or by a small network that also sees a mean of the tokens around (`mlp`: says most, and takes longest to
-    find). Costs computing, on every device for all tokens."""
-    rank: int | None = None
-    """Of the predictor low-rank, by default 16; of mlp its hidden units, by default 128."""
+    """Let codes say how a token differs from what is expected of it after the block before, by a linear map, or by a
+    small network that also sees a mean of the tokens around (`mlp`: says more, and takes longer to find). Costs
+    computing, on every device for all tokens."""
+    hidden_units: int = 128
+    """Of the predictor mlp."""
     side_info: SideInfo = "none"
     """Of a text, send the token ids once, so that the first block needs no codes; with a predictor."""
     site: Site = "hidden"
@@ -167,7 +167,7 @@ def choose_widths(
     Args:
       source: without codebooks.
       astra: all but the widths, as of `vq`.
-      levels: groups of every level of `nested-pq`; none for `rotated-pq`.
+      levels: groups of every level of `nested-pq`.
       y: from `capture`.
       batch: what the model takes.
     """
@@ -185,9 +185,8 @@ def choose_widths(
             variances.append(principal_axes(rest, key_value_metric(attention)).variance)
             before = sent
             advance()
-    splits = candidates(np.stack(variances), levels or (astra.groups,), astra.codewords)
-    codec: Codec = "nested-pq" if levels else "rotated-pq"
-    tries = [dataclasses.replace(astra, codec=codec, widths=widths, levels=levels) for widths in splits]
+    splits = candidates(np.stack(variances), levels, astra.codewords)
+    tries = [dataclasses.replace(astra, codec="nested-pq", widths=widths, levels=levels) for widths in splits]
     if len(tries) == 1:
         return dataclasses.replace(tries[0], predictor=predictor)
     exact, distances = head_input(source.model, batch, 1), list[float]()
@@ -222,7 +221,7 @@ def distance(exact: Float[Array, "*of D"], found: Float[Array, "*of D"]) -> floa
 def _predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> Predictor:
     """A predictor of y from x."""
     predictor = Predictor(astra, x.shape[1])
-    _set(predictor, regress(astra.predictor, astra.rank, x, y))
+    _set(predictor, regress(x, y))
     return predictor
 
 
@@ -247,8 +246,8 @@ class Errors(NamedTuple):
 
 def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S: int = 1) -> list[Errors]:
     """Finds the codecs of `model`, block after block, in place: predictors from the estimates of the block before, the
-    axes of rotated ones, and codewords by k-means along these. Levels of nested codes after the first take a `LATER`-th
-    of the iterations: there are many, and what is left to them is nearly noise (our choice).
+    axes of `nested-pq`, and codewords by k-means along these. Its levels after the first take a `LATER`-th of the
+    iterations: there are many, and what is left to them is nearly noise (our choice).
 
     Predictors of nested codes are to serve every number of levels, with one set of weights: each shard's estimates are
     made of a number of its own, the same in all blocks (our choice).
@@ -267,7 +266,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S
     if M < K:
         raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
     states, errors, estimate = [], [], None
-    levels = len(model.astra.level_widths) if astra.rotated else 1
+    levels = max(1, len(astra.levels))
     depth = jax.random.randint(jax.random.key(seed), (M // S, 1), 1, levels + 1)  # levels that a shard is sent with
     depth = jnp.repeat(depth, S, axis=0)
     with progress("codewords", len(y)) as advance:
@@ -315,7 +314,7 @@ def _fit_block(
             if astra.predictor == "mlp":
                 seen, target = np.concatenate([before, around(before)], axis=1), np.asarray(sent)
                 metric = key_value_metric(attention)
-                _set(codec.predictor, train_mlp(astra.rank, seen, target, metric, key))
+                _set(codec.predictor, train_mlp(astra.hidden_units, seen, target, metric, key))
             p = codec.predict(before, around)
     rest = sent - p
     if not isinstance(codec, RotatedQuantizer):
@@ -407,7 +406,7 @@ def main(args: Args) -> None:
     astra = AstraConfig(
         *(args.groups, args.codewords, args.site, args.class_token),
         predictor=args.predictor,
-        rank=RANKS.get(args.predictor, AstraConfig.rank) if args.rank is None else args.rank,
+        hidden_units=args.hidden_units,
         side_info=args.side_info,
     )
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
@@ -419,9 +418,8 @@ def main(args: Args) -> None:
         S = max(1, int(np.median(_sent(source.model, batches[0], args.class_token).sum(1))) // TRIAL_SHARDS)
     y = capture(source.model, batches, args.tokens, args.seed, args.class_token, S)
     if args.codec != "vq":
-        levels = doubling(args.groups) if args.codec == "nested-pq" else ()
         trial = batches[-2:][0]  # the last may have few
-        astra = choose_widths(source, astra, levels, y, trial, args.seed)
+        astra = choose_widths(source, astra, doubling(args.groups), y, trial, args.seed)
     checkpoint = checkpoints.with_codebooks(source, astra)
     model = checkpoint.model
     errors = fit(model, y, args.iterations, args.seed, S)

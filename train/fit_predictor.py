@@ -13,44 +13,22 @@ RIDGE = 1e-3  # of the mean variance, added to all variances, so that few tokens
 STEPS, BATCH, RATE = 1000, 1024, 3e-3  # of the training of an `mlp` (our choice)
 
 
-def regress(
-    kind: str, rank: int, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """The variables of a `Predictor` that predicts y from x best in the mean square; of an `mlp` its linear part.
-
-    `low-rank` is the diagonal and, of the best linear predictor of what that leaves, the directions in which its
-    predictions vary most (reduced-rank regression).
-    """
+def regress(x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> dict[str, Float[np.ndarray, "..."]]:
+    """The weight and bias of a `Predictor` that predict y from x best in the mean square."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = x - mean_x, y - mean_y
-
-    if kind in ("linear", "mlp"):
-        weight = _solve(x, y)
-        return {"weight": weight, "bias": mean_y - mean_x @ weight}
-    scale = (x * y).mean(0) / ((x**2).mean(0) + _ridge(x))
-    found = {"scale": scale, "bias": mean_y - mean_x * scale}
-    if kind == "low-rank":
-        weight = _solve(x, y - x * scale)
-        predicted = x @ weight
-        directions = np.linalg.eigh(predicted.T @ predicted)[1][:, -rank:]
-        found |= {"down": weight @ directions, "up": directions.T}
-        found["bias"] = found["bias"] - mean_x @ found["down"] @ found["up"]
-    return found
-
-
-def _ridge(x: Float[np.ndarray, "M _"]) -> float:
-    return RIDGE * (x**2).mean() + 1e-12
+    weight = _solve(x - mean_x, y - mean_y)
+    return {"weight": weight, "bias": mean_y - mean_x @ weight}
 
 
 def _solve(x: Float[np.ndarray, "M U"], y: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "U W"]:
     """The weights of the best linear prediction of y from x, both centred."""
-    covariance = x.T @ x / len(x) + _ridge(x) * np.eye(x.shape[1])
-    return np.linalg.solve(covariance, x.T @ y / len(x))
+    ridge = RIDGE * (x**2).mean() + 1e-12
+    return np.linalg.solve(x.T @ x / len(x) + ridge * np.eye(x.shape[1]), x.T @ y / len(x))
 
 
 def train_mlp(
-    rank: int,
+    hidden_units: int,
     seen: Float[np.ndarray, "M _"],
     y: Float[np.ndarray, "M W"],
     metric: Float[np.ndarray, "W W"],
@@ -66,14 +44,14 @@ def train_mlp(
     W = y.shape[1]
     mean, scale = seen.mean(0), seen.std(0) + 1e-6
     seen = (seen - mean) / scale
-    linear = regress("linear", rank, seen[:, :W], y)["weight"]
+    linear = regress(seen[:, :W], y)["weight"]
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    down = rng.normal(size=(seen.shape[1], rank)) / np.sqrt(seen.shape[1])
+    down = rng.normal(size=(seen.shape[1], hidden_units)) / np.sqrt(seen.shape[1])
     hidden = np.maximum(seen @ down, 0)
     rest = y - seen[:, :W] @ linear
     up = _solve((hidden - hidden.mean(0)).astype(np.float64), rest - rest.mean(0))
     bias = rest.mean(0) - hidden.mean(0) @ up
-    weights = {"weight": linear, "bias": bias, "down": down, "offset": np.zeros(rank), "up": up}
+    weights = {"weight": linear, "bias": bias, "down": down, "offset": np.zeros(hidden_units), "up": up}
     root = np.linalg.cholesky(metric + 1e-6 * np.trace(metric) / len(metric) * np.eye(len(metric)))
     norm = np.mean(((y - y.mean(0)) @ root) ** 2) + 1e-12
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (weights, seen, y, root / np.sqrt(norm)))

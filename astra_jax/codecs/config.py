@@ -8,14 +8,13 @@ from astra_jax.errors import AstraError
 
 Site = Literal["hidden", "kv"]
 ClassToken = Literal["distributed", "single"]
-Codec = Literal["vq", "rotated-pq", "nested-pq"]
-Prediction = Literal["none", "diagonal", "low-rank", "linear", "mlp"]
+Codec = Literal["vq", "nested-pq"]
+Prediction = Literal["none", "linear", "mlp"]
 SideInfo = Literal["none", "token-ids"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]  # of sentences' embeddings
 
 T = TypeVar("T")
 
-RANKS = {"low-rank": 16, "mlp": 128}  # of predictors that have one, where none is given (our choice)
 MAX_CODEWORDS = 65_536  # codes are uint16
 LARGEST = 2**27  # number of anything that a configuration counts: more is a mistake or a trap (our choice)
 
@@ -31,14 +30,14 @@ class AstraConfig:
         `kv` is K and V themselves, before any rotary embedding, as one vector of width 2*J*E (our choice).
       class_token: `distributed` puts a replica of CLS at the head of every shard and averages their final
         states; `single` keeps one CLS on shard 0.
-      codec: `vq` quantizes a vector as it is, as the paper does; `rotated-pq` along axes that calibration finds;
-        `nested-pq`, too, level by level, each level what those before it left, so that the first levels are a good code
-        by themselves (`astra_jax.codecs.quantizer.RotatedQuantizer`, our choice).
-      widths: of rotated codecs how many axes each group has.
+      codec: `vq` quantizes a vector as it is, as the paper does; `nested-pq` along axes that calibration finds, level
+        by level, each level what those before it left, so that the first levels are a good code by themselves
+        (`astra_jax.codecs.quantizer.RotatedQuantizer`, our choice).
+      widths: of `nested-pq` how many axes each group has.
       levels: of `nested-pq` how many groups each level has.
       predictor: how a token's vector is predicted from the block before, so that codes say only what differs
         (`astra_jax.codecs.predictor.Predictor`, our choice).
-      rank: of the predictor `low-rank`; hidden units of `mlp`.
+      hidden_units: of the predictor `mlp`.
       side_info: `token-ids` lets every device know the first block's vectors of a text exactly, without codes.
       coded_blocks: how many blocks, the first ones, have their tokens' codes sent; the others go by what is predicted
         from these. None for all. One that token ids say exactly counts (our choice).
@@ -55,7 +54,7 @@ class AstraConfig:
     widths: tuple[int, ...] = ()
     levels: tuple[int, ...] = ()
     predictor: Prediction = "none"
-    rank: int = 16
+    hidden_units: int = 128
     side_info: SideInfo = "none"
     coded_blocks: int | None = None
 
@@ -77,20 +76,19 @@ class AstraConfig:
         for field, numbers in (("widths", self.widths), ("levels", self.levels)):
             if not isinstance(numbers, tuple | list):
                 raise AstraError(f"{field} is {numbers!r}; it must be a list of whole numbers")
-        expected = self.groups if self.rotated else 0
+        expected = self.groups if self.codec == "nested-pq" else 0
         if len(self.widths) != expected or not all(map(_whole, self.widths)):
             raise AstraError(
                 f"widths is {list(self.widths)}; codec {self.codec} with {self.groups} groups has {expected} of them, "
                 "each a whole number of at least 1"
             )
-        nested = self.codec == "nested-pq"
-        if not all(map(_whole, self.levels)) or sum(self.levels) != nested * self.groups:
+        if not all(map(_whole, self.levels)) or sum(self.levels) != expected:
             raise AstraError(
                 f"levels is {list(self.levels)}; those of codec {self.codec} with {self.groups} groups have "
-                f"{nested * self.groups} together, each a whole number of at least 1"
+                f"{expected} together, each a whole number of at least 1"
             )
-        if not _whole(self.rank):
-            raise AstraError(f"rank is {self.rank!r}; it must be a whole number of at least 1: try 16")
+        if not _whole(self.hidden_units):
+            raise AstraError(f"hidden_units is {self.hidden_units!r}; it must be a whole number of at least 1: try 128")
         if self.side_info != "none" and self.predictor == "none":
             raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
         if self.coded_blocks is not None:
@@ -102,14 +100,9 @@ class AstraConfig:
                 raise AstraError("coded_blocks says where codes are predicted and not sent, which takes a predictor")
 
     @property
-    def rotated(self) -> bool:
-        """Whether codes are of the axes that calibration finds, so that the first groups are a code by themselves."""
-        return self.codec != "vq"
-
-    @property
     def level_widths(self) -> tuple[tuple[int, ...], ...]:
         """`widths`, level by level."""
-        ends = tuple(itertools.accumulate(self.levels or (self.groups,)))
+        ends = tuple(itertools.accumulate(self.levels))
         return tuple(self.widths[start:end] for start, end in zip((0, *ends), ends, strict=False))
 
     @property
@@ -151,7 +144,7 @@ class AstraConfig:
         Raises:
           AstraError: there are not so many unequal groups.
         """
-        if self.rotated and groups > self.groups:
+        if self.levels and groups > self.groups:
             raise AstraError(f"groups is {groups}; these codes have {self.groups}, of which the first can be used")
         starts = itertools.accumulate(self.levels, initial=0)
         levels = tuple(min(n, groups - start) for n, start in zip(self.levels, starts, strict=False) if start < groups)
@@ -177,7 +170,7 @@ def codec_and_predictor(name: str) -> tuple[Codec, Prediction]:
     codec, _, predictor = name.partition("+")
     predictor = predictor or "none"
     if codec not in get_args(Codec) or predictor not in get_args(Prediction):
-        raise AstraError(f"there is no codec {name!r}: try vq, rotated-pq, vq+linear or nested-pq+diagonal")
+        raise AstraError(f"there is no codec {name!r}: try vq, nested-pq, vq+linear or nested-pq+mlp")
     return cast(Codec, codec), cast(Prediction, predictor)
 
 

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.errors import AstraError
 
 DECAY = 0.8  # of a decoder's mean over the tokens before: about the last five count (our choice)
 
@@ -73,44 +72,33 @@ def around(
 
 
 class Predictor(nnx.Module):
-    """f: `p = x * scale + x down up + bias`, or `p = x weight + bias` where it is linear.
+    """f: `p = x weight + bias`.
 
-    `mlp` adds to the linear one `relu([x, c] down + offset) up`, where c is what is `around` the token in its shard: a
-    block's attention adds what depends on other tokens, and its MLP what is not linear.
+    `mlp` adds to that `relu([x, c] down + offset) up`, where c is what is `around` the token in its shard: a block's
+    attention adds what depends on other tokens, and its MLP what is not linear.
 
     Args:
-      config: which kind, and the rank of `down` and `up`.
+      config: which kind, and the hidden units of an `mlp`.
       width: W, of what the codec quantizes.
-
-    Raises:
-      AstraError: `low-rank` has more directions than vectors have.
     """
 
     def __init__(self, config: AstraConfig, width: int):
-        kind, rank = config.predictor, config.rank
-        linear, has_rank, mlp = kind in ("linear", "mlp"), kind in ("low-rank", "mlp"), kind == "mlp"
-
-        if kind == "low-rank" and rank > width:
-            raise AstraError(f"rank is {rank}; that of low-rank is at most {width}, the quantized width: try 16")
+        mlp, units = config.predictor == "mlp", config.hidden_units
 
         def zeros(*shape: int) -> Prediction:
             return Prediction(jnp.zeros(shape, jnp.float32))
 
         self.bias = zeros(width)
-        self.scale: Any = nnx.data(None if linear else zeros(width))
-        self.down: Any = nnx.data(zeros(width * (1 + mlp), rank) if has_rank else None)
-        self.offset: Any = nnx.data(zeros(rank) if mlp else None)
-        self.up: Any = nnx.data(zeros(rank, width) if has_rank else None)
-        self.weight: Any = nnx.data(zeros(width, width) if linear else None)
+        self.weight = zeros(width, width)
+        self.down: Any = nnx.data(zeros(2 * width, units) if mlp else None)
+        self.offset: Any = nnx.data(zeros(units) if mlp else None)
+        self.up: Any = nnx.data(zeros(units, width) if mlp else None)
 
     def __call__(self, estimate: Float[Array, "*tokens W"], around: Around) -> Float[Array, "*tokens W"]:
         """The prediction of a block's vectors from the estimate of the block before, and from what is around each."""
         with jax.default_matmul_precision("highest"):  # an accelerator's default would lose what codes have said
-            p = estimate * self.scale[...] if self.weight is None else estimate @ self.weight[...]
-            p = p + self.bias[...]
+            p = estimate @ self.weight[...] + self.bias[...]
             if self.down is None:
                 return p
-            if self.offset is None:
-                return p + (estimate @ self.down[...]) @ self.up[...]
             seen = jnp.concatenate([estimate, around(estimate)], axis=-1)
             return p + jax.nn.relu(seen @ self.down[...] + self.offset[...]) @ self.up[...]

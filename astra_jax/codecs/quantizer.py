@@ -28,7 +28,7 @@ class CodeStatistic(nnx.Variable):
 
 
 class Rotation(nnx.Variable):
-    """The axes of a rotated quantizer, float32. Calibration finds them; training leaves them as they are."""
+    """The axes of a `RotatedQuantizer`, float32. Calibration finds them; training leaves them as they are."""
 
 
 class Observation(NamedTuple):
@@ -293,8 +293,7 @@ class Observations(NamedTuple):
 
 
 class RotatedQuantizer(Quantizer):
-    """A quantizer of the axes of y along which errors of keys and values cost most: `rotated-pq` and `nested-pq` (our
-    choice).
+    """A quantizer of the axes of y along which errors of keys and values cost most: `nested-pq` (our choice).
 
     `u = (y - mean) A` are uncorrelated, and attention's error is about that of u, so that axes with little variance can
     be left out: `y^ = mean + u^ B` is the best linear estimate from the others. Consecutive axes, in the order of their
@@ -411,7 +410,6 @@ def unpadded(u: Shaped[Array, "*tokens Gd"], widths: tuple[int, ...], A: int) ->
 
 CODECS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
-    "rotated-pq": RotatedQuantizer,
     "nested-pq": RotatedQuantizer,
 }
 

@@ -29,7 +29,7 @@ class Folded(nnx.Variable):
 
 
 class Readout(nnx.Variable):
-    """Keys and values of a step along every axis of a rotated codec, and in the last row of its origin: [A+1,2JE].
+    """Keys and values of a step along every axis of a `nested-pq` codec, and in the last row of its origin: [A+1,2JE].
 
     Made by `astra_jax.models.key_value_tables.fold`.
     """

@@ -93,7 +93,7 @@ def test_addresses(text):
 
 
 @fuzz
-@given(lines("vq", "nested-pq+mlp", "rotated-pq+diagonal"))
+@given(lines("vq", "nested-pq+mlp", "vq+linear"))
 def test_codecs(text):
     found = attempt("a codec's name", codec_and_predictor, text)
     assert found is REFUSED or "+".join(found).removesuffix("+none") == text.removesuffix("+none").removesuffix("+")

@@ -330,7 +330,7 @@ def test_index(folder, content):
 
 # Our own checkpoints
 
-ROTATED = AstraConfig(groups=2, codewords=8, codec="nested-pq", widths=(2, 3), levels=(1, 1), predictor="low-rank")
+ROTATED = AstraConfig(groups=2, codewords=8, codec="nested-pq", widths=(2, 3), levels=(1, 1), predictor="linear")
 
 
 @pytest.fixture(scope="module")

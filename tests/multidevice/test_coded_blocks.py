@@ -18,7 +18,7 @@ from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_predictor import CLASS, KV, three_blocks
 from tests.multidevice.test_sharded_equals_virtual import check, real, run_virtual
 
-MLP = AstraConfig(groups=4, codewords=16, predictor="mlp", rank=5)
+MLP = AstraConfig(groups=4, codewords=16, predictor="mlp", hidden_units=5)
 IDS = dataclasses.replace(MLP, side_info="token-ids")
 NESTED = dataclasses.replace(MLP, codec="nested-pq", widths=(6, 6, 3, 3), levels=(1, 1, 2))
 

@@ -20,9 +20,9 @@ from tests.multidevice.test_generation import decode, recompute, tokens
 from tests.multidevice.test_sharded_equals_virtual import check
 
 LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
-IDS = dataclasses.replace(LINEAR, predictor="low-rank", rank=3, side_info="token-ids")
-ROTATED = dataclasses.replace(LINEAR, codec="rotated-pq", widths=(1, 2, 3, 4), predictor="diagonal")
-MLP = dataclasses.replace(LINEAR, predictor="mlp", rank=5)
+IDS = dataclasses.replace(LINEAR, side_info="token-ids")
+NESTED = dataclasses.replace(LINEAR, codec="nested-pq", widths=(1, 2, 3, 4), levels=(4,))
+MLP = dataclasses.replace(LINEAR, predictor="mlp", hidden_units=5)
 KV = dict(site="kv")
 SINGLE = dict(class_token="single")
 LAYERS = {"tiny_gpt2": "n_layer"}
@@ -45,7 +45,7 @@ def three_blocks(request, family, astra):
     ("family", "astra", "N"),
     [
         ("tiny_vit", LINEAR, 4),
-        ("tiny_vit", dataclasses.replace(ROTATED, class_token="single"), 3),
+        ("tiny_vit", dataclasses.replace(NESTED, class_token="single"), 3),
         ("tiny_gpt2", IDS, 4),
         ("tiny_llama", dataclasses.replace(IDS, **KV), 2),
         ("tiny_bert", dataclasses.replace(IDS, **KV), 2),
@@ -59,10 +59,10 @@ def three_blocks(request, family, astra):
         pytest.param("tiny_bert", IDS, 4, marks=pytest.mark.slow),
         pytest.param(CLASS, dataclasses.replace(IDS, **KV), 2, marks=pytest.mark.slow),
         pytest.param(CLASS, dataclasses.replace(IDS, **SINGLE), 3, marks=pytest.mark.slow),
-        pytest.param(CLASS, dataclasses.replace(ROTATED, side_info="token-ids"), 4, marks=pytest.mark.slow),
-        pytest.param("tiny_llama", ROTATED, 8, marks=pytest.mark.slow),
+        pytest.param(CLASS, dataclasses.replace(NESTED, side_info="token-ids"), 4, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", NESTED, 8, marks=pytest.mark.slow),
         pytest.param("tiny_bert", LINEAR, 3, marks=pytest.mark.slow),
-        pytest.param("tiny_gpt2", dataclasses.replace(ROTATED, side_info="token-ids"), 3, marks=pytest.mark.slow),
+        pytest.param("tiny_gpt2", dataclasses.replace(NESTED, side_info="token-ids"), 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -154,7 +154,7 @@ def test_what_is_sent(request, random_text, family, astra, S):
         assert found == [(S * 16, 1, False), (codes, 2, True), *pooled]
 
 
-@pytest.mark.parametrize(("family", "astra"), [("tiny_gpt2", IDS), ("tiny_llama", dataclasses.replace(ROTATED, **KV))])
+@pytest.mark.parametrize(("family", "astra"), [("tiny_gpt2", IDS), ("tiny_llama", dataclasses.replace(NESTED, **KV))])
 def test_text_goes_on_from_estimates(request, random_text, family, astra):
     model, text = request.getfixturevalue(family)(astra), random_text(23, 1, 2, 7)
     generator = Generator(model, make_mesh(4))

@@ -53,19 +53,19 @@ def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
     check(tiny_vit(AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
 
 
-ROTATED = AstraConfig(groups=3, codewords=16, codec="rotated-pq", widths=(1, 3, 4))
+ONE_LEVEL = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(1, 3, 4), levels=(3,))
 NESTED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
 
 
 @pytest.mark.parametrize(
     ("family", "astra", "N", "site"),
     [
-        ("tiny_vit", ROTATED, 4, HIDDEN),
+        ("tiny_vit", ONE_LEVEL, 4, HIDDEN),
         ("tiny_gpt2", NESTED, 3, HIDDEN),
         ("tiny_llama", NESTED, 4, KV),
-        pytest.param("tiny_llama", ROTATED, 2, HIDDEN, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", ONE_LEVEL, 2, HIDDEN, marks=pytest.mark.slow),
         pytest.param("tiny_bert", NESTED, 8, HIDDEN, marks=pytest.mark.slow),
-        pytest.param("tiny_vit", ROTATED, 2, KV, marks=pytest.mark.slow),
+        pytest.param("tiny_vit", ONE_LEVEL, 2, KV, marks=pytest.mark.slow),
     ],
 )
 def test_codecs_with_axes_of_their_own(request, rank_coded, random_text, family, astra, N, site):

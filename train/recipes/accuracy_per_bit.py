@@ -54,7 +54,7 @@ class Args(DataArgs):
     groups: Integers = (1, 2, 4, 8, 16, 32)
     """G, one after the other."""
     codecs: Texts = get_args(Codec)
-    """Codecs, one after the other; with a predictor behind a plus sign, such as rotated-pq+linear."""
+    """Codecs, one after the other; with a predictor behind a plus sign, such as nested-pq+linear."""
     codewords: int = 1024
     """K: codewords per group."""
     site: Site = "hidden"
@@ -115,7 +115,7 @@ def is_text(args: Args) -> bool:
 def check(args: Args) -> None:
     """Raises AstraError, before any work, for options that do not fit, or do not fit what OUT already has."""
     if not (args.codecs and args.groups):
-        raise AstraError("--codecs and --groups are lists, such as --codecs vq,rotated-pq --groups 1,8,32")
+        raise AstraError("--codecs and --groups are lists, such as --codecs vq,nested-pq --groups 1,8,32")
     for name in args.codecs:
         codec_and_predictor(name)
     for k in args.coded_blocks:

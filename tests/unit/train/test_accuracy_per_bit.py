@@ -232,11 +232,11 @@ def test_an_interrupted_run_goes_on(rows, args, monkeypatch):
 
 def test_what_token_ids_say_without_any_codes(rows, args):
     """With a predictor, every device knows the ids of all tokens, and predicts from there on."""
-    again = dataclasses.replace(args, codecs=("vq+diagonal",), groups=(1,), steps=0, plot=None, markdown=None)
+    again = dataclasses.replace(args, codecs=("vq+linear",), groups=(1,), steps=0, plot=None, markdown=None)
     main(again)
     found = {row["made by"]: row for row in json.loads(args.json.read_text())["rows"]}
-    assert list(found) == ["original", "nothing of other devices", "token ids alone, diagonal", "calibrated"]
-    coded = args.out / "calibrated-vq+diagonal-G1"
+    assert list(found) == ["original", "nothing of other devices", "token ids alone, linear", "calibrated"]
+    coded = args.out / "calibrated-vq+linear-G1"
     options = evaluate.Args(
         checkpoints=(coded,),
         data=args.test[0],
@@ -249,17 +249,15 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         lost="predicted",
     )
     expected = evaluate.measure(coded, options, print)["perplexity"]
-    assert found["token ids alone, diagonal"]["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert (
-        found["token ids alone, diagonal"]["bits"] == 0 and expected != found["nothing of other devices"]["perplexity"]
-    )
+    assert found["token ids alone, linear"]["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert found["token ids alone, linear"]["bits"] == 0 and expected != found["nothing of other devices"]["perplexity"]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"seed": 1}, "out was made otherwise .seed was 0, now 1.: .*another folder"),
-        ({"codecs": ("vq", "pq")}, "try vq, rotated-pq"),
+        ({"codecs": ("vq", "pq")}, "try vq, nested-pq"),
         ({"groups": ()}, "--groups 1,8,32"),
         ({"plot": Path("plot.jpg")}, "write a .png or a .svg"),
         ({"original": Path("nowhere")}, "nowhere"),
@@ -290,7 +288,7 @@ def test_a_classifier_loses_points(tmp_path, tiny_vit):
         data=str(tmp_path / "pictures"),
         test=("test[:20]", "test[20:]"),
         groups=(2,),
-        codecs=("rotated-pq",),
+        codecs=("nested-pq",),
         codewords=16,
         plot=tmp_path / "plot.png",
         json=tmp_path / "report.json",
@@ -308,7 +306,7 @@ def test_a_classifier_loses_points(tmp_path, tiny_vit):
         for test in args.test:
             assert row[f"points below the original, {test}"] == 100 - row[f"accuracy %, {test}"]
     assert [rows[0][column] for column in columns] == [100, 0, 100, 0]
-    coded = args.out / "calibrated-rotated-pq-G2"
+    coded = args.out / "calibrated-nested-pq-G2"
     for test in args.test:
         options = evaluate.Args(checkpoints=(coded,), data=args.data, split=test, virtual=True, rates=())
         found = evaluate.measure(coded, options, print)["accuracy %"]

@@ -22,12 +22,11 @@ from train.fit_predictor import regress, train_mlp
 from train.loop import Training, make_step, start
 
 RNG = np.random.default_rng(0)
-KINDS = ["diagonal", "low-rank", "linear"]
 
 
-def predicted(kind, x, y, rank=2):
-    predictor = Predictor(AstraConfig(predictor=kind, rank=rank), x.shape[1])
-    for name, value in regress(kind, rank, x, y).items():
+def predicted(x, y):
+    predictor = Predictor(AstraConfig(predictor="linear"), x.shape[1])
+    for name, value in regress(x, y).items():
         getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
     return np.asarray(predictor(jnp.asarray(x, jnp.float32), jnp.zeros_like))
 
@@ -37,21 +36,7 @@ def test_a_linear_predictor_is_least_squares():
     y = y + x @ RNG.normal(size=(6, 6)) - 3
     ones = np.concatenate([x, np.ones((500, 1))], axis=1)
     best = ones @ np.linalg.lstsq(ones, y, rcond=None)[0]
-    np.testing.assert_allclose(predicted("linear", x, y), best, atol=0.05)  # but for the ridge
-
-
-def test_the_more_weights_the_better():
-    x = RNG.normal(size=(800, 8)) @ RNG.normal(size=(8, 8))
-    y = x @ (np.eye(8) + 0.3 * RNG.normal(size=(8, 8))) + 0.1 * RNG.normal(size=(800, 8)) + 2
-    errors = [np.mean((y - predicted(kind, x, y)) ** 2) for kind in KINDS]
-    assert np.var(y) > errors[0] > errors[1] > errors[2]
-    np.testing.assert_allclose(np.mean((y - predicted("low-rank", x, y, 8)) ** 2), errors[2], rtol=0.05)
-
-
-def test_more_directions_than_there_are():
-    with pytest.raises(AstraError, match="rank is 5; that of low-rank is at most 4, the quantized width"):
-        Predictor(AstraConfig(predictor="low-rank", rank=5), 4)
-    Predictor(AstraConfig(predictor="mlp", rank=5), 4)
+    np.testing.assert_allclose(predicted(x, y), best, atol=0.05)  # but for the ridge
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -73,12 +58,12 @@ def test_an_mlp_learns_what_is_not_linear_and_what_is_around():
     x, near = RNG.normal(size=(2, 6000, 4)) + 1
     y = x @ RNG.normal(size=(4, 4)) + np.abs(x) + near[:, ::-1] - 2
     seen, metric = np.concatenate([x, near], axis=1), np.diag([1.0, 2.0, 3.0, 4.0])
-    predictor = Predictor(AstraConfig(predictor="mlp", rank=32), 4)
+    predictor = Predictor(AstraConfig(predictor="mlp", hidden_units=32), 4)
     for name, value in train_mlp(32, seen[:5000], y[:5000], metric, jax.random.key(0)).items():
         getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
     p = predictor(jnp.asarray(x[5000:], jnp.float32), lambda _: jnp.asarray(near[5000:], jnp.float32))
     assert np.mean((y[5000:] - p) ** 2) < 0.02 * np.var(y)
-    assert np.mean((y[5000:] - predicted("linear", x, y)[5000:]) ** 2) > 0.1 * np.var(y)
+    assert np.mean((y[5000:] - predicted(x, y)[5000:]) ** 2) > 0.1 * np.var(y)
 
 
 def test_neighbours_are_captured_together(tiny_gpt2, random_text):
@@ -102,16 +87,16 @@ def activations(L=3, M=2000, D=16):
     return np.stack(y).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("codec", ["vq", pytest.param("rotated-pq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("codec", ["vq", pytest.param("nested-pq", marks=pytest.mark.slow)])
 def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind):
     y, plain = activations(), AstraConfig(groups=2, codewords=16)
 
     def errors(astra):
         base = tiny_gpt2(n_layer=3)
         source = checkpoints.Checkpoint("gpt2", base.config, None, None, None, {}, "float32", (), base)
-        if codec == "rotated-pq":
-            astra = choose_widths(source, astra, (), y, random_text(24), 0)
+        if codec == "nested-pq":
+            astra = choose_widths(source, astra, (2,), y, random_text(24), 0)
         return [e.vector for e in fit(tiny_gpt2(astra, n_layer=3), y, 8, 0)]
 
     without, with_it = errors(plain), errors(dataclasses.replace(plain, predictor=kind))
@@ -142,7 +127,7 @@ def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_the_first_block(tiny_gpt2, known):
-    astra = AstraConfig(groups=4, codewords=16, predictor="diagonal")
+    astra = AstraConfig(groups=4, codewords=16, predictor="linear")
     codec = block_at(tiny_gpt2(astra).blocks, 0).attention.codec
     vectors = jnp.ones((2, 3, 16))
     expected = vectors if known else codec.predictor.bias[...]
@@ -208,8 +193,8 @@ def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
     ("values", "message"),
     [
         (dict(side_info="token-ids"), "side_info is token-ids, which only a predictor makes use of"),
-        (dict(predictor="cubic"), "predictor is 'cubic'; it must be one of none, diagonal, low-rank, linear"),
-        (dict(predictor="low-rank", rank=0), "rank is 0; it must be a whole number of at least 1"),
+        (dict(predictor="cubic"), "predictor is 'cubic'; it must be one of none, linear, mlp"),
+        (dict(predictor="mlp", hidden_units=0), "hidden_units is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_configurations_that_do_not_fit(unchecked, values, message):
@@ -218,7 +203,7 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("codec", "predictor"), [("rotated-pq", "linear"), ("nested-pq", "mlp")])
+@pytest.mark.parametrize(("codec", "predictor"), [("vq", "linear"), ("nested-pq", "mlp")])
 def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)

@@ -19,9 +19,9 @@ from astra_jax.models.gpt2 import GPT2
 from astra_jax.strategies.base import Noise, Virtual
 
 LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
-IDS = dataclasses.replace(LINEAR, predictor="low-rank", rank=3, side_info="token-ids")
-MLP = dataclasses.replace(LINEAR, predictor="mlp", rank=5)
-ROTATED = dataclasses.replace(LINEAR, codec="rotated-pq", widths=(1, 2, 3, 4), predictor="diagonal")
+IDS = dataclasses.replace(LINEAR, side_info="token-ids")
+MLP = dataclasses.replace(LINEAR, predictor="mlp", hidden_units=5)
+NESTED = dataclasses.replace(LINEAR, codec="nested-pq", widths=(1, 2, 3, 4), levels=(4,))
 
 # --- block by block -----------------------------------------------------------------------------------------------
 
@@ -120,10 +120,10 @@ def by_hand(codecs, y, there, split, exact):
 @pytest.mark.parametrize(
     ("astra", "split", "exact"),
     [
-        *((LINEAR, "class token", False), (IDS, "text", True), (ROTATED, "text", False)),
+        *((LINEAR, "class token", False), (IDS, "text", True), (NESTED, "text", False)),
         *((MLP, "class token", False), (MLP, "text", True)),
     ],
-    ids=["class token", "token ids", "rotated", "around, class token", "around, text"],
+    ids=["class token", "token ids", "nested", "around, class token", "around, text"],
 )
 def test_a_query_meets_what_its_shard_holds(codecs, astra, split, exact, lost):
     """It sees every token at most once, as its shard has it, at its place in the sequence."""
@@ -175,7 +175,7 @@ def test_gradients_pass_through_what_arrived(codecs, exact):
 
 def test_quiet_noise_is_what_evaluation_sees(codecs):
     """And what training observes of codes does not depend on who got them."""
-    parts, (y, there) = codecs(ROTATED), draw("text")
+    parts, (y, there) = codecs(NESTED), draw("text")
     noisy, plain = (exchange(parts, y, there, "text", noise=noise) for noise in (0.0, None))
     unlost = exchange(parts, y, None, "text", noise=0.0)
     for (quiet, _, seen), (remote, _, _), (_, _, expected) in zip(noisy, plain, unlost, strict=True):
@@ -205,7 +205,7 @@ NOTHING, ALL = np.array(False), np.array(True)
     [
         pytest.param("tiny_vit", LINEAR, "predicted", None, marks=pytest.mark.slow),
         ("tiny_gpt2", IDS, "masked", None),
-        pytest.param("tiny_llama", dataclasses.replace(ROTATED, site="kv"), "predicted", 0, marks=pytest.mark.slow),
+        pytest.param("tiny_llama", dataclasses.replace(NESTED, site="kv"), "predicted", 0, marks=pytest.mark.slow),
     ],
     ids=["ViT", "GPT-2", "Llama, training"],
 )

@@ -161,7 +161,7 @@ def run_text(model, text, N):
 
 
 CODES = AstraConfig(groups=4, codewords=16)
-IDS = AstraConfig(groups=4, codewords=16, predictor="diagonal", side_info="token-ids")
+IDS = AstraConfig(groups=4, codewords=16, predictor="linear", side_info="token-ids")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def coded(N, G, value, **astra):
 
 def nested(N, G, value, **astra):
     """A row of the first G groups of nested codes, with a predictor."""
-    full = AstraConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), codec="nested-pq", predictor="mlp", rank=128)
+    full = AstraConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), codec="nested-pq", predictor="mlp")
     return coded(N, G, value, **{**dataclasses.asdict(full.with_groups(G)), **astra})
 
 

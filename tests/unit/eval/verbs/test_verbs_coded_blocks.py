@@ -16,7 +16,7 @@ FIRST = ("--coded-blocks", "1")
 @pytest.fixture
 def place(gpt2s):
     """Checkpoints `nested` with a predictor, `faithful` and `plain` of a GPT-2 of two blocks, and a text."""
-    nested = AstraConfig(**NESTED, predictor="mlp", rank=5)
+    nested = AstraConfig(**NESTED, predictor="mlp", hidden_units=5)
     return gpt2s(nested=nested, faithful=AstraConfig(4, 16), plain=None)
 
 
@@ -53,7 +53,7 @@ def test_no_codes_are_sent_by_others(place, capsys, options):
 
 def test_token_ids_alone(gpt2s):
     """10 tokens of 16 bits, once; and in block 1 nothing is lost, as nothing is sent."""
-    place = gpt2s(ids=AstraConfig(**NESTED, predictor="mlp", rank=5, side_info="token-ids"))
+    place = gpt2s(ids=AstraConfig(**NESTED, predictor="mlp", hidden_units=5, side_info="token-ids"))
     (row,) = evaluate(place, str(place / "ids"), *FIRST)
     assert [row[key] for key in ("G", "bits", "ratio", "bytes")] == [4, 0, None, 20]
     (lossy,) = evaluate(place, str(place / "ids"), *FIRST, "--loss", "0.9", "--seeds", "1")
