@@ -19,7 +19,6 @@ from astra_jax.codecs.predictor import Known
 from astra_jax.codecs.quantizer import RotatedQuantizer, padded, unpadded
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
-from train import axes
 from train.axes import axis_bits, codeword_spread, key_value_metric, pack, principal_axes
 from train.calibrate import choose_widths, distance, fit, head_input
 from train.kmeans import kmeans
