@@ -21,9 +21,9 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import source
 from astra_jax.report import Report
 from eval import plots
+from eval.network.lab import Lab
 from eval.network.model import parse_rate
 from eval.reports.paper import insert, markdown
-from eval.verbs.lab import Lab
 
 HOSTS, CPU = 4, 0.4  # of a core each, which leaves a fifth of two cores to the links between them
 STRATEGIES, GROUPS = "single,astra,sp,tp", "1,16,32"
@@ -64,7 +64,7 @@ def measurement(path: Path, hosts: int, cpu: float, rate: str, model: str, optio
 
     Args:
       path: where that is kept.
-      hosts, cpu, rate: of the lab, see `eval.verbs.lab.Lab`; `rate` as text, such as 10mbit.
+      hosts, cpu, rate: of the lab, see `eval.network.lab.Lab`; `rate` as text, such as 10mbit.
       model: what is benchmarked.
       options: of `astra bench`, by their names without dashes before them.
 

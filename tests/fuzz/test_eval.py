@@ -18,10 +18,10 @@ from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import match
 from eval.datasets.sources import read
 from eval.network.model import parse_rate, parse_seconds
+from eval.network.packet_loss import parse_packet_loss
 from eval.network.traces import read_trace, transfer_end
 from eval.verbs import worker
 from eval.verbs.answer import Request, Wishes
-from eval.verbs.lab import parse_loss
 from eval.verbs.plan import read_quality
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
@@ -54,7 +54,7 @@ def test_seconds(text):
 @fuzz
 @given(lines("5%", "0%", "12.5 %"))
 def test_loss(text):
-    loss = attempt("a share of lost packets", parse_loss, text)
+    loss = attempt("a share of lost packets", parse_packet_loss, text)
     assert loss is REFUSED or (PLAIN.fullmatch("".join(text.split())) and 0 <= loss <= 1)
 
 

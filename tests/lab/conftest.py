@@ -6,7 +6,7 @@ import time
 import pytest
 
 from astra_jax.errors import AstraError
-from eval.verbs.lab import check_machine
+from eval.network.lab import check_machine
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,7 @@ import checkpoints
 from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.hosts.agreement import digest, versions
-from eval.verbs.lab import Lab
+from eval.network.lab import Lab
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from astra_jax.errors import AstraError
-from eval.verbs.lab import Args, Cgroups, Lab, main
+from eval.network.lab import Cgroups, Lab
+from eval.verbs.lab import Args, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,7 +231,7 @@ def test_bytes_are_counted(nothing_left):
 
 def test_packets_are_lost(nothing_left):
     datagrams, loss = 20000, 0.05
-    with Lab(2, 100e6, loss=loss) as lab:
+    with Lab(2, 100e6, packet_loss=loss) as lab:
         receiving = python(lab, 1, COUNT_DATAGRAMS)
         python(lab, 0, SEND_DATAGRAMS, lab.address(1), datagrams, 50)
         lost = 1 - int(result(receiving)) / datagrams
@@ -317,7 +318,7 @@ def test_nothing_is_left_where_the_kernel_refuses(nothing_left, tmp_path, monkey
 
 def test_a_lab_that_was_killed_takes_its_hosts_along(nothing_left):
     program = f"""
-from eval.verbs.lab import Lab
+from eval.network.lab import Lab
 lab = Lab(2, 10e6, cpu=0.4).__enter__()
 for host in range(2):
     lab.start(host, ["sh", "-c", {STUBBORN!r}])

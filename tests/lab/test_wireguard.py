@@ -14,7 +14,7 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
-from eval.verbs.lab import Lab
+from eval.network.lab import Lab
 
 PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
 ASTRA = str(Path(sys.executable).parent / "astra")

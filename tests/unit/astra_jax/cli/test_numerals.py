@@ -11,7 +11,7 @@ from astra_jax.cli.numerals import number, whole
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import parse_devices
 from eval.network.model import parse_rate, parse_seconds
-from eval.verbs.lab import parse_loss
+from eval.network.packet_loss import parse_packet_loss
 
 NO_WHOLE = [
     "1_0",
@@ -111,7 +111,7 @@ def test_a_missing_option_is_said_and_exits_with_2(monkeypatch):
 
 @pytest.mark.parametrize("digits", ["\uff110", "٣", "1_0", "inf", "nan", "9" * 400, "1e3"])
 def test_quantities_are_written_in_plain_digits(digits):
-    for read, unit in ((parse_rate, "mbit"), (parse_seconds, "ms"), (parse_loss, "%"), (parse_devices, "")):
+    for read, unit in ((parse_rate, "mbit"), (parse_seconds, "ms"), (parse_packet_loss, "%"), (parse_devices, "")):
         with pytest.raises(AstraError):
             read(f"{digits}{unit}")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from astra_jax.errors import AstraError
+from eval.network.lab import Ended
 from eval.reports import lab
 from eval.reports.lab import Args, agreement, main, rows_of
-from eval.verbs.lab import Ended
 
 DOCS = Path(__file__).parents[4] / "docs" / "lab.md"
 

@@ -16,6 +16,7 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
 from eval.cost.encoding import one_block
+from eval.network.lab import Ended
 from eval.reports import lab, performance
 from eval.reports.performance import (
     SECTIONS,
@@ -36,7 +37,6 @@ from eval.reports.performance import (
     start_seconds,
     torch_rows,
 )
-from eval.verbs.lab import Ended
 
 DOCS = Path(__file__).parents[4] / "docs" / "performance.md"
 SINGLE, G1, G1_PLAIN, SP, TP = ("single", "astra G=1", "astra G=1 plain", "sp", "tp")
