@@ -50,12 +50,11 @@ from eval.datasets.windows import encode, even_strides, run_batches, windows
 from eval.network.model import Link, parse_rate, pass_seconds
 from eval.network.packet_loss import Loss, arrived
 from eval.quality.perplexity import NextTokenLoss, perplexity
+from eval.quality.reached import METRICS
 from eval.quality.similarity import correlations
 
 # config.task -> what is measured; a model without that field classifies images.
 TASKS = {"causal-lm": "perplexity", "classification": "classification", "embedding": "similarity"}
-# Task -> the column of the plot.
-METRICS = {"perplexity": "perplexity", "classification": "accuracy %", "similarity": "Spearman"}
 LONGEST = 1024  # the longest default window, in tokens
 BURST = 8.0  # the default mean length of a burst, in packets
 SEEDS = 5  # the default number of tries under packet loss

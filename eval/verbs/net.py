@@ -21,10 +21,10 @@ from astra_jax.hosts.options import Hosts, detect
 from astra_jax.hosts.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
 from astra_jax.hosts.rendezvous import About
 from astra_jax.report import Report, be_quiet
+from eval.cost.advice import Option, candidates, measured_speeds, reason, usual_groups
 from eval.cost.cost import cost
 from eval.cost.workload import ONE, Setting, Workload, open_workload
 from eval.network.model import Link
-from eval.verbs.plan import Option, candidates, measured_speeds, reason, usual_groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from eval.datasets.sources import read
 from eval.network.model import parse_rate, parse_seconds
 from eval.network.packet_loss import parse_packet_loss
 from eval.network.traces import read_trace, transfer_end
+from eval.quality.reached import read_quality
 from eval.verbs import worker
 from eval.verbs.answer import Request, Wishes
-from eval.verbs.plan import read_quality
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
 
@@ -116,7 +116,7 @@ def test_accuracies(folder, content):
         assert all(type(N) is int and N > 1 and type(G) is int and G > 0 for N, G in quality.reached)
         limits = {"accuracy %": (0, 100), "perplexity": (1, 1e300)}[quality.metric]
         assert all(limits[0] <= value <= limits[1] for value in (quality.original, *quality.reached.values()))
-        assert all(math.isfinite(quality.loss(value)) for value in quality.reached.values())
+        assert all(math.isfinite(quality.drop(value)) for value in quality.reached.values())
 
 
 # Requests to a worker

@@ -23,9 +23,10 @@ from astra_jax.hosts.agreement import SOURCE, settings
 from astra_jax.hosts.connection import Line
 from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.preflight import Findings, check_hosts, gather, take_part
+from eval.cost import advice
 from eval.cost.workload import open_workload
 from eval.network.model import Link
-from eval.verbs import net, plan
+from eval.verbs import net
 from tests.multihost.test_hosts import free_port
 from tests.unit.eval.verbs.test_net import HELLO
 
@@ -390,7 +391,7 @@ def checkpoint(tiny_vit, tmp_path):
 @pytest.fixture
 def same_speed(monkeypatch):
     """All strategies compute at the same speed, which nobody measures."""
-    monkeypatch.setattr(plan, "GROUPS", (1, 32))  # of which 32 does not divide the width
+    monkeypatch.setattr(advice, "GROUPS", (1, 32))  # of which 32 does not divide the width
     monkeypatch.setattr(net, "measured_speeds", lambda work, ways: {(way.strategy, way.groups): 1e6 for way in ways})
 
 

@@ -29,6 +29,7 @@ from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
 from eval import plots
 from eval.datasets.labelled import DataArgs
+from eval.quality.reached import METRICS
 from eval.reports.paper import around_marks, insert, markdown
 from eval.verbs import evaluate
 from train import calibrate, finetune
@@ -101,7 +102,7 @@ class Args(DataArgs):
 
 def metric_of(args: Args) -> str:
     """The column of `astra eval` that is shown. Raises AstraError for a model that has no loss to be finetuned by."""
-    metric = evaluate.METRICS[evaluate.task_of(checkpoints.read_meta(args.original).config)]
+    metric = METRICS[evaluate.task_of(checkpoints.read_meta(args.original).config)]
     if metric not in LOST:
         raise AstraError(f"{args.original}: is a sentence encoder: use a language model or a classifier")
     return metric

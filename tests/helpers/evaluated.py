@@ -1,0 +1,26 @@
+"""What `astra eval --json` writes, without a model."""
+
+import dataclasses
+import json
+
+from astra_jax.codecs.config import AstraConfig
+
+
+def evaluated(path, rows, **more):
+    path.write_text(json.dumps({"verb": "eval", "rows": rows, **more}))
+    return path
+
+
+def coded(N, G, value, **astra):
+    """A row of ASTRA, with the configuration of its codes."""
+    codes = dataclasses.asdict(AstraConfig(**{"groups": G, **astra}))
+    return {"N": N, "G": G, "astra": codes, "accuracy %": value}
+
+
+def nested(N, G, value, **astra):
+    """A row of the first G groups of nested codes, with a predictor."""
+    full = AstraConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), codec="nested-pq", predictor="mlp")
+    return coded(N, G, value, **{**dataclasses.asdict(full.with_groups(G)), **astra})
+
+
+ORIGINAL = {"N": 1, "G": None, "astra": None, "accuracy %": 92.5}
