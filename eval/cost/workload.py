@@ -1,6 +1,7 @@
 """What is benchmarked and planned for: a model and one input, from a checkpoint or a known architecture."""
 
 import dataclasses
+import itertools
 import math
 import os
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig, Site
+from astra_jax.codecs.config import AstraConfig, Site, codec_and_predictor, doubling
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.serving.compile import STRATEGIES, Make
@@ -35,6 +36,7 @@ class Setting:
       groups: G of `astra`; None for the others.
       exchanges: Nb of `bp-ag` and `bp-sp`; None for the others.
       fast_path: whether `astra` takes exact short cuts where they pay (key_value_tables.py); the others have none.
+      codec: of `astra`, with a predictor behind a plus sign; None for what the workload has.
     """
 
     strategy: str
@@ -42,10 +44,11 @@ class Setting:
     groups: int | None = None
     exchanges: int | None = None
     fast_path: bool = True
+    codec: str | None = None
 
     def __str__(self) -> str:
         more = f" G={self.groups}" if self.groups else f" Nb={self.exchanges}" if self.exchanges else ""
-        return self.strategy + more + " plain" * (not self.fast_path)
+        return self.strategy + (f" {self.codec}" if self.codec else "") + more + " plain" * (not self.fast_path)
 
     @property
     def make(self) -> Make:
@@ -66,11 +69,13 @@ def settings(
     groups: tuple[int, ...],
     exchanges: tuple[int, ...],
     fast_path: tuple[str, ...] = ("on",),
+    codecs: tuple[str, ...] = (),
 ) -> list[Setting]:
     """Every way to run these strategies on N devices; `single` on one.
 
     Args:
       fast_path: `on`, `off` or both: of `astra` a way for each.
+      codecs: of `astra` a way for each; none for what the workload has.
 
     Raises:
       AstraError: a strategy is not known, or `fast_path` has something else.
@@ -83,7 +88,8 @@ def settings(
         if name not in STRATEGIES:
             raise AstraError(f"there is no strategy {name!r}; known are {', '.join(STRATEGIES)}")
         if name == "astra":
-            ways += [Setting(name, N, groups=G, fast_path=FAST_PATH[switch]) for G in groups for switch in fast_path]
+            of_astra = itertools.product(codecs or (None,), groups, fast_path)
+            ways += [Setting(name, N, G, fast_path=FAST_PATH[switch], codec=codec) for codec, G, switch in of_astra]
         elif issubclass(STRATEGIES[name], BlockParallel):
             ways += [Setting(name, N, exchanges=Nb) for Nb in exchanges]
         else:
@@ -113,6 +119,28 @@ class Workload:
     dtype: Any
     checkpoint: Path | None = None
     has_codes: bool = False
+
+    def of(self, setting: Setting) -> "Workload":
+        """The same with the codec of a setting.
+
+        Nothing of it is calibrated: `nested-pq` has all axes, spread evenly over the groups of every level.
+
+        Raises:
+          AstraError: there is no such codec, or its groups do not fit the model.
+        """
+        if setting.codec is None or setting.groups is None:
+            return self
+        codec, predictor = codec_and_predictor(setting.codec)
+        G, attention = setting.groups, self.abstract(None).blocks.attention
+        axes = self.config.hidden_size if self.astra.site == "hidden" else 2 * attention.J * attention.E
+        levels = doubling(G) if codec == "nested-pq" else ()
+        if max(levels, default=1) > axes:
+            raise AstraError(
+                f"groups is {G}; a level of nested-pq would have more than {axes} axes: use at most {axes}"
+            )
+        widths = tuple(axes // n + (g < axes % n) for n in levels for g in range(n))
+        astra = AstraConfig(G, self.astra.codewords, self.astra.site, self.astra.class_token, codec, widths, levels)
+        return dataclasses.replace(self, astra=dataclasses.replace(astra, predictor=predictor))
 
     def abstract(self, groups: int | None) -> Any:
         """The model with shapes in place of weights; without codebooks where G is None."""

@@ -1,6 +1,7 @@
 """Every strategy on the same model and the same link: compute, bits, latency, and speed-up over one device.
 
     astra bench vit-base --devices 4 --tokens 1024 --strategies single,astra,sp,tp,bp-ag,bp-sp --groups 1,16,32
+    astra bench vit-base --strategies astra --codecs vq,nested-pq,vq+linear --groups 1,4,16
 
 MODEL is a checkpoint or a known architecture with random weights (vit-base, vit-large, bert-base, gpt2-s, gpt2-m,
 llama-s, llama-3-8b): latency does not depend on their values. Of a language model it is the time to the first token.
@@ -26,6 +27,7 @@ import jax
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from astra_jax.cli.arguments import Integers, Numbers, Texts
 from astra_jax.codecs.config import Site
@@ -63,6 +65,9 @@ class Args:
     """Which to compare."""
     groups: Integers = (1, 16, 32)
     """G of astra, one after the other."""
+    codecs: Texts = ()
+    """Codecs of astra, one after the other, with random codebooks: vq, nested-pq, or with a predictor, such as
+    vq+linear or nested-pq+mlp. By default what the checkpoint has, or vq."""
     fast_path: Texts = ("on",)
     """Exact short cuts of astra where they pay (docs/performance.md): on, off, or both: on,off."""
     exchanges: Integers = (1,)
@@ -217,6 +222,45 @@ def brought(args: Args, work: Workload, profile: DeviceProfile | None, trace: Tr
     return options(args) | named | inputs("device profile", [repr(profile)]) | inputs("trace", [repr(trace)])
 
 
+def measured(
+    args: Args,
+    work: Workload,
+    weights: Any,
+    ways: Sequence[Setting],
+    speeds: Sequence[float],
+    profile: DeviceProfile | None,
+    mesh: Mesh,
+) -> tuple[dict[Setting, Cost], dict[Setting, list[float]], dict[Setting, float]]:
+    """What every way costs; on several hosts the seconds of its whole passes; and the operations per second of one
+    device of speed 1 in it.
+
+    Args:
+      weights: of the model; None with a profile, which says the speed of all ways.
+
+    Raises:
+      AstraError: a strategy sends something else than it says.
+    """
+    costs, walls, speed = dict[Setting, Cost](), dict[Setting, list[float]](), dict[Setting, float]()
+    with progress("strategies", len(ways)) as advance:
+        for way in ways:
+            coded = work.of(way)
+            messages(coded.abstract(way.groups), way.N, coded.inputs(), way.make, way.fast_path)  # are as predicted
+            if profile:
+                speed[way] = profile.flops_per_second
+            else:
+                model = coded.model(weights, way.groups)
+                model = quantize_weights(model, args.weights) if args.weights else model
+                if mesh.is_multi_process:
+                    mine, walls[way] = measured_seconds(coded, model, way, args.repeats)
+                    seconds = float(np.median(mine))
+                else:
+                    seconds = compute_seconds(model, way.N, coded.inputs(), way.make, args.repeats, way.fast_path)
+                speed[way] = share_flops(coded, way) / seconds
+            costs[way] = cost(coded, way, fastest(speeds, way.N), speed[way])
+            advance(strategy=str(way))
+    return costs, walls, speed
+
+
 def main(args: Args) -> None:
     """Runs `astra bench`."""
     check(args)
@@ -228,38 +272,22 @@ def main(args: Args) -> None:
     latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path)
+    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path, args.codecs)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
     checkpoints = [work.checkpoint] if work.checkpoint else []
     mesh = open_mesh(
         str(N), args.several, checkpoints=checkpoints, to_run=False, same=lambda: brought(args, work, profile, trace)
     )
-    check_split(work, ways, speeds)
+    for way in ways:
+        check_split(work.of(way), [way], speeds)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()
     if args.weights:
         bare = work.model(weights, None)
         full, rounded = (weight_bytes(model) / 1e6 for model in (bare, quantize_weights(bare, args.weights)))
         report.say(f"the weights take {rounded:,.1f} MB instead of {full:,.1f}", weight_mb=rounded, full_weight_mb=full)
-    costs, walls = dict[Setting, Cost](), dict[Setting, list[float]]()
-    speed = dict[Setting, float]()  # FLOPs per second
-    with progress("strategies", len({ONE, *ways})) as advance:
-        for way in dict.fromkeys([ONE, *ways]):
-            messages(work.abstract(way.groups), way.N, work.inputs(), way.make, way.fast_path)  # are as predicted
-            if profile:
-                speed[way] = profile.flops_per_second
-            else:
-                model = work.model(weights, way.groups)
-                model = quantize_weights(model, args.weights) if args.weights else model
-                if mesh.is_multi_process:
-                    mine, walls[way] = measured_seconds(work, model, way, args.repeats)
-                    seconds = float(np.median(mine))
-                else:
-                    seconds = compute_seconds(model, way.N, work.inputs(), way.make, args.repeats, way.fast_path)
-                speed[way] = share_flops(work, way) / seconds
-            costs[way] = cost(work, way, fastest(speeds, way.N), speed[way])
-            advance(strategy=str(way))
+    costs, walls, speed = measured(args, work, weights, list(dict.fromkeys([ONE, *ways])), speeds, profile, mesh)
     single, shown = costs[ONE], [costs[way] for way in ways]
     where = f"{profile.name}" if profile else "this machine"
     precision = f"{work.dtype}{f' with {args.weights} weights' if args.weights else ''}"
@@ -273,8 +301,8 @@ def main(args: Args) -> None:
     if walls:
         # Hosts tell each other one by one (gloo's rings), and to wake up and begin to talk costs them time.
         link = Link(parse_rate(rates[0]), exchange_latency(mesh), "each")
-        measured = [on_link(costs[way], walls[way], link) for way in ways]
-        report.table("measured", f"a pass on {N} hosts: measured, and predicted for {rates[0]}", measured)
+        passes = [on_link(costs[way], walls[way], link) for way in ways]
+        report.table("measured", f"a pass on {N} hosts: measured, and predicted for {rates[0]}", passes)
         report.say(
             f"predicted: compute + {1e3 * link.latency:.3g} ms per exchange, as one of 4 bytes takes, + bits / rate, "
             "messages counted each",

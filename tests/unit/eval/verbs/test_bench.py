@@ -105,6 +105,22 @@ def test_a_checkpoint_with_a_profile(tmp_path, profile, tiny_bert):
     assert row["compute ms"] == pytest.approx(1e6 * row["GFLOP"])
 
 
+def test_codecs_beside_each_other(tmp_path, tiny, profile):
+    """With random codebooks: a predictor computes more, and nothing sends more than its codes and the class state."""
+    found = bench(
+        tmp_path,
+        "tiny --tokens 16 --devices 2 --strategies astra --codecs vq,nested-pq+linear --groups 1,2 --rates 1mbit "
+        f"--device-profile {profile}",
+    )["costs"]
+    assert [(row["strategy"], row["kbit in total"]) for row in found] == [
+        ("astra vq G=1", pytest.approx(2 * 0.08 + 0.512)),
+        ("astra vq G=2", pytest.approx(2 * 0.16 + 0.512)),
+        ("astra nested-pq+linear G=1", pytest.approx(2 * 0.08 + 0.512)),
+        ("astra nested-pq+linear G=2", pytest.approx(2 * 0.16 + 0.512)),
+    ]
+    assert found[2]["GFLOP"] > found[0]["GFLOP"] and found[3]["GFLOP"] > found[1]["GFLOP"]
+
+
 @pytest.fixture
 def four_codewords(tmp_path, tiny_vit):
     """A checkpoint that is worth folding: a ViT of width 32, 25 tokens and four codewords."""
@@ -293,6 +309,7 @@ BAD = {
     "groups that do not divide": ("tiny --tokens 16 --groups 3", "groups is 3, which does not divide"),
     "no groups": ("tiny --groups 0", "groups is 0; it must be a whole number of at least 1"),
     "exchanges that do not divide": ("tiny --tokens 16 --groups 1 --devices 2 --exchanges 3", "use one of 1, 2"),
+    "an unknown codec": ("tiny --groups 1 --codecs vq,pq", "there is no codec 'pq': try vq, nested-pq, vq+linear"),
     "a fast path that is neither": ("tiny --fast-path on,fast", "--fast-path is 'fast'; it must be on, off, or both"),
     "an unknown strategy": ("tiny --strategies single,voltage", "there is no strategy 'voltage'; known are"),
     "an empty item": (
