@@ -1,10 +1,11 @@
-# make demo | paper | lab | bench | test | test-all | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks another Python.
+# make demo | paper | lab | bench | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks
+# another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo paper lab bench test test-all fuzz lint venv clean
+.PHONY: demo paper lab bench test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -27,6 +28,14 @@ test: .venv/installed-test
 # Slow tests run one by one: several hosts of their own each, the lab, and limits of time.
 test-all: test
 	@$(BIN)/python -m pytest -m slow
+
+# Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
+# make multidevice PYTHON=python3.13 JAX=0.12.0
+multidevice: ENV = build/$(notdir $(PYTHON))-jax$(JAX)
+multidevice:
+	@$(PYTHON) -m venv $(ENV)
+	@$(ENV)/bin/python -m pip install -q --disable-pip-version-check -e . 'jax==$(JAX)' beartype hypothesis pytest
+	@$(ENV)/bin/python -m pytest -m '' tests/multidevice
 
 # 100,000 mutations of everything that is read, always the same ones: hours.
 fuzz: .venv/installed-test
