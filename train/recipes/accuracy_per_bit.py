@@ -9,21 +9,28 @@ on one device, the same trained for as many steps, and what is left where nothin
 predictor, nothing but a text's token ids. A language model shows its perplexity on text files, a classifier its
 accuracy on parts of --data. What OUT already has is not made or evaluated again, so an interrupted run goes on where it
 was.
+
+The shape of the paper's Tables 1, 12 and 13, of a classifier, and of its Table 3, of a language model:
+
+    ... --codecs vq --groups 1,8,16,32 --steps 500 --noise 0,1 --class-tokens distributed,single
+    ... --codecs vq --groups 1,16,32 --steps 500 --devices 4,6,8
 """
 
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 from urllib.parse import quote
 
 import tyro
 
 import checkpoints
-from astra_jax.cli.arguments import Integers, Texts, parse
+from astra_jax.cli.arguments import Integers, Numbers, Texts, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import Codec, Site, codec_and_predictor
+from astra_jax.codecs.config import AstraConfig, ClassToken, Codec, Site, codec_and_predictor
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
@@ -39,7 +46,9 @@ from train.recipes.resumable import calibrated, evaluated, finetuned, short_name
 COMMAND = "python -m train.recipes.accuracy_per_bit"
 LOST = {"perplexity": "% above the original", "accuracy %": "points below the original"}  # metric -> column behind it
 # Options that do not change what a checkpoint or result of a given name in OUT is.
-FREE = ("out", "test", "groups", "codecs", "coded_blocks", "steps", "plot", "markdown", "json")
+FREE = (
+    *("out", "test", "groups", "codecs", "coded_blocks", "noise", "class_tokens", "steps", "plot", "markdown", "json"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +74,13 @@ class Args(DataArgs):
     bits: half of the blocks twice as many groups."""
     devices: Integers = (4,)
     """N: devices to train for and to evaluate on, one after the other."""
+    class_tokens: Texts = ("distributed",)
+    """Class tokens of the codecs: distributed, single, or one after the other."""
     steps: int = 0
     """Finetuning steps of every checkpoint; 0 for calibration alone."""
+    noise: Numbers = (1.0,)
+    """Noise of Noise-Augmented Quantization in the finetuning: 1 is the paper's, 0 is without; or one after the
+    other."""
     distillation: float = 0.0
     """Of finetuning as in `astra finetune`, but not of vq, which is trained as in the paper: weight of the KL
     divergence from what the original says."""
@@ -115,10 +129,14 @@ def is_text(args: Args) -> bool:
 
 def check(args: Args) -> None:
     """Raises AstraError, before any work, for options that do not fit, or do not fit what OUT already has."""
-    if not (args.codecs and args.groups):
-        raise AstraError("--codecs and --groups are lists, such as --codecs vq,nested-pq --groups 1,8,32")
+    for name in ("codecs", "groups", "devices", "class_tokens", "noise"):
+        if not getattr(args, name):
+            raise AstraError(f"--{name.replace('_', '-')} is an empty list: leave the option out for the default")
     for name in args.codecs:
         codec_and_predictor(name)
+    for class_token, noise in itertools.product(args.class_tokens, args.noise):
+        AstraConfig(class_token=cast(ClassToken, class_token))
+        Training(noise=noise)
     for k in args.coded_blocks:
         groups_of(k, "mlp", args)
     if args.plot:
@@ -172,20 +190,22 @@ def quality(
     return found
 
 
-def calibrated_one(name: str, G: int, args: Args) -> Path:
-    """The calibrated checkpoint of one codec and G. A predictor of a text model also knows the token ids."""
+def calibrated_one(name: str, G: int, class_token: str, args: Args) -> Path:
+    """The calibrated checkpoint of one codec, G and class token. A predictor of a text model also knows the token
+    ids."""
     codec, predictor = codec_and_predictor(name)
     text = predictor != "none" and is_text(args)
     return calibrated(
         calibrate.Args(
             checkpoint=args.original,
-            out=args.out / f"calibrated-{name}-G{G}",
+            out=args.out / f"calibrated-{name}-G{G}{_suffix(class_token)}",
             groups=G,
             codewords=args.codewords,
             codec=codec,
             predictor=predictor,
             side_info="token-ids" if text else "none",
             site=args.site,
+            class_token=cast(ClassToken, class_token),
             length=args.length,
             seed=args.seed,
             **args.source(),
@@ -233,52 +253,76 @@ def controls(args: Args) -> list[dict[str, Any]]:
             {"made by": f"original, trained {args.steps} steps more", "codec": None, **quality(longer, 1, args)}
         )
     # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
-    lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args)}
+    lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args.class_tokens[0], args)}
     for name in args.codecs:
         predictor = codec_and_predictor(name)[1]
         made = f"token ids alone, {predictor}"
         if predictor != "none" and is_text(args) and made not in lost:
-            lost[made] = calibrated_one(name, max(args.groups), args)
+            lost[made] = calibrated_one(name, max(args.groups), args.class_tokens[0], args)
     for made, coded in lost.items():
         none = {"made by": made, "codec": None}
         rows += [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
     return rows
 
 
-def coded(name: str, args: Args) -> list[dict[str, Any]]:
-    """Rows of one codec: for every G and N a checkpoint of its own, or one for all, and its first G groups."""
-    rows: list[dict[str, Any]] = []
-    further = {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "loss")}
-
-    def add(made: str, codec: str, checkpoint: Path, N: int, groups: int | None = None, k: int | None = None) -> None:
-        rows.append({"made by": made, "codec": codec, **quality(checkpoint, N, args, groups, coded_blocks=k)})
-
+def coded(name: str, class_token: str, args: Args) -> list[dict[str, Any]]:
+    """Rows of one codec and class token: for every G and N a checkpoint of its own, or one for all and its first G
+    groups; and of each what every noise makes of it."""
+    label = name + ", single class token" * (class_token == "single")
     codec, predictor = codec_and_predictor(name)
-    if codec == "nested-pq":
-        most = max(args.groups)
-        say(f"\n--- {name}, the first of {most} groups")
-        start = calibrated_one(name, most, args)
-        for k in (None, *(args.coded_blocks if predictor != "none" else ())):
-            groups = groups_of(k, predictor, args)
-            label, short = (name, "") if k is None else (f"{name}, {k} blocks", f"-blocks{k}")
-            made = {"calibrated": start}
-            if args.steps and groups:
-                out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{short}"
-                made["finetuned"] = finetuned_one(start, out, args, args.devices, k, groups=groups, **further)
-            for how, checkpoint in made.items():
-                for N in args.devices:
-                    for m in groups:
-                        add(how, label, checkpoint, N, m, k)
-        return rows
-    for G in args.groups:
-        say(f"\n--- {name}, G={G}")
-        start = calibrated_one(name, G, args)
-        for N in args.devices:
-            add("calibrated", name, start, N)
-            if args.steps:
-                plain = {} if name == "vq" else further
-                add("finetuned", name, finetuned_one(start, f"finetuned-{name}-G{G}-N{N}", args, (N,), **plain), N)
-    return rows
+    if codec != "nested-pq":
+        return [row for G in args.groups for row in one_for_each(name, label, G, class_token, args)]
+    blocks = (None, *(args.coded_blocks if predictor != "none" else ()))
+    return [row for k in blocks for row in one_for_all(name, label, k, class_token, args)]
+
+
+def one_for_each(name: str, label: str, G: int, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
+    """Rows of a codec with G groups, finetuned for every N by itself."""
+    say(f"\n--- {label}, G={G}")
+    start = calibrated_one(name, G, class_token, args)
+    further = {} if name == "vq" else beyond_the_paper(args)
+    for N in args.devices:
+        yield {"made by": "calibrated", "codec": label, **quality(start, N, args)}
+        for made, noise in noises(args).items():
+            out = f"finetuned-{name}-G{G}-N{N}{_suffix(class_token, noise)}"
+            tuned = finetuned_one(start, out, args, (N,), noise=noise, **further)
+            yield {"made by": made, "codec": label, **quality(tuned, N, args)}
+
+
+def one_for_all(name: str, label: str, k: int | None, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
+    """Rows of a codec of which the first groups are a code, finetuned for all groups and N at once.
+
+    Args:
+      k: how many blocks send codes; None for all.
+    """
+    most, codec_predictor = max(args.groups), codec_and_predictor(name)[1]
+    say(f"\n--- {label}, the first of {most} groups")
+    start, groups = calibrated_one(name, most, class_token, args), groups_of(k, codec_predictor, args)
+    made = {"calibrated": start}
+    for how, noise in noises(args).items() if groups else ():
+        blocks = "" if k is None else f"-blocks{k}"
+        out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{blocks}{_suffix(class_token, noise)}"
+        further = {"groups": groups, "noise": noise, **beyond_the_paper(args)}
+        made[how] = finetuned_one(start, out, args, args.devices, k, **further)
+    label += "" if k is None else f", {k} blocks"
+    for (how, checkpoint), N, m in itertools.product(made.items(), args.devices, groups):
+        yield {"made by": how, "codec": label, **quality(checkpoint, N, args, m, coded_blocks=k)}
+
+
+def noises(args: Args) -> dict[str, float]:
+    """The noises to finetune with, under what a table calls checkpoints that are finetuned so; none without steps."""
+    named = {"finetuned" + f", noise {noise:g}" * (noise != 1): noise for noise in args.noise}
+    return named if args.steps else {}
+
+
+def beyond_the_paper(args: Args) -> dict[str, Any]:
+    """Fields of `Training` that the paper's training has not."""
+    return {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "loss")}
+
+
+def _suffix(class_token: str, noise: float = 1.0) -> str:
+    """What the name of a checkpoint says of these where they are not as they mostly are."""
+    return "-single" * (class_token == "single") + f"-noise{noise:g}" * (noise != 1)
 
 
 def groups_of(coded_blocks: int | None, predictor: str, args: Args) -> tuple[int, ...]:
@@ -314,8 +358,8 @@ def main(args: Args) -> None:
     report, metric = Report("accuracy-per-bit", args.json), metric_of(args)
     check(args)
     rows = controls(args)
-    for codec in dict.fromkeys(args.codecs):
-        rows += coded(codec, args)
+    for codec, class_token in dict.fromkeys(itertools.product(args.codecs, args.class_tokens)):
+        rows += coded(codec, class_token, args)
     rows = [against(row, rows[0], args) for row in rows]
     made = f"finetuned for {args.steps} steps" if args.steps else "not finetuned"
     report.table("rows", f"{args.original.name}: K={args.codewords}, site {args.site}, {made}", rows)

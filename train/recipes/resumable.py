@@ -3,7 +3,6 @@ goes on where it was."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,45 +46,24 @@ def _is_trained(options: finetune.Args) -> bool:
     """Whether the folder holds a checkpoint that was trained just so, to the end."""
     if not (options.out / META).is_file():
         return False
-    wanted = {name: getattr(options, name) for name in ("augment", "flip", "length")}
-    if options.coded_blocks is not None:  # checkpoints of before this option do not name it
-        wanted["coded_blocks"] = options.coded_blocks
-    if (now := _digest(options.checkpoint)) is None:  # as an earlier version wrote it
-        wanted["checkpoint"] = str(options.checkpoint)
-    else:
-        wanted["checkpoint_sha256"] = now
+    wanted = {name: getattr(options, name) for name in ("augment", "flip", "length", "coded_blocks")}
+    wanted["checkpoint_sha256"] = _digest(options.checkpoint)
     wanted |= {**options.source(), **dataclasses.asdict(options.training)}
     made = checkpoints.read_meta(options.out).history[-1]
     return json.loads(json.dumps(wanted)).items() <= made.items()
 
 
 def evaluated(result: Path, options: evaluate.Args) -> list[dict[str, Any]]:
-    """The rows of `astra eval`, which writes them to the file `result`, or read from there if it was of the same
+    """The rows of `astra eval`, which are kept in the file `result`, or read from there if they are of the same
     checkpoints, by their bytes, with the same options."""
-
-    def evaluation() -> dict[str, Any]:
-        evaluate.main(dataclasses.replace(options, json=result))
-        return read_json(result)
-
     described = {name: str(value) for name, value in vars(options).items() if name not in ("checkpoints", "json")}
-    return remembered(result, [_digest(one) for one in options.checkpoints], described, evaluation)["rows"]
-
-
-def remembered(
-    result: Path, digests: list[str | None], described: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """What `measure` found, or what the file `result` says that it found, of the same checkpoints in the same way.
-
-    Args:
-      digests: of the checkpoints.
-      described: how it is measured; values for JSON.
-    """
-    of = json.loads(json.dumps({"checkpoints": digests, **described}))
-    if result.exists() and (kept := read_json(result)).get("of") == of:
-        return kept
-    found = {**measure(), "of": of}
-    write_atomically(result, json.dumps(found, indent=2) + "\n")
-    return found
+    of = {"checkpoints": [_digest(one) for one in options.checkpoints], **described}
+    if not result.exists() or (found := read_json(result)).get("of") != of:
+        evaluate.main(dataclasses.replace(options, json=result))
+        found = {**read_json(result), "of": of}
+        write_atomically(result, json.dumps(found, indent=2) + "\n")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
 
 
 def _digest(checkpoint: Path) -> str | None:

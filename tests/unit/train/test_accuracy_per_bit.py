@@ -258,7 +258,9 @@ def test_what_token_ids_say_without_any_codes(rows, args):
     [
         ({"seed": 1}, "out was made otherwise .seed was 0, now 1.: .*another folder"),
         ({"codecs": ("vq", "pq")}, "try vq, nested-pq"),
-        ({"groups": ()}, "--groups 1,8,32"),
+        ({"groups": ()}, "--groups is an empty list"),
+        ({"class_tokens": ("double",)}, "class_token is 'double'; it must be one of distributed, single"),
+        ({"noise": (-1.0,)}, "noise is -1"),
         ({"plot": Path("plot.jpg")}, "write a .png or a .svg"),
         ({"original": Path("nowhere")}, "nowhere"),
         ({"markdown": Path("none.md")}, "none.md: cannot be read"),
@@ -269,29 +271,38 @@ def test_what_does_not_fit_is_told_before_any_work(rows, args, values, message):
         main(dataclasses.replace(args, **values))
 
 
-def test_a_classifier_loses_points(tmp_path, tiny_vit):
-    """The classes of the pictures are what the original says, so it is always right."""
-    model, rng = tiny_vit(), np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, tiny_vit) -> Args:
+    """A ViT, and pictures whose classes are what it says, so that it is always right."""
+    model, rng, place = tiny_vit(), np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
     pixels = (rng.integers(0, 256, (80, 20, 20, 1)) * rng.random((80, 1, 1, 1))).astype(np.uint8)
     images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
     shards = model.shards(1, images)
     logits, _ = model(shards.scatter(model.to_tokens(images)), Single(shards))
     model.head.bias[...] -= logits.mean(0)  # or a random model says the same of all
     for i, label in enumerate(np.argmax(np.asarray(logits - logits.mean(0)), axis=-1)):
-        folder = tmp_path / "pictures" / ("train", "test")[i % 2] / f"class{label}"
+        folder = place / "pictures" / ("train", "test")[i % 2] / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i, ..., 0]).save(folder / f"{i}.png")
     grey = {"size": {"height": 20, "width": 20}, "image_mean": [0.5], "image_std": [0.5]}
-    args = Args(
-        original=save(tmp_path / "vit", "vit", model, labels=tuple(f"class{i}" for i in range(5)), preprocessing=grey),
-        out=tmp_path / "out",
-        data=str(tmp_path / "pictures"),
-        test=("test[:20]", "test[20:]"),
+    return Args(
+        original=save(place / "vit", "vit", model, labels=tuple(f"class{i}" for i in range(5)), preprocessing=grey),
+        out=place / "out",
+        data=str(place / "pictures"),
+        test=("test",),
         groups=(2,),
-        codecs=("nested-pq",),
         codewords=16,
+        json=place / "report.json",
+    )
+
+
+def test_a_classifier_loses_points(pictures, tmp_path):
+    args = dataclasses.replace(
+        pictures,
+        out=tmp_path / "out",
+        test=("test[:20]", "test[20:]"),
+        codecs=("nested-pq",),
         plot=tmp_path / "plot.png",
-        json=tmp_path / "report.json",
     )
     main(args)
     rows = json.loads(args.json.read_text())["rows"]
@@ -312,6 +323,49 @@ def test_a_classifier_loses_points(tmp_path, tiny_vit):
         found = evaluate.measure(coded, options, print)["accuracy %"]
         assert rows[2][f"accuracy %, {test}"] == found < 100
     assert args.plot.stat().st_size > 10_000
+
+
+def test_with_and_without_noise_and_with_either_class_token(pictures):
+    """The rows of the paper's Tables 1, 12 and 13, for two numbers of devices as in its Table 3."""
+    args = dataclasses.replace(
+        pictures,
+        codecs=("vq", "nested-pq"),
+        class_tokens=("distributed", "single"),
+        devices=(2, 4),
+        noise=(0.0, 1.0),
+        steps=1,
+        batch_size=4,
+    )
+    main(args)
+    rows = json.loads(args.json.read_text())["rows"]
+    made = ["calibrated", "finetuned, noise 0", "finetuned"]
+    expected = [(codec, N, how) for codec in ("vq", "vq, single class token") for N in (2, 4) for how in made]
+    nested = ("nested-pq", "nested-pq, single class token")
+    expected += [(codec, N, how) for codec in nested for how in made for N in (2, 4)]
+    assert [(row["codec"], row["N"], row["made by"]) for row in rows if row["codec"]] == expected
+    found = {(row["codec"], row["N"], row["made by"]): row["accuracy %"] for row in rows}
+    for folder, row, noise, class_token, shards in [
+        ("finetuned-vq-G2-N4-1-steps", ("vq", 4, "finetuned"), 1, "distributed", [4]),
+        ("finetuned-vq-G2-N2-noise0-1-steps", ("vq", 2, "finetuned, noise 0"), 0, "distributed", [2]),
+        (
+            "finetuned-vq-G2-N4-single-noise0-1-steps",
+            ("vq, single class token", 4, "finetuned, noise 0"),
+            *(0, "single", [4]),
+        ),
+        (
+            "finetuned-nested-pq-G2-N2-4-single-1-steps",
+            ("nested-pq, single class token", 4, "finetuned"),
+            *(1, "single", [2, 4]),
+        ),
+    ]:
+        meta = checkpoints.read_meta(args.out / folder)
+        assert (meta.history[-1]["noise"], meta.astra.class_token, meta.history[-1]["shards"]) == (
+            *(noise, class_token, shards),
+        )
+        options = evaluate.Args(
+            checkpoints=(args.out / folder,), data=args.data, split="test", devices=str(row[1]), virtual=True, rates=()
+        )
+        assert evaluate.measure(args.out / folder, options, print)["accuracy %"] == found[row]
 
 
 def test_a_sentence_encoder_is_refused(tmp_path, tiny_bert, word_tokenizer):

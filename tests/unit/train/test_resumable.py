@@ -106,7 +106,7 @@ def test_recipes_keep_what_was_made_of_the_same_checkpoint(place, monkeypatch):
 
 def test_finetuned_checkpoints_are_known_by_what_they_were_made_of(place, monkeypatch):
     options = finetune.Args(checkpoint=place / "original", out=place / "calibrated", data="none")
-    made = {name: getattr(options, name) for name in ("augment", "flip", "length")}
+    made = {name: getattr(options, name) for name in ("augment", "flip", "length", "coded_blocks")}
     made |= {**options.source(), **dataclasses.asdict(options.training)}
     now = checkpoints.read_meta(place / "original").digest
     step = {**made, "checkpoint": "elsewhere", "checkpoint_sha256": now}
