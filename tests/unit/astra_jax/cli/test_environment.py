@@ -8,8 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from astra_jax.cli import environment
-from astra_jax.cli.main import main
+from astra_jax.cli import environment, main
 from astra_jax.codecs.config import AstraConfig
 
 ROOT = Path(__file__).parents[4]

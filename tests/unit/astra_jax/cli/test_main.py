@@ -22,7 +22,7 @@ class Args:
 def verb(monkeypatch):
     """A verb `work` that does what `--how` says."""
 
-    def main(args):
+    def work(args):
         if args.how == "badly":
             raise AstraError("it went\n  badly")
         if args.how == "interrupted":
@@ -30,7 +30,7 @@ def verb(monkeypatch):
         print(f"done {args.how}")
 
     module = types.ModuleType("worker", "Works.")
-    module.Args, module.main = Args, main
+    module.Args, module.main = Args, work
     monkeypatch.setitem(sys.modules, "worker", module)
     monkeypatch.setitem(main.VERBS, "work", ("worker", "works"))
 
