@@ -12,7 +12,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Half of compiling is to make machine code fast, which tiny programs need not be. The optimized HLO stays the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import functools
 import gc
 import signal
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import settings
 
 import checkpoints
@@ -33,31 +31,12 @@ from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
+from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
 
 pytest.register_assert_rewrite("tests.helpers")
 
 DEVICES = 8
 
-TINY_VIT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 20,
-    "patch_size": 4,
-    "num_channels": 1,
-    "num_labels": 5,
-}
-TINY_GPT2 = {"vocab_size": 50, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
-TINY_BERT = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-}
-TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
 
 jax.config.update("jax_num_cpu_devices", DEVICES)  # works only before JAX starts its backend
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -89,39 +68,10 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def draw(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
-    """A module whose variables are all random, also those that start as 0 or 1 and would hide a mistake.
-
-    They are drawn by numpy, because XLA takes ten seconds to compile the initialisation of a model.
-    """
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: module(*args, **options, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def fill(path: tuple, variable: jax.ShapeDtypeStruct) -> jax.Array:
-        name, values = jax.tree_util.keystr(path), rng.normal(size=variable.shape)
-        if "kernel" in name:
-            values /= np.sqrt(variable.shape[-2])
-        elif "residual_var" in name:
-            values **= 2
-        return jnp.asarray(values, variable.dtype)
-
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
-
-
 @pytest.fixture(scope="session")
 def random_module() -> Callable[..., Any]:
     """Makes a module of a class, given the class and its arguments, with random variables."""
     return draw
-
-
-def maker(family: Callable[..., nnx.Module], config: Callable[..., Any], tiny: dict[str, Any]) -> Callable[..., Any]:
-    """A function from an AstraConfig, and from values of the configuration other than `tiny`, to a model."""
-
-    @functools.cache
-    def drawn(config: Any, astra: AstraConfig | None) -> nnx.Module:
-        return draw(family, config, astra)
-
-    return lambda astra=None, **overrides: nnx.clone(drawn(config(**{**tiny, **overrides}), astra))
 
 
 @pytest.fixture(scope="session")

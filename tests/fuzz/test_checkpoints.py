@@ -24,9 +24,9 @@ from astra_jax.mesh.sharding import Pooling
 from astra_jax.models.rotary import Rotary
 from checkpoints import configs, huggingface, store, tensor_maps
 from checkpoints.files import read_json
-from tests.conftest import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, trees, written
+from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.hosts.agreement import digest, versions
 from eval.network.lab import Lab
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 HOSTS = 3
 KILLED = "is gone: its process ended or was killed"
 NEW_TOKENS = 1000

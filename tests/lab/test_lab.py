@@ -16,8 +16,7 @@ import pytest
 from astra_jax.errors import AstraError
 from eval.network.lab import Cgroups, Lab
 from eval.verbs.lab import Args, main
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
 
 SEND = """
 import socket, sys

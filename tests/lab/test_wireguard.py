@@ -15,9 +15,9 @@ from PIL import Image
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from eval.network.lab import Lab
+from tests.helpers import ASTRA, ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
-ASTRA = str(Path(sys.executable).parent / "astra")
+PAGE = (ROOT / "docs" / "security.md").read_text()
 
 # What a machine has to itself, hosts of the lab share: the folder of keys, and that of wireguard-go's sockets.
 OWN_FOLDERS = """

@@ -14,9 +14,7 @@ from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator, Sampling
 from astra_jax.strategies.base import Astra, Noise, Virtual
 from eval.cost.traffic import messages
-from tests.multidevice.test_generation import decode, recompute, tokens
-from tests.multidevice.test_predictor import CLASS, KV, three_blocks
-from tests.multidevice.test_sharded_equals_virtual import check, real, run_virtual
+from tests.helpers.sharded import CLASS, KV, check, decode, real, recompute, run_virtual, three_blocks, tokens
 
 MLP = AstraConfig(groups=4, codewords=16, predictor="mlp", hidden_units=5)
 IDS = dataclasses.replace(MLP, side_info="token-ids")

@@ -13,8 +13,7 @@ from astra_jax.models.gpt2 import GPT2
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator, Sampling
 from eval.cost.hlo import collectives_in
-from tests.multidevice.test_generation import decode, tokens
-from tests.multidevice.test_sharded_equals_virtual import check
+from tests.helpers.sharded import check, decode, tokens
 
 
 @pytest.fixture(autouse=True)

@@ -2,50 +2,14 @@
 
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
-from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.generate import Generator, Sampling
-from astra_jax.strategies.base import Single, Virtual
-
-STEPS = 6
-
-
-@nnx.jit(static_argnums=3)
-def recompute(model, text, new, N):
-    """Logits [B,STEPS,V] at the end of the prompts and behind every new token [B,STEPS] but the last.
-
-    The prompts are split as ever, and every new token is one more of the last shard. A token sees none that follows,
-    so that one run over the whole sequences is a run at every step.
-    """
-    T, places = text.ids.shape[1], text.lengths[:, None] + jnp.arange(STEPS)
-    rows = jnp.arange(len(text.lengths))[:, None]
-    ids = jnp.pad(text.ids, [(0, 0), (0, STEPS)]).at[rows, places].set(new)
-    lengths = Shards.ragged(text.lengths, T, N).lengths.at[:, -1].add(STEPS)
-    shards = Shards(lengths, slots=-(-T // N) + STEPS, causal=True)
-    out = model(shards.scatter(ids), Virtual(shards) if N > 1 else Single(shards))[0]
-    return shards.gather(out, T + STEPS)[rows, places - 1]
-
-
-def decode(generator, text, new):
-    """Logits [B,STEPS,V] of the cache's way, given the tokens."""
-    logits, cache = generator.prefill(text, STEPS)
-    found = [logits]
-    for ids in new.T[:-1]:
-        cache, logits, _ = generator.decode(cache, jnp.asarray(ids), jax.random.key(0), Sampling())
-        found.append(logits)
-    return np.stack(found, axis=1)
-
-
-def tokens(generator, text, sampling):
-    return np.stack(list(generator.tokens(text, STEPS, sampling)), axis=1)
-
+from tests.helpers.sharded import STEPS, decode, recompute, tokens
 
 EVERY = [*itertools.product(("tiny_gpt2", "tiny_llama"), ((1, 1), (2, 1), (4, 1), (2, 2)), ("hidden", "kv"))]
 FAST = [

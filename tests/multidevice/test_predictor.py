@@ -16,29 +16,13 @@ from astra_jax.models.weight_quantization import quantize_weights
 from astra_jax.serving.generate import Generator, Sampling
 from astra_jax.strategies.base import Astra, Virtual
 from eval.cost.traffic import messages
-from tests.multidevice.test_generation import decode, recompute, tokens
-from tests.multidevice.test_sharded_equals_virtual import check
+from tests.helpers.sharded import CLASS, KV, check, decode, recompute, three_blocks, tokens
 
 LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
 IDS = dataclasses.replace(LINEAR, side_info="token-ids")
 NESTED = dataclasses.replace(LINEAR, codec="nested-pq", widths=(1, 2, 3, 4), levels=(4,))
 MLP = dataclasses.replace(LINEAR, predictor="mlp", hidden_units=5)
-KV = dict(site="kv")
 SINGLE = dict(class_token="single")
-LAYERS = {"tiny_gpt2": "n_layer"}
-CLASS = ("tiny_bert", "class")
-
-
-def three_blocks(request, family, astra):
-    """A model in which estimates build on each other; `family` is a fixture, or one and how states are pooled.
-
-    Predictors are small, lest estimates grow from block to block, and rounding with them.
-    """
-    fixture, *pooling = (family,) if isinstance(family, str) else family
-    options = {LAYERS.get(fixture, "num_hidden_layers"): 3, **({"pooling": pooling[0]} if pooling else {})}
-    model = request.getfixturevalue(fixture)(astra, **options)
-    nnx.update(model.codec.predictor, jax.tree.map(lambda weights: 0.3 * weights, nnx.state(model.codec.predictor)))
-    return model
 
 
 @pytest.mark.parametrize(

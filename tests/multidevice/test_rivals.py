@@ -17,6 +17,7 @@ from astra_jax.strategies.base import Single
 from astra_jax.strategies.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel
 from checkpoints.tensor_maps import build
 from eval.cost.traffic import messages
+from tests.helpers.sharded import real
 
 # Name -> fixture, and values of the configuration: heads, also those of keys and values, that four devices can share.
 MODELS = {
@@ -51,11 +52,6 @@ def make_model(request, name, astra=None, **more):
 def inputs_for(rank_coded, random_text):
     """Images, or texts of different lengths, also of one token."""
     return lambda name: rank_coded(2) if name == "vit" else random_text(23, 1, 7, 24)
-
-
-def real(model, inputs, out):
-    """The outputs of real tokens, where there is one per token."""
-    return out[np.arange(out.shape[1]) < inputs.lengths[:, None]] if model.per_token else out
 
 
 @nnx.jit

@@ -15,33 +15,10 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import parallelize
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from tests.helpers.sharded import cases, check, real
 
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
-
-
-@nnx.jit(static_argnums=2)
-def run_virtual(model, inputs, N):
-    shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
-    out = model(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
-    return shards.gather(out, tokens.shape[1]) if model.per_token else out
-
-
-def real(model, text, out):
-    """The outputs of real tokens, where there is one per token."""
-    return out[np.arange(out.shape[1]) < text.lengths[:, None]] if model.per_token else out
-
-
-def check(model, inputs, N, data=1):
-    expected = run_virtual(model, inputs, N)
-    on_mesh = parallelize(model, make_mesh(N, data))(inputs)
-    assert on_mesh.shape == expected.shape
-    np.testing.assert_allclose(real(model, inputs, on_mesh), real(model, inputs, expected), rtol=1e-5, atol=1e-5)
-
-
-def cases(every, fast):
-    assert set(fast) <= set(every)
-    return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in every]
 
 
 ALL = [*itertools.product((1, 2, 3, 4, 8), (HIDDEN, KV), (DISTRIBUTED, SINGLE))]

@@ -14,7 +14,7 @@ from astra_jax.serving.generate import Generator, Sampling
 from astra_jax.strategies.rivals import BlockParallel
 from eval.cost.traffic import sent_bits
 from eval.quality.perplexity import NextTokenLoss
-from tests.multidevice.test_generation import decode, tokens
+from tests.helpers.sharded import decode, tokens
 
 CODES = AstraConfig(groups=4, codewords=16)
 

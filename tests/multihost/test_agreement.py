@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
-from tests.multihost.test_hosts import free_port, together
-
-ASTRA = str(Path(sys.executable).parent / "astra")
+from tests.helpers import ASTRA
+from tests.helpers.hosts import free_port, together
 
 
 @pytest.fixture

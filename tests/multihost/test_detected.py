@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.hosts.options import Hosts, detect
-from tests.multihost.test_hosts import ROOT, free_port
+from tests.helpers import ASTRA, ROOT
+from tests.helpers.hosts import free_port
 
 FIRST_PORT = 61440  # JAX adds the last 12 bits of a job's number
 
@@ -125,7 +125,7 @@ def test_hosts_that_are_detected_answer_as_one_process_does(tiny_vit, tmp_path, 
     size = {"size": {"height": 20, "width": 20}}
     meta = checkpoints.Checkpoint("vit", model.config, astra, tuple("abcde"), size, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", meta)
-    command = [str(Path(sys.executable).parent / "astra"), "run", str(tmp_path / "vit")]
+    command = [ASTRA, "run", str(tmp_path / "vit")]
     command += ["--image", str(tmp_path / "cat.png")]
     port = free_job_port()
     if start is mpirun_5:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.test_hosts import ROOT, free_port, saved  # noqa: F401  # a fixture
+from tests.helpers import ROOT
+from tests.helpers.hosts import free_port
 
 
 @pytest.fixture
-def hosts(request, saved):  # noqa: F811
+def hosts(request, saved):
     """Three hosts that run a model without end, as processes. The parameter names those where nobody catches errors."""
     bare = getattr(request, "param", ())
     program = [sys.executable, "-m", "tests.multihost.forever", f"127.0.0.1:{free_port()}", "3"]

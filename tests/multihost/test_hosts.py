@@ -1,10 +1,6 @@
 """Several hosts, as processes that know each other by addresses of the loopback interface, compute what one does."""
 
-import contextlib
 import json
-import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,50 +11,11 @@ from PIL import Image
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import make_mesh
+from tests.helpers import ASTRA
+from tests.helpers.hosts import free_port, together
 from tests.multihost.one_host import answer
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
-
-
-def free_port() -> int:
-    """A port that is free, and the next one too, which JAX takes. No connection gets one of these by itself, as it does
-    from 32768 on: so they stay free."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as one, socket.socket() as next_one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            next_one.bind(("127.0.0.1", port + 1))
-            return port
-
-
-def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess.CompletedProcess]:
-    """Runs one command per host at once; kills all of them where one does not end in time."""
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for c in commands
-    ]
-    try:
-        ended = []
-        for process in processes:
-            out, err = process.communicate(timeout=seconds)
-            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return ended
-    finally:
-        for process in processes:
-            process.kill()
-
-
-@pytest.fixture
-def saved(request, tmp_path):
-    """Saves a tiny model with codebooks; returns the folder."""
-
-    def save(family: str, site: str) -> Path:
-        astra = AstraConfig(groups=4, codewords=16, site=site)
-        model = request.getfixturevalue(f"tiny_{family}")(astra)
-        meta = checkpoints.Checkpoint(family, model.config, astra, None, None, {}, "float32", (), model)
-        checkpoints.save(tmp_path / family, meta)
-        return tmp_path / family
-
-    return save
+HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
@@ -86,12 +43,11 @@ def test_hosts_compute_what_devices_of_one_process_do(saved, tmp_path, family, s
 @pytest.mark.slow
 def test_the_verb_prints_on_host_0_and_one_line_on_the_others(saved, tmp_path):
     path, coordinator = saved("vit", "hidden"), f"127.0.0.1:{free_port()}"
-    astra = str(Path(sys.executable).parent / "astra")
     options = (
         f"--strategies single,astra,sp --groups 4 --rates 100mbit --repeats 2 --coordinator {coordinator} --hosts 2"
     )
     commands = [
-        [astra, "bench", str(path), *options.split(), "--host", str(host), "--json", str(tmp_path / f"{host}.json")]
+        [ASTRA, "bench", str(path), *options.split(), "--host", str(host), "--json", str(tmp_path / f"{host}.json")]
         for host in range(2)
     ]
     first, second = together(commands)
@@ -123,7 +79,7 @@ def test_eval_gives_what_one_process_gives(tiny_vit, tmp_path):
         model = tiny_vit(astra, num_channels=3, num_labels=2)
         meta = checkpoints.Checkpoint("vit", model.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), model)
         checkpoints.save(tmp_path / name, meta)
-    command = [str(Path(sys.executable).parent / "astra"), "eval", str(tmp_path / "original"), str(tmp_path / "coded")]
+    command = [ASTRA, "eval", str(tmp_path / "original"), str(tmp_path / "coded")]
     command += ["--data", str(tmp_path / "data"), "--batch-size", "4", "--rates", "10mbit"]
     hosts = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", "2"]
     commands = [[*command, *hosts, "--host", str(host), "--json", str(tmp_path / "hosts.json")] for host in range(2)]

@@ -5,12 +5,10 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -27,8 +25,8 @@ from eval.cost import advice
 from eval.cost.workload import open_workload
 from eval.network.model import Link
 from eval.verbs import net
-from tests.multihost.test_hosts import free_port
-from tests.unit.eval.verbs.test_net import HELLO
+from tests.helpers import ASTRA
+from tests.helpers.hosts import HELLO, free_port
 
 SECONDS = 0.2  # of sending
 
@@ -429,13 +427,13 @@ def test_the_verb_ends_with_what_is_wrong(port, tmp_path, capsys):
 @pytest.mark.slow
 def test_processes(port, checkpoint, tmp_path):
     """Another checkpoint on one of three: tables on host 0, and one line of what is wrong everywhere."""
-    astra, other = str(Path(sys.executable).parent / "astra"), tmp_path / "other"
+    other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     (other / "note").write_text("1")
     options = f"--coordinator 127.0.0.1:{port} --hosts 3 --rate-seconds {SECONDS} --host"
     processes = [
         subprocess.Popen(
-            [astra, "net", "check", str(folder), *options.split(), str(host)],
+            [ASTRA, "net", "check", str(folder), *options.split(), str(host)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

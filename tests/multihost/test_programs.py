@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,8 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.codecs.config import AstraConfig
-from tests.multihost.test_hosts import free_port, together
+from tests.helpers import ASTRA
+from tests.helpers.hosts import free_port, together
 
 HOSTS = 3
 
@@ -33,7 +32,7 @@ def test_the_second_start_of_hosts_compiles_nothing(tiny_vit, tmp_path, monkeypa
 
     def start() -> tuple[list[int], list[int], list[float]]:
         """Of every host, how many programs were compiled and found; the probabilities of all classes."""
-        astra = [str(Path(sys.executable).parent / "astra"), "run", str(tmp_path / "vit")]
+        astra = [ASTRA, "run", str(tmp_path / "vit")]
         options = ["--image", str(tmp_path / "x.png"), "--json", str(tmp_path / "answer.json")]
         several = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(HOSTS), "--host"]
         homes = [f"XDG_CACHE_HOME={tmp_path / ('home' if shared else f'home-{host}')}" for host in range(HOSTS)]

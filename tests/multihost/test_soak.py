@@ -12,7 +12,7 @@ from astra_jax.report import Report
 from astra_jax.serving.generate import Sampling
 from eval.verbs import worker
 from eval.verbs.answer import Answerer, Request, Setup, Wishes
-from tests.multihost.test_worker import place, workers  # noqa: F401  # a fixture
+from tests.helpers.hosts import workers
 
 HOSTS, REQUESTS = 2, 100  # of each of two models
 MOST_GROWTH = 30e6  # bytes of memory in the second half of the requests, when all programs are there
@@ -95,7 +95,7 @@ def memory(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "made"), [("llama", text_requests), ("vit", picture_requests)])
-def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, made):  # noqa: F811
+def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, made):
     """With no program kept from before: a host that compiles while others do not keeps step with them."""
     checkpoint, rng = place / name, np.random.default_rng(0)
     requests, engine = made(rng), Answerer(Setup(checkpoint, devices=str(HOSTS)), Report("run"))

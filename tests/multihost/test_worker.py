@@ -1,65 +1,16 @@
 """Workers that stay up on several hosts, which are processes of this machine, and those who ask them."""
 
-import contextlib
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-import checkpoints
-from astra_jax.codecs.config import AstraConfig
-from tests.multihost.test_hosts import ROOT, free_port
+from tests.helpers import ASTRA, ROOT
+from tests.helpers.hosts import workers
 
-ASTRA = str(Path(sys.executable).parent / "astra")
 HOSTS = 3
-
-
-@pytest.fixture
-def place(tiny_vit, tiny_llama, word_tokenizer, tmp_path, monkeypatch):
-    """Checkpoints `vit` and `llama`, and two pictures: one larger than what the model reads, one smaller."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    astra = AstraConfig(groups=4, codewords=16)
-    vit = tiny_vit(astra, num_channels=3, num_labels=2)
-    size = {"height": 20, "width": 20}
-    meta = checkpoints.Checkpoint("vit", vit.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), vit)
-    checkpoints.save(tmp_path / "vit", meta)
-    llama = tiny_llama(astra)
-    files = word_tokenizer(llama.config.vocab_size - 4)
-    meta = checkpoints.Checkpoint(
-        "llama", llama.config, astra, None, None, {}, "float32", (), llama, tokenizer_files=files
-    )
-    checkpoints.save(tmp_path / "llama", meta)
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8)).save(tmp_path / "large.png")
-    Image.fromarray(rng.integers(0, 255, (6, 5), np.uint8)).save(tmp_path / "small.png")
-    return tmp_path
-
-
-@contextlib.contextmanager
-def workers(checkpoint, *options, hosts=HOSTS, **environment):
-    """Workers that are ready, and the address of their host 0."""
-    coordinator = f"127.0.0.1:{free_port()}"
-    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(hosts), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
-    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(hosts)]
-    try:
-        for host, process in enumerate(processes):
-            said = process.stdout.readline()
-            assert said == (
-                f"host {host}: ready\n"
-                if host
-                else f"ready: astra run {checkpoint} --workers {coordinator} (on this host)\n"
-            )
-        yield coordinator, processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate(timeout=10)
 
 
 def run(place, *argv, code=0):

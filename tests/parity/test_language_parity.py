@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,9 @@ from astra_jax.serving.generate import Generator, Sampling
 from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
 from checkpoints.tensor_maps import FAMILIES, config_class, flat_state, model_tensors
+from tests.helpers import SHARED
 
 V, T, PAD = 61, 24, 60
-SHARED = Path(os.environ.get("ASTRA_SHARED", Path(__file__).parents[3] / "shared"))
 
 BASE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 96, "n_embd": 32, "n_layer": 2, "n_head": 4},
@@ -494,9 +493,9 @@ def test_an_export_of_a_model_that_came_from_nowhere_loads(
     close(ours, out.logits[0] if hasattr(out, "logits") else out.last_hidden_state[0].mean(0), 1e-4)
 
 
-@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs the folder shared/ beside the repository")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder shared/ beside the repository")
 def test_a_trained_llama(tmp_path: Path, close: Any) -> None:
-    source = SHARED / "data" / "stories260k"
+    source = SHARED / "stories260k"
     theirs = transformers.LlamaForCausalLM.from_pretrained(source)
     folder = huggingface.open_folder(str(source))
     checkpoints.save(tmp_path / "stories", folder.checkpoint, folder.parts())

@@ -5,11 +5,11 @@ import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT
+
 ROOMS = {
     "astra_jax": set(),
     "checkpoints": {"astra_jax"},

@@ -18,56 +18,16 @@ from flax import nnx
 
 from astra_jax import AstraConfig, make_mesh
 from astra_jax.errors import AstraError
-from astra_jax.models.vit import ViT, ViTConfig
+from astra_jax.models.vit import ViT
 from astra_jax.strategies.base import Single
+from tests.helpers.training import CONFIG, Batches, leaves, make_model
 from train.loop import Training, draw_shards, learning_rate, make_step, start, train
-
-CONFIG = ViTConfig(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    image_size=16,
-    patch_size=4,
-    num_labels=4,
-)
-
-
-class Batches:
-    """Endless batches of noisy constant pictures: the class is the brightness."""
-
-    def __init__(self, batch_size: int):
-        self.position, self.batch_size = 0, batch_size
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(self.position)
-        self.position += 1
-        label = rng.integers(0, 4, self.batch_size).astype(np.int32)
-        image = label[:, None, None, None] / 2 + 0.1 * rng.normal(size=(self.batch_size, 16, 16, 3))
-        return {"input": image.astype(np.float32), "label": label}
-
-    def get_state(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-def make_model(codebooks: bool = True) -> ViT:
-    model = ViT(CONFIG, AstraConfig(groups=4, codewords=16) if codebooks else None, rngs=nnx.Rngs(0))
-    if codebooks:
-        model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
-    return model
 
 
 def fit(model: ViT, training: Training, out: Path, data_devices: int = 1, save_every: int = 100) -> tuple[ViT, int]:
     mesh = make_mesh(1, data_devices)
     batches = Batches(training.batch_size)
     return train(model, training, batches, out, mesh=mesh, source={}, save_every=save_every, label="test")
-
-
-def leaves(model: ViT) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
 def same(a: ViT, b: ViT) -> bool:

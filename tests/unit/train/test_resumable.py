@@ -18,7 +18,7 @@ from checkpoints import lock
 from eval.datasets.sources import reading
 from eval.verbs import evaluate
 from eval.verbs.answer import Answerer, Request
-from tests.unit.train.test_loop import Batches, leaves, make_model
+from tests.helpers.training import Batches, leaves, make_model
 from train import calibrate, finetune, loop
 from train.loop import Training
 from train.recipes import resumable

@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from astra_jax.cli import environment, main
 from astra_jax.codecs.config import AstraConfig
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[4]
 CODES = AstraConfig(groups=2, codewords=4)
 NO_UTF8 = os.fsdecode(b"caf\xe9")
 # What JAX can be told that no program here is made for.

@@ -1,41 +1,11 @@
 """Hosts that watch each other, as threads of one process over connections within it."""
 
-import queue
-import socket
 import threading
 import time
 
 import pytest
 
-from astra_jax.hosts.connection import Line
-from astra_jax.hosts.heartbeat import Lifeline
-
-
-class Fellows:
-    """Lifelines of several hosts, and what each was told when another failed: to end, or to begin anew as which.
-
-    A host that is `deaf` reads nothing and says nothing, as behind a cut link.
-    """
-
-    def __init__(self, hosts, patience=30.0, policy="fail", deaf=None):
-        self.told, self.lines = queue.Queue(), {}
-        pairs = {host: socket.socketpair() for host in range(1, hosts)}
-        ends = {0: {host: Line(pair[0]) for host, pair in pairs.items()}}
-        ends |= {host: {0: Line(pair[1])} for host, pair in pairs.items()}
-        self.kept = ends.pop(deaf, None)
-        for host, lines in ends.items():
-            end = lambda message, host=host: self.told.put((host, message))  # noqa: E731
-            again = lambda message, hosts, new, host=host: self.told.put((host, (message, hosts, new)))  # noqa: E731
-            self.lines[host] = Lifeline(lines, host, patience, policy, end, again)
-
-    def cut_off(self, host):
-        """Ends a host's connections, as a killed process does."""
-        self.lines[host]._over.set()
-        for line in self.lines[host]._lines.values():
-            line.close()
-
-    def all_told(self, n):
-        return dict(self.told.get(timeout=5) for _ in range(n))
+from tests.helpers.hosts import Fellows, each
 
 
 def test_hosts_that_are_done_part_in_peace():
@@ -184,20 +154,6 @@ def test_hosts_that_read_something_else_end_all(order):
         fellows.lines[host].say_read("the end" if host == 2 else "batch 2")
     told = fellows.all_told(3)
     assert set(told.values()) == {"host 0 has read batch 2, and host 2 the end: give the same on every host"}
-
-
-def each(fellows, call):
-    """What `call` gives on every host, at once."""
-    found = {}
-    threads = [
-        threading.Thread(target=lambda host=host, line=line: found.update({host: call(host, line)}), daemon=True)
-        for host, line in fellows.lines.items()
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    return found
 
 
 def test_hosts_tell_each_other_beside_the_collectives():

@@ -11,7 +11,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import runtime
 from astra_jax.hosts.options import _CLUSTERS, Hosts, check, own_address, parse_address
 from astra_jax.hosts.runtime import open_mesh
-from tests.unit.astra_jax.hosts.test_heartbeat import Fellows, each
+from tests.helpers.hosts import Fellows, each
 
 
 def test_addresses():

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +12,8 @@ from hypothesis import strategies as st
 from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.inputs.tokenizer import Tokenizer
+from tests.helpers import SHARED
 
-SHARED = Path(os.environ.get("ASTRA_SHARED", Path(__file__).parents[5] / "shared")) / "data"
 REAL = {"gpt2_tokenizer": 50257, "stories260k": 512}
 TEXTS = [
     "Once upon a time, there was a little girl named Lily.",

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +18,9 @@ from astra_jax.serving.compile import parallelize
 from astra_jax.strategies.base import Single, Virtual
 from eval.datasets.windows import bucketed, even_strides, run_batches, windows
 from eval.quality.perplexity import NextTokenLoss, perplexity
+from tests.helpers import SHARED
 
 LIMIT = 48
-SHARED = Path(os.environ.get("ASTRA_SHARED", Path(__file__).parents[5] / "shared"))
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +183,13 @@ def test_nothing_to_predict(virtual):
         perplexity(virtual(1), documents(1, 0), 8, 4, 2)
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "stories260k").is_dir(), reason=f"{SHARED}/data/stories260k is not here")
+@pytest.mark.skipif(not (SHARED / "stories260k").is_dir(), reason=f"{SHARED}/stories260k is not here")
 def test_a_trained_model_pays_what_is_known():
     """1.26644 nats per token, as transformers computes it: stories260k on its five sample stories."""
     from checkpoints import huggingface
     from eval.datasets.labelled import DataArgs
 
-    folder = SHARED / "data" / "stories260k"
+    folder = SHARED / "stories260k"
     checkpoint = huggingface.read(str(folder))
     args = DataArgs(data=str(folder / "text"), separator="<|endoftext|>")
     stories = [checkpoint.tokenizer.encode(text) for text in args.open_documents()]

@@ -11,8 +11,9 @@ from astra_jax.errors import AstraError
 from eval.network.lab import Ended
 from eval.reports import lab
 from eval.reports.lab import Args, agreement, main, rows_of
+from tests.helpers import ROOT
 
-DOCS = Path(__file__).parents[4] / "docs" / "lab.md"
+DOCS = ROOT / "docs" / "lab.md"
 
 
 def measured(strategy, predicted, *walls):

@@ -1,7 +1,5 @@
 """The paper's latency figures from our operations, bits, and one fitted speed."""
 
-from pathlib import Path
-
 import pytest
 
 from astra_jax.errors import AstraError
@@ -23,8 +21,9 @@ from eval.reports.paper import (
     main,
     ratios,
 )
+from tests.helpers import ROOT
 
-DOCS = Path(__file__).parents[4] / "docs" / "paper.md"
+DOCS = ROOT / "docs" / "paper.md"
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,9 @@ from eval.reports.performance import (
     start_seconds,
     torch_rows,
 )
+from tests.helpers import ROOT
 
-DOCS = Path(__file__).parents[4] / "docs" / "performance.md"
+DOCS = ROOT / "docs" / "performance.md"
 SINGLE, G1, G1_PLAIN, SP, TP = ("single", "astra G=1", "astra G=1 plain", "sp", "tp")
 SECONDS = {SINGLE: 6.0, G1: 1.5, G1_PLAIN: 2.0, SP: 24.0, TP: 96.0}
 VIT = ViTConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=32, num_labels=2)

@@ -14,6 +14,7 @@ from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.preflight import Findings, Pair, Way, check_hosts, pair_rows
 from astra_jax.hosts.rendezvous import About
 from eval.verbs import net
+from tests.helpers.hosts import HELLO
 
 ABOUTS = [
     About(host, 3, f"10.0.0.{host + 1}", f"pi{host}", f"10.0.0.{host + 1}", rendezvous.versions(), "ab" * 32)
@@ -152,16 +153,6 @@ def test_a_failure_is_told_and_does_not_end_the_talk():
     with pytest.raises(ConnectionError, match=r"\(red\]no \(2J room"):
         preflight._hear(here, 1.0)
     assert preflight._hear(here, 1.0) == {"port": 1}
-
-
-HELLO = {
-    "host": 1,
-    "hosts": 3,
-    "address": "10.0.0.2",
-    "name": "pi1",
-    "resolves": "127.0.1.1",
-    "versions": rendezvous.versions(),
-}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Hosts as processes of this machine, as threads of one process, and workers."""
+
+import contextlib
+import os
+import queue
+import random
+import socket
+import subprocess
+import threading
+
+from astra_jax.hosts import rendezvous
+from astra_jax.hosts.connection import Line
+from astra_jax.hosts.heartbeat import Lifeline
+from tests.helpers import ASTRA, ROOT
+
+HELLO = {
+    "host": 1,
+    "hosts": 3,
+    "address": "10.0.0.2",
+    "name": "pi1",
+    "resolves": "127.0.1.1",
+    "versions": rendezvous.versions(),
+}
+
+
+def free_port() -> int:
+    """A port that is free, and the next one too, which JAX takes. No connection gets one of these by itself, as it does
+    from 32768 on: so they stay free."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as one, socket.socket() as next_one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            next_one.bind(("127.0.0.1", port + 1))
+            return port
+
+
+def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess.CompletedProcess]:
+    """Runs one command per host at once; kills all of them where one does not end in time."""
+    processes = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for c in commands
+    ]
+    try:
+        ended = []
+        for process in processes:
+            out, err = process.communicate(timeout=seconds)
+            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        return ended
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@contextlib.contextmanager
+def workers(checkpoint, *options, hosts=3, **environment):
+    """Workers that are ready, and the address of their host 0."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(hosts), *options]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
+    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(hosts)]
+    try:
+        for host, process in enumerate(processes):
+            said = process.stdout.readline()
+            assert said == (
+                f"host {host}: ready\n"
+                if host
+                else f"ready: astra run {checkpoint} --workers {coordinator} (on this host)\n"
+            )
+        yield coordinator, processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=10)
+
+
+class Fellows:
+    """Lifelines of several hosts, and what each was told when another failed: to end, or to begin anew as which.
+
+    A host that is `deaf` reads nothing and says nothing, as behind a cut link.
+    """
+
+    def __init__(self, hosts, patience=30.0, policy="fail", deaf=None):
+        self.told, self.lines = queue.Queue(), {}
+        pairs = {host: socket.socketpair() for host in range(1, hosts)}
+        ends = {0: {host: Line(pair[0]) for host, pair in pairs.items()}}
+        ends |= {host: {0: Line(pair[1])} for host, pair in pairs.items()}
+        self.kept = ends.pop(deaf, None)
+        for host, lines in ends.items():
+            end = lambda message, host=host: self.told.put((host, message))  # noqa: E731
+            again = lambda message, hosts, new, host=host: self.told.put((host, (message, hosts, new)))  # noqa: E731
+            self.lines[host] = Lifeline(lines, host, patience, policy, end, again)
+
+    def cut_off(self, host):
+        """Ends a host's connections, as a killed process does."""
+        self.lines[host]._over.set()
+        for line in self.lines[host]._lines.values():
+            line.close()
+
+    def all_told(self, n):
+        return dict(self.told.get(timeout=5) for _ in range(n))
+
+
+def each(fellows, call):
+    """What `call` gives on every host, at once."""
+    found = {}
+    threads = [
+        threading.Thread(target=lambda host=host, line=line: found.update({host: call(host, line)}), daemon=True)
+        for host, line in fellows.lines.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return found

@@ -1,0 +1,89 @@
+"""A model on a mesh beside the same one on virtual shards, and its generation beside computing all anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.serving.compile import parallelize
+from astra_jax.serving.generate import Sampling
+from astra_jax.strategies.base import Single, Virtual
+
+KV = dict(site="kv")
+
+
+LAYERS = {"tiny_gpt2": "n_layer"}
+
+
+CLASS = ("tiny_bert", "class")
+
+
+def three_blocks(request, family, astra):
+    """A model in which estimates build on each other; `family` is a fixture, or one and how states are pooled.
+
+    Predictors are small, lest estimates grow from block to block, and rounding with them.
+    """
+    fixture, *pooling = (family,) if isinstance(family, str) else family
+    options = {LAYERS.get(fixture, "num_hidden_layers"): 3, **({"pooling": pooling[0]} if pooling else {})}
+    model = request.getfixturevalue(fixture)(astra, **options)
+    nnx.update(model.codec.predictor, jax.tree.map(lambda weights: 0.3 * weights, nnx.state(model.codec.predictor)))
+    return model
+
+
+@nnx.jit(static_argnums=2)
+def run_virtual(model, inputs, N):
+    shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
+    out = model(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
+    return shards.gather(out, tokens.shape[1]) if model.per_token else out
+
+
+def real(model, text, out):
+    """The outputs of real tokens, where there is one per token."""
+    return out[np.arange(out.shape[1]) < text.lengths[:, None]] if model.per_token else out
+
+
+def check(model, inputs, N, data=1):
+    expected = run_virtual(model, inputs, N)
+    on_mesh = parallelize(model, make_mesh(N, data))(inputs)
+    assert on_mesh.shape == expected.shape
+    np.testing.assert_allclose(real(model, inputs, on_mesh), real(model, inputs, expected), rtol=1e-5, atol=1e-5)
+
+
+def cases(every, fast):
+    assert set(fast) <= set(every)
+    return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in every]
+
+
+STEPS = 6
+
+
+@nnx.jit(static_argnums=3)
+def recompute(model, text, new, N):
+    """Logits [B,STEPS,V] at the end of the prompts and behind every new token [B,STEPS] but the last.
+
+    The prompts are split as ever, and every new token is one more of the last shard. A token sees none that follows,
+    so that one run over the whole sequences is a run at every step.
+    """
+    T, places = text.ids.shape[1], text.lengths[:, None] + jnp.arange(STEPS)
+    rows = jnp.arange(len(text.lengths))[:, None]
+    ids = jnp.pad(text.ids, [(0, 0), (0, STEPS)]).at[rows, places].set(new)
+    lengths = Shards.ragged(text.lengths, T, N).lengths.at[:, -1].add(STEPS)
+    shards = Shards(lengths, slots=-(-T // N) + STEPS, causal=True)
+    out = model(shards.scatter(ids), Virtual(shards) if N > 1 else Single(shards))[0]
+    return shards.gather(out, T + STEPS)[rows, places - 1]
+
+
+def decode(generator, text, new):
+    """Logits [B,STEPS,V] of the cache's way, given the tokens."""
+    logits, cache = generator.prefill(text, STEPS)
+    found = [logits]
+    for ids in new.T[:-1]:
+        cache, logits, _ = generator.decode(cache, jnp.asarray(ids), jax.random.key(0), Sampling())
+        found.append(logits)
+    return np.stack(found, axis=1)
+
+
+def tokens(generator, text, sampling):
+    return np.stack(list(generator.tokens(text, STEPS, sampling)), axis=1)

@@ -1,0 +1,49 @@
+"""A tiny model, endless batches for it, and what training made of it."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from astra_jax import AstraConfig
+from astra_jax.models.vit import ViT, ViTConfig
+
+CONFIG = ViTConfig(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=16,
+    patch_size=4,
+    num_labels=4,
+)
+
+
+class Batches:
+    """Endless batches of noisy constant pictures: the class is the brightness."""
+
+    def __init__(self, batch_size: int):
+        self.position, self.batch_size = 0, batch_size
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(self.position)
+        self.position += 1
+        label = rng.integers(0, 4, self.batch_size).astype(np.int32)
+        image = label[:, None, None, None] / 2 + 0.1 * rng.normal(size=(self.batch_size, 16, 16, 3))
+        return {"input": image.astype(np.float32), "label": label}
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def make_model(codebooks: bool = True) -> ViT:
+    model = ViT(CONFIG, AstraConfig(groups=4, codewords=16) if codebooks else None, rngs=nnx.Rngs(0))
+    if codebooks:
+        model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
+    return model
+
+
+def leaves(model: ViT) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
