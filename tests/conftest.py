@@ -33,8 +33,6 @@ from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
 from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
 
-pytest.register_assert_rewrite("tests.helpers")
-
 DEVICES = 8
 
 

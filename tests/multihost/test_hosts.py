@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from astra_jax.mesh.sharding import make_mesh
 from tests.helpers import ASTRA
 from tests.helpers.hosts import free_port, together
 from tests.multihost.one_host import answer
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
