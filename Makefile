@@ -31,7 +31,7 @@ test-all: test
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
 # make multidevice PYTHON=python3.13 JAX=0.12.0
-multidevice: ENV = build/$(notdir $(PYTHON))-jax$(JAX)
+multidevice: ENV = build/$(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')-jax$(JAX)
 multidevice:
 	@$(PYTHON) -m venv $(ENV)
 	@$(ENV)/bin/python -m pip install -q --disable-pip-version-check -e . 'jax==$(JAX)' beartype hypothesis pytest
