@@ -36,7 +36,7 @@ from checkpoints.files import quiet
 from checkpoints.lock import alone
 from checkpoints.store import DAMAGED
 from checkpoints.streaming import digest
-from eval.network.packet_loss import Loss, arrived
+from eval.network.packet_loss import PacketLoss, arrived
 from eval.quality.perplexity import NextTokenLoss
 
 LOCK = ".train.lock"  # in the folder that is trained into
@@ -75,7 +75,7 @@ class Training:
     cuts: Literal["even", "random"] = "even"
     """Where a sequence is cut into shards: as evenly as can be, or in every batch each sequence at random, so that a
     shard gets from one token to twice its even share. That costs computing, because all are padded to the latter."""
-    loss: float = 0.0
+    packet_loss: float = 0.0
     """Largest share of lost packets, of 1400 bytes, each lost on its own. The host draws for every batch a share from 0
     to this, and what is lost."""
     noise: float = 1.0
@@ -111,7 +111,7 @@ class Training:
             "commitment": (0, None),
             "distillation": (0, None),
             "hidden": (0, None),
-            "loss": (0, 1),
+            "packet_loss": (0, 1),
             "ema_decay": (0, 1),
             "revive_below": (0, 1),
             "label_smoothing": (0, 1),
@@ -350,7 +350,7 @@ def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[A
     if training.cuts == "random":
         B = len(jax.tree.leaves(batch["input"])[0])
         shards = move_cuts(shards, jax.random.fold_in(key, 2), B)
-    there = jnp.moveaxis(batch["arrived"], 0, 1) if training.loss else None
+    there = jnp.moveaxis(batch["arrived"], 0, 1) if training.packet_loss else None
     return Virtual(shards, Noise(key, training.noise, draw_groups(training, key)), arrived=there)
 
 
@@ -373,7 +373,7 @@ def move_cuts(shards: Shards, key: Key[Array, ""], B: int) -> Shards:
     return dataclasses.replace(with_room(shards), lengths=even + jnp.diff(ends))
 
 
-def draw_loss(
+def draw_packet_loss(
     model: Any, training: Training, N: int, inputs: Any, step: int
 ) -> tuple[float, Bool[np.ndarray, "B L N slots"]]:
     """The share of packets that a step on N shards loses, and which codes arrive; on the host, by seed and step.
@@ -384,12 +384,12 @@ def draw_loss(
       AstraError: a packet is too small for a token.
     """
     rng = np.random.default_rng((training.seed, step, 1))  # not what draws N
-    loss = Loss(float(rng.uniform(0, training.loss)))
+    packet_loss = PacketLoss(float(rng.uniform(0, training.packet_loss)))
     shards = model.shards(N, inputs)
     m = draw_groups(training, step_key(training, step))
     astra = model.astra if m is None else model.astra.with_groups(int(m))
     there = arrived(
-        loss,
+        packet_loss,
         with_room(shards) if training.cuts == "random" else shards,
         astra.token_bits,
         model.config.num_hidden_layers,
@@ -397,7 +397,7 @@ def draw_loss(
         rng,
         silent=int(astra.side_info != "none"),
     )
-    return loss.rate, np.moveaxis(there, 1, 0)
+    return packet_loss.rate, np.moveaxis(there, 1, 0)
 
 
 @contextmanager
@@ -492,8 +492,8 @@ def train(
         with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
                 batch, N, values = next(data), draw_shards(training, done), {}
-                if training.loss and N > 1:
-                    values["lost"], there = draw_loss(model, training, N, batch["input"], done)
+                if training.packet_loss and N > 1:
+                    values["lost"], there = draw_packet_loss(model, training, N, batch["input"], done)
                     batch = {**batch, "arrived": there}
                 state, metrics = steps[N](state, jax.device_put(batch, NamedSharding(mesh, P(DATA))), teacher)
                 values |= {k: float(v) for k, v in metrics.items()}

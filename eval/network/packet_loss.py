@@ -20,7 +20,7 @@ from astra_jax.mesh.sharding import Shards
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
+class PacketLoss:
     """How a link loses packets: a chain of two states, lost and arrived (Gilbert's model).
 
     Attributes:
@@ -38,13 +38,13 @@ class Loss:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
-            raise AstraError(f"loss is {self.rate:g}; it is a share of the packets, from 0 to 1: try 0.05")
+            raise AstraError(f"the packet loss is {self.rate:g}; it is a share of the packets, from 0 to 1: try 0.05")
         if self.burst is None:
             return
         if not 1 <= self.burst < math.inf:
             raise AstraError(f"burst is {self.burst:g}; it is a mean number of packets, at least 1: try 8")
         if self.rate == 1:
-            raise AstraError("loss is 1: where all packets are lost there are no bursts: leave the burst out")
+            raise AstraError("the packet loss is 1: where all are lost there are no bursts: leave the burst out")
         if self.rate > self.burst / (self.burst + 1):
             raise AstraError(
                 f"bursts of {self.burst:g} packets cannot make up a loss of {self.rate:g}: "
@@ -65,25 +65,27 @@ class Loss:
         return self.rate if self.burst is None else self.rate / (1 - self.rate) * (1 - self.stay)
 
 
-def lost(loss: Loss, P: int, links: tuple[int, ...], rng: np.random.Generator) -> Bool[np.ndarray, "P *links"]:
+def lost(
+    packet_loss: PacketLoss, P: int, links: tuple[int, ...], rng: np.random.Generator
+) -> Bool[np.ndarray, "P *links"]:
     """Which of P packets in a row are lost, on links that do not know of each other; the first is as any other."""
     draws = rng.random((P, *links))
     found = np.empty(draws.shape, bool)
-    found[:1] = draws[:1] < loss.rate  # P may be 0
+    found[:1] = draws[:1] < packet_loss.rate  # P may be 0
     for p in range(1, P):
-        found[p] = draws[p] < np.where(found[p - 1], loss.stay, loss.enter)
+        found[p] = draws[p] < np.where(found[p - 1], packet_loss.stay, packet_loss.enter)
     return found
 
 
 def arrived(
-    loss: Loss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator, silent: int = 0
+    packet_loss: PacketLoss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator, silent: int = 0
 ) -> Bool[np.ndarray, "L B N slots"]:
     """Which codes reach whom in one forward pass of B sequences, as `strategies.Virtual` takes it.
 
     Every sequence is a pass of its own: its messages share no packet with those of others.
 
     Args:
-      loss: how links lose packets.
+      packet_loss: how links lose packets.
       shards: the split. All devices send the same number of slots, padding included, as they do on a mesh.
       token_bits: bits of one token in one block, G * log2(K).
       L: blocks.
@@ -97,9 +99,9 @@ def arrived(
       AstraError: a packet is too small for a token.
     """
     N, sent, home = shards.N, shards.sent_slots, shards.home_slots
-    tokens = bitpacking.tokens_per_packet(token_bits, loss.packet)
+    tokens = bitpacking.tokens_per_packet(token_bits, packet_loss.packet)
     P = bitpacking.packets(sent, tokens)
-    there = ~lost(loss, (L - silent) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
+    there = ~lost(packet_loss, (L - silent) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
     slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
     slots[silent:, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
     return slots.reshape(L, B, N, -1)

@@ -9,9 +9,8 @@ from typing import Any
 from astra_jax.codecs.config import AstraConfig, from_dict
 from astra_jax.errors import AstraError
 from checkpoints.files import read_json
+from eval.quality.tasks import METRICS
 
-# Task -> the column of what is measured.
-METRICS = {"perplexity": "perplexity", "classification": "accuracy %", "similarity": "Spearman"}
 LIMITS = {"perplexity": (1.0, 1e300), "accuracy %": (0.0, 100.0), "Spearman": (-1.0, 1.0)}  # what there can be
 
 

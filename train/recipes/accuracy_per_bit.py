@@ -36,7 +36,7 @@ from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
 from eval import plots
 from eval.datasets.labelled import DataArgs
-from eval.quality.reached import METRICS
+from eval.quality.tasks import METRICS, task_of
 from eval.reports.paper import around_marks, insert, markdown
 from eval.verbs import evaluate
 from train import calibrate, finetune
@@ -88,7 +88,7 @@ class Args(DataArgs):
     """The same: weight of how far final states are from the original's."""
     cuts: Literal["even", "random"] = "even"
     """The same: where a sequence is cut into shards."""
-    loss: float = 0.0
+    packet_loss: float = 0.0
     """The same: largest share of lost packets."""
     batch_size: int = 16
     """Texts or images per batch of the finetuning."""
@@ -116,7 +116,7 @@ class Args(DataArgs):
 
 def metric_of(args: Args) -> str:
     """The column of `astra eval` that is shown. Raises AstraError for a model that has no loss to be finetuned by."""
-    metric = METRICS[evaluate.task_of(checkpoints.read_meta(args.original).config)]
+    metric = METRICS[task_of(checkpoints.read_meta(args.original).config)]
     if metric not in LOST:
         raise AstraError(f"{args.original}: is a sentence encoder: use a language model or a classifier")
     return metric
@@ -160,14 +160,14 @@ def quality(
     N: int,
     args: Args,
     groups: int | None = None,
-    loss: float | None = None,
+    packet_loss: float | None = None,
     coded_blocks: int | None = None,
 ) -> dict[str, Any]:
     """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` or `coded_blocks` alone, or
     under packet loss."""
     metric = metric_of(args)
     found: dict[str, Any] = {}
-    how = f"first{groups}-" * (groups is not None) + f"loss{loss}-" * (loss is not None)
+    how = f"first{groups}-" * (groups is not None) + f"loss{packet_loss}-" * (packet_loss is not None)
     how += f"blocks{coded_blocks}-" * (coded_blocks is not None)
     for test in args.test:
         result = args.out / f"{checkpoint.name}-N{N}-{how}{quote(test, safe='[:]')}.json"
@@ -178,8 +178,8 @@ def quality(
             virtual=True,
             groups=() if groups is None else (groups,),
             coded_blocks=coded_blocks,
-            loss=loss,
-            seeds=None if loss is None else 1,
+            packet_loss=packet_loss,
+            seeds=None if packet_loss is None else 1,
             length=args.length,
             stride=args.stride,
             rates=(),
@@ -261,7 +261,7 @@ def controls(args: Args) -> list[dict[str, Any]]:
             lost[made] = calibrated_one(name, max(args.groups), args.class_tokens[0], args)
     for made, coded in lost.items():
         none = {"made by": made, "codec": None}
-        rows += [none | quality(coded, N, args, loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
+        rows += [none | quality(coded, N, args, packet_loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
     return rows
 
 
@@ -317,7 +317,7 @@ def noises(args: Args) -> dict[str, float]:
 
 def beyond_the_paper(args: Args) -> dict[str, Any]:
     """Fields of `Training` that the paper's training has not."""
-    return {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "loss")}
+    return {name: getattr(args, name) for name in ("distillation", "hidden", "cuts", "packet_loss")}
 
 
 def _suffix(class_token: str, noise: float = 1.0) -> str:

@@ -158,7 +158,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
         ({"weight_decay": -0.1}, "--weight-decay is -0.1; it must be at least 0"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan; it must be at least 0"),
         ({"distillation": -1.0}, "--distillation is -1.0; it must be at least 0"),
-        ({"loss": 1.5}, "--loss is 1.5; it must be from 0 to 1"),
+        ({"packet_loss": 1.5}, "--packet-loss is 1.5; it must be from 0 to 1"),
         ({"hidden": 1.0, "trains": "codebooks"}, "--trains codebooks learns from no teacher"),
         ({"shards": ()}, "--shards"),
         ({"shards": (0,)}, "--shards"),

@@ -23,7 +23,7 @@ from train.loop import (
     Final,
     Training,
     distances,
-    draw_loss,
+    draw_packet_loss,
     make_step,
     move_cuts,
     run_task,
@@ -183,9 +183,9 @@ def test_cuts_fill_their_range_and_are_even_on_average():
 
 def test_what_is_lost_is_drawn_by_seed_and_step(tiny_vit, rank_coded):
     model, images = tiny_vit(AstraConfig(groups=4, codewords=16)), rank_coded(3)
-    training = Training(loss=0.4, cuts="random")
-    drawn = [draw_loss(model, training, 4, images, step) for step in range(60)]
-    again = draw_loss(model, training, 4, images, 7)
+    training = Training(packet_loss=0.4, cuts="random")
+    drawn = [draw_packet_loss(model, training, 4, images, step) for step in range(60)]
+    again = draw_packet_loss(model, training, 4, images, 7)
     assert again[0] == drawn[7][0] and np.array_equal(again[1], drawn[7][1])
     shares = np.asarray([share for share, _ in drawn])
     assert 0 <= shares.min() < 0.05 and 0.35 < shares.max() <= 0.4
@@ -204,17 +204,17 @@ def test_packets_hold_the_groups_that_are_used(tiny_gpt2, random_text):
 
     def together(training: Training) -> bool:
         """Whether all codes of a message share their fate."""
-        there = draw_loss(model, training, 2, text, 0)[1]
+        there = draw_packet_loss(model, training, 2, text, 0)[1]
         parts = there.reshape(*there.shape[:-1], 2, -1)
         return bool((parts == parts[..., :1]).all())
 
-    assert not together(Training(loss=1.0)) and together(Training(loss=1.0, groups=(1,)))
+    assert not together(Training(packet_loss=1.0)) and together(Training(packet_loss=1.0, groups=(1,)))
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_lost_codes_are_not_attended_to(family):
     model, batch = family
-    there = draw_loss(model, Training(loss=1.0), 2, batch["input"], 0)[1]
+    there = draw_packet_loss(model, Training(packet_loss=1.0), 2, batch["input"], 0)[1]
     own = np.arange(2)[:, None] == np.arange(24) // 12
 
     def loss(training: Training, **more: Any) -> float:
@@ -222,7 +222,7 @@ def test_lost_codes_are_not_attended_to(family):
         given = jax.tree.map(jnp.asarray, {**batch, **masks})
         return float(run_task(model, given, strategy_of(model, training, 2, given, step_key(training, 0)), 0.0)[0])
 
-    lossy = Training(loss=1.0)
+    lossy = Training(packet_loss=1.0)
     assert loss(lossy, arrived=np.True_) == pytest.approx(loss(Training()), rel=1e-6)
     assert len({round(loss(lossy, arrived=mask), 4) for mask in (np.True_, there, own)}) == 3
 
@@ -257,7 +257,7 @@ ALL = Training(
     distillation=1.0,
     hidden=1.0,
     cuts="random",
-    loss=0.3,
+    packet_loss=0.3,
     learning_rate=3e-3,
 )
 

@@ -236,7 +236,7 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
     # The first block sends no codes, so that it has no packets to lose.
     lossy = [
         call("eval", tuned, *data, "--length", 32, "--limit", 1, "--packet", 4, "--seeds", 2, *loss)["rows"][0]
-        for loss in (["--loss", 0], ["--loss", 0.5], ["--loss", 0.5, "--lost", "masked"])
+        for loss in (["--packet-loss", 0], ["--packet-loss", 0.5], ["--packet-loss", 0.5, "--lost", "masked"])
     ]
     assert [row["lost"] for row in lossy] == ["predicted", "predicted", "masked"]
     nothing, predicted, masked = (row["perplexity"] for row in lossy)
@@ -273,7 +273,7 @@ def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_to
         call("eval", tuned, *data, "--split", "train", "--devices", 4, *way)["rows"][0] for way in (["--virtual"], [])
     )
     assert virtual["accuracy %"] == sharded["accuracy %"] and virtual["bytes"] == sharded["bytes"]
-    lossy = call("eval", tuned, *data, "--split", "train", "--packet", 4, "--seeds", 1, "--loss", 0.5)["rows"][0]
+    lossy = call("eval", tuned, *data, "--split", "train", "--packet", 4, "--seeds", 1, "--packet-loss", 0.5)["rows"][0]
     assert lossy["lost"] == "predicted"
     found = call("run", tuned, "--prompt", *texts[:3], "--devices", 4, "--dtype", "float32")["classes"]
     tuned = checkpoints.load(tuned)

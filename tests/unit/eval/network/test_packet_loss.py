@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import Shards
-from eval.network.packet_loss import Loss, arrived, lost
+from eval.network.packet_loss import PacketLoss, arrived, lost
 
 losses = st.builds(
-    Loss,
+    PacketLoss,
     rate=st.floats(0, 0.8),
     burst=st.one_of(st.none(), st.floats(5, 20)),
     packet=st.integers(5, 60),
@@ -40,7 +40,7 @@ def streaks(row: np.ndarray) -> np.ndarray:
 def test_the_share_of_lost_packets(rate, burst):
     """Within five standard errors of `rate`, of all packets and of every place in a row."""
     links = 4000
-    found = lost(Loss(rate, burst), 40, (links,), np.random.default_rng(0))
+    found = lost(PacketLoss(rate, burst), 40, (links,), np.random.default_rng(0))
     per_link = found.mean(axis=0)  # links are independent, packets of one link are not
     assert abs(per_link.mean() - rate) < 5 * per_link.std() / math.sqrt(links)
     assert (abs(found.mean(axis=1) - rate) < 5 * math.sqrt(rate * (1 - rate) / links)).all()
@@ -50,7 +50,7 @@ def test_the_share_of_lost_packets(rate, burst):
     ("rate", "burst", "expected"), [(0.05, 8.0, 8), (0.3, 3.0, 3), (0.5, 1.0, 1), (0.3, None, 1 / 0.7)]
 )
 def test_the_mean_length_of_a_burst(rate, burst, expected):
-    found = streaks(lost(Loss(rate, burst), 40_000, (1,), np.random.default_rng(1))[:, 0])
+    found = streaks(lost(PacketLoss(rate, burst), 40_000, (1,), np.random.default_rng(1))[:, 0])
     assert abs(found.mean() - expected) <= 5 * found.std() / math.sqrt(len(found))
     # Such lengths are geometric: their standard deviation tells a chain from bursts of one length.
     assert found.std() == pytest.approx(math.sqrt(expected * (expected - 1)), rel=0.2)
@@ -58,7 +58,9 @@ def test_the_mean_length_of_a_burst(rate, burst, expected):
 
 def test_lone_losses_are_bursts_of_their_own_mean_length():
     rng = np.random.default_rng
-    np.testing.assert_array_equal(lost(Loss(0.3), 50, (9,), rng(2)), lost(Loss(0.3, burst=1 / 0.7), 50, (9,), rng(2)))
+    np.testing.assert_array_equal(
+        lost(PacketLoss(0.3), 50, (9,), rng(2)), lost(PacketLoss(0.3, burst=1 / 0.7), 50, (9,), rng(2))
+    )
 
 
 # --- what a lost packet takes with it -----------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def test_whole_packets_are_lost_and_nothing_else(loss, T, N, class_token, bits, 
 def test_packets_are_lost_one_by_one():
     """Some packets of a message are lost and others not, also those that share neither block nor sequence."""
     shards = Shards.split(32, 2)  # 16 tokens of 8 bits, 4 to a packet
-    pairs = by_sender(arrived(Loss(0.5, packet=4), shards, 8, 3, 50, np.random.default_rng(0)), shards)
+    pairs = by_sender(arrived(PacketLoss(0.5, packet=4), shards, 8, 3, 50, np.random.default_rng(0)), shards)
     packets = pairs[:, :, 0, 1].reshape(3, 50, 4, 4)[..., 0]
     assert {tuple(row) for row in packets.reshape(-1, 4)} == {tuple(map(bool, map(int, f"{i:04b}"))) for i in range(16)}
 
@@ -100,7 +102,7 @@ def test_packets_are_lost_one_by_one():
 def test_links_lose_packets_on_their_own():
     """No two of the twelve links of four devices agree more than chance has it, nor two sequences."""
     shards, n = Shards.split(8, 4), 4000
-    pairs = by_sender(arrived(Loss(0.5), shards, 8, 1, n, np.random.default_rng(0)), shards)[0, ..., 0]  # [n,4,4]
+    pairs = by_sender(arrived(PacketLoss(0.5), shards, 8, 1, n, np.random.default_rng(0)), shards)[0, ..., 0]  # [n,4,4]
     links = pairs[:, ~np.eye(4, dtype=bool)]  # [n,12]
     together = np.corrcoef(links.T) - np.eye(12)
     assert abs(together).max() < 5 / math.sqrt(n)
@@ -109,7 +111,7 @@ def test_links_lose_packets_on_their_own():
 
 def test_a_burst_goes_on_in_the_next_block():
     shards, n = Shards.split(8, 2), 4000
-    first, second = by_sender(arrived(Loss(0.2, burst=10.0), shards, 8, 2, n, np.random.default_rng(0)), shards)[
+    first, second = by_sender(arrived(PacketLoss(0.2, burst=10.0), shards, 8, 2, n, np.random.default_rng(0)), shards)[
         :, :, 0, 1, 0
     ]
     again = 1 - second[~first].mean()
@@ -120,16 +122,16 @@ def test_ragged_shards_send_the_same_slots():
     lengths = jnp.asarray([5, 17])
     ragged, even = Shards.ragged(lengths, 20, 4, "distributed"), Shards.split(20, 4, "distributed")
     for shards in (ragged, even):
-        assert arrived(Loss(0.5, packet=2), shards, 16, 2, 2, np.random.default_rng(3)).shape == (2, 2, 4, 4 * 6)
+        assert arrived(PacketLoss(0.5, packet=2), shards, 16, 2, 2, np.random.default_rng(3)).shape == (2, 2, 4, 4 * 6)
     np.testing.assert_array_equal(
-        *(arrived(Loss(0.5, packet=2), shards, 16, 2, 2, np.random.default_rng(3)) for shards in (ragged, even))
+        *(arrived(PacketLoss(0.5, packet=2), shards, 16, 2, 2, np.random.default_rng(3)) for shards in (ragged, even))
     )
 
 
 @pytest.mark.parametrize("silent", [1, 2, 3])
 def test_blocks_that_send_nothing_have_no_packets(silent):
     """The others lose what they would lose if they were all there are."""
-    shards, loss = Shards.split(12, 3), Loss(0.5, burst=3.0, packet=4)
+    shards, loss = Shards.split(12, 3), PacketLoss(0.5, burst=3.0, packet=4)
     found = arrived(loss, shards, 16, 3, 2, np.random.default_rng(0), silent)
     assert found.shape == (3, 2, 3, 12) and found[:silent].all()
     if silent < 3:
@@ -140,7 +142,7 @@ def test_blocks_that_send_nothing_have_no_packets(silent):
 
 def test_a_loss_of_all_leaves_what_was_never_sent():
     shards = Shards.split(12, 3, "distributed")  # 4 tokens of a shard behind its class token, which stays at home
-    pairs = by_sender(arrived(Loss(1.0, packet=4), shards, 8, 2, 3, np.random.default_rng(0)), shards)
+    pairs = by_sender(arrived(PacketLoss(1.0, packet=4), shards, 8, 2, 3, np.random.default_rng(0)), shards)
     expected = np.broadcast_to(np.eye(3, dtype=bool)[..., None], (3, 3, 5)) | (np.arange(5) == 0)
     np.testing.assert_array_equal(pairs, np.broadcast_to(expected, (2, 3, 3, 3, 5)))
 
@@ -163,16 +165,16 @@ def test_a_loss_of_all_leaves_what_was_never_sent():
 )
 def test_what_no_link_does(values, message):
     with pytest.raises(AstraError, match=message):
-        Loss(**values)
+        PacketLoss(**values)
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.9, 9.0), (0.75, 3.0), (0.5, 1.0)])
 def test_the_shortest_bursts_of_a_rate(rate, burst):
     """Between two of them a single packet arrives."""
-    found = lost(Loss(rate, burst), 200, (1,), np.random.default_rng(0))[:, 0]
+    found = lost(PacketLoss(rate, burst), 200, (1,), np.random.default_rng(0))[:, 0]
     assert (streaks(~found) == 1).all()
 
 
 def test_a_packet_too_small_for_a_token():
     with pytest.raises(AstraError, match="holds 4 bytes, but the codes of one token take 40"):
-        arrived(Loss(0.1, packet=4), Shards.split(8, 2), 320, 1, 1, np.random.default_rng(0))
+        arrived(PacketLoss(0.1, packet=4), Shards.split(8, 2), 320, 1, 1, np.random.default_rng(0))

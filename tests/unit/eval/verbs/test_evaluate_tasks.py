@@ -22,7 +22,7 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text, pad
 from astra_jax.strategies.base import Virtual
-from eval.network.packet_loss import Loss, arrived
+from eval.network.packet_loss import PacketLoss, arrived
 from eval.quality.perplexity import NextTokenLoss, perplexity
 from eval.quality.similarity import correlations
 
@@ -189,7 +189,7 @@ def test_an_original_alone_takes_any_stride(place):
 def test_perplexity_under_packet_loss(place):
     """Seed and batch decide what is lost: the same windows run here, with masks drawn for each."""
     options = "--data {place}/test.txt --separator <end> --length 24 --stride 12 --batch-size 3"
-    found = evaluate(place, f"{{place}}/lm-codes {options} --loss 0.4 --packet 4 --seeds 2")
+    found = evaluate(place, f"{{place}}/lm-codes {options} --packet-loss 0.4 --packet 4 --seeds 2")
     checkpoint = checkpoints.load(place / "lm-codes")
     model = NextTokenLoss(checkpoint.model)
     encoded = [checkpoint.tokenizer.encode(text) for text in (place / "test.txt").read_text().split("<end>")]
@@ -205,7 +205,7 @@ def test_perplexity_under_packet_loss(place):
 
         def run(text: Text, seed: int = seed, drawn: list = drawn) -> jax.Array:
             rng = np.random.default_rng([seed, len(drawn)])
-            drawn.append(arrived(Loss(0.4, packet=4), model.shards(4, text), 16, L, 3, rng))
+            drawn.append(arrived(PacketLoss(0.4, packet=4), model.shards(4, text), 16, L, 3, rng))
             return lossy(model, text, jnp.asarray(drawn[-1]))
 
         expected = perplexity(run, encoded, 24, 12, 3)
@@ -227,8 +227,12 @@ def test_texts_under_packet_loss_and_speeds(place):
     """With nothing lost they get what they get without, also where tokens are split for speeds."""
     options = "--devices 3 --speeds 1 2 4 --batch-size 5"
     (row,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options}")["rows"]
-    (same,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --loss 0 --seeds 1")["rows"]
-    (lossy,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --loss 0.5 --packet 2")["rows"]
+    (same,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --packet-loss 0 --seeds 1")[
+        "rows"
+    ]
+    (lossy,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options} --packet-loss 0.5 --packet 2")[
+        "rows"
+    ]
     for column in ("Pearson", "Spearman"):
         assert row[column] == pytest.approx(same[column], abs=1e-6) and same[f"{column} sd"] is None
         assert lossy[column] != row[column] and lossy[f"{column} sd"] > 0

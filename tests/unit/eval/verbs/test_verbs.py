@@ -125,7 +125,7 @@ def test_virtual_shards_give_the_same_on_a_single_device(done, place, monkeypatc
     def no_mesh(*_: object) -> None:
         raise AssertionError("one device has no mesh")
 
-    monkeypatch.setattr("eval.verbs.evaluate.make_mesh", no_mesh)
+    monkeypatch.setattr("eval.quality.ways.make_mesh", no_mesh)
     report = place / "virtual.json"
     arguments = [str(place / "tuned"), "--data", str(place / "pictures"), "--batch-size", "8", "--virtual"]
     assert main(["eval", *arguments, "--json", str(report)]) == 0
@@ -141,14 +141,14 @@ def evaluate(place: Path, arguments: str) -> dict:
 
 
 def test_a_loss_of_nothing_changes_nothing(done, place):
-    found = evaluate(place, "{place}/original {place}/tuned --batch-size 8 --loss 0 --seeds 2 --packet 2")
+    found = evaluate(place, "{place}/original {place}/tuned --batch-size 8 --packet-loss 0 --seeds 2 --packet 2")
     alone, row = found["rows"]
     expected = done["eval"]["rows"][2]
     assert row["accuracy %"] == expected["accuracy %"]
     assert row["accuracy % sd"] == 0 and alone["accuracy % sd"] is None
     assert alone["accuracy %"] == done["eval"]["rows"][0]["accuracy %"]
     assert all(row[column] == expected[column] for column in ("strategy", "N", "G", "bits", "bytes"))
-    assert found["loss"] == {"rate": 0, "burst": None, "packet": 2}
+    assert found["packet_loss"] == {"rate": 0, "burst": None, "packet": 2}
     assert (alone["lost"], row["lost"]) == (None, "masked") and "lost" not in expected
     assert [(one["checkpoint"], one["seed"]) for one in found["seeds"]] == [
         ("original", None),
@@ -164,14 +164,14 @@ def test_packet_loss_is_a_program_run_many_times(done, place, monkeypatch):
     def spy(real, kept):
         return lambda *args, **options: kept.append(real(*args, **options)) or kept[-1]
 
-    monkeypatch.setattr("eval.verbs.evaluate.Virtual", spy(base.Virtual, traced))
-    monkeypatch.setattr("eval.verbs.evaluate.arrived", spy(arrived, drawn))
-    arguments = "{place}/tuned --batch-size 7 --loss 0.6 --loss-model burst --burst 3 --packet 2 --seeds 3"
+    monkeypatch.setattr("eval.quality.ways.Virtual", spy(base.Virtual, traced))
+    monkeypatch.setattr("eval.quality.ways.arrived", spy(arrived, drawn))
+    arguments = "{place}/tuned --batch-size 7 --packet-loss 0.6 --burst 3 --packet 2 --seeds 3"
     found = evaluate(place, f"{arguments} --plot {place}/lossy.svg")
     assert len(traced) == 1 and traced[0].arrived.shape == (2, 7, 4, 4 * 5)
     assert len(drawn) == 3 * 3 == len({there.tobytes() for there in drawn})
     assert abs(np.mean([there.mean() for there in drawn]) - (1 - 0.6 * 12 / 20)) < 0.05  # 12 of 20 slots are on a link
-    assert found["loss"] == {"rate": 0.6, "burst": 3.0, "packet": 2}
+    assert found["packet_loss"] == {"rate": 0.6, "burst": 3.0, "packet": 2}
     assert evaluate(place, arguments)["seeds"] == found["seeds"] and len(traced) == 1
     assert [there.tobytes() for there in drawn[9:]] == [there.tobytes() for there in drawn[:9]]
 
@@ -288,29 +288,46 @@ BAD = {
         "eval {place}/tuned {data} --limit 1_0",
         "--limit is 1_0; it must be a whole",
     ),
-    "a number without end": ("eval {place}/tuned {data} --loss inf", "--loss is inf; it must be a number"),
+    "a number without end": (
+        "eval {place}/tuned {data} --packet-loss inf",
+        "--packet-loss is inf; it must be a number",
+    ),
     "a split that is not there": ("eval {place}/tuned {data} --split dev", "train"),
     "no such data": ("eval {place}/tuned --data {place}/nowhere", "nowhere"),
     "a rate without a unit": ("eval {place}/tuned {data} --rates 10", "such as 10mbit"),
     "no checkpoint given": ("eval {data}", "no checkpoint"),
-    "more loss than there is": ("eval {place}/tuned {data} --loss 1.1", "loss is 1.1; .* try 0.05"),
-    "less loss than none": ("eval {place}/tuned {data} --loss -0.1", "loss is -0.1; .* try 0.05"),
-    "a packet for half a token": ("eval {place}/tuned {data} --loss 0.1 --packet 1", "1 bytes, .* one token take 2"),
-    "no seeds": ("eval {place}/tuned {data} --loss 0.1 --seeds 0", "--seeds is 0"),
-    "bursts too short": ("eval {place}/tuned {data} --loss 0.9 --loss-model burst --burst 2", "9 packets or more"),
-    "bursts one by one": ("eval {place}/tuned {data} --loss 0.1 --burst 2", "--loss-model burst"),
-    "a model of no loss": ("eval {place}/tuned {data} --loss-model burst", "--loss-model .* give --loss"),
-    "packets of no loss": ("eval {place}/tuned {data} --packet 99", "--packet .* give --loss"),
-    "what becomes of no loss": ("eval {place}/tuned {data} --lost masked", "--lost .* give --loss"),
-    "nothing is predicted": ("eval {place}/tuned {data} --loss 0.1 --lost predicted", "no predictor.*--lost masked"),
-    "seeds of no loss": ("eval {place}/tuned {data} --seeds 2", "--seeds .* give --loss"),
-    "loss within one device": ("eval {place}/tuned {data} --loss 0.1 --devices 1", "--loss is for several devices"),
+    "more loss than there is": ("eval {place}/tuned {data} --packet-loss 1.1", "packet loss is 1.1; .* try 0.05"),
+    "less loss than none": ("eval {place}/tuned {data} --packet-loss -0.1", "packet loss is -0.1; .* try 0.05"),
+    "a packet for half a token": (
+        "eval {place}/tuned {data} --packet-loss 0.1 --packet 1",
+        "1 bytes, .* one token take 2",
+    ),
+    "no seeds": ("eval {place}/tuned {data} --packet-loss 0.1 --seeds 0", "--seeds is 0"),
+    "bursts too short": ("eval {place}/tuned {data} --packet-loss 0.9 --burst 2", "9 packets or more"),
+    "bursts of no loss": ("eval {place}/tuned {data} --burst 2", "--burst .* give --packet-loss"),
+    "packets of no loss": ("eval {place}/tuned {data} --packet 99", "--packet .* give --packet-loss"),
+    "what becomes of no loss": ("eval {place}/tuned {data} --lost masked", "--lost .* give --packet-loss"),
+    "nothing is predicted": (
+        "eval {place}/tuned {data} --packet-loss 0.1 --lost predicted",
+        "no predictor.*--lost masked",
+    ),
+    "seeds of no loss": ("eval {place}/tuned {data} --seeds 2", "--seeds .* give --packet-loss"),
+    "loss within one device": (
+        "eval {place}/tuned {data} --packet-loss 0.1 --devices 1",
+        "--packet-loss is for several devices",
+    ),
     "virtual shards on hosts": (
         "eval {place}/tuned {data} --virtual --coordinator 127.0.0.1:7777 --hosts 2 --host 0",
         "--virtual is simulated on one device: run it on one host, without --coordinator",
     ),
-    "loss of no exchange": ("eval {place}/tuned {data} --loss 0.1 --strategy single", "--loss is for several devices"),
-    "loss of no codes": ("eval {place}/tuned {data} --loss 0.1 --strategy sp", "--loss .* strategy sp does not"),
+    "loss of no exchange": (
+        "eval {place}/tuned {data} --packet-loss 0.1 --strategy single",
+        "--packet-loss is for several devices",
+    ),
+    "loss of no codes": (
+        "eval {place}/tuned {data} --packet-loss 0.1 --strategy sp",
+        "--packet-loss .* strategy sp does not",
+    ),
     "virtual heads": ("eval {place}/tuned {data} --virtual --strategy tp", "--virtual .* strategy tp does not"),
     "heads that do not divide": ("eval {place}/tuned {data} --strategy tp", "heads.*4 devices"),
     "too few speeds": ("eval {place}/tuned {data} --speeds 1 2", "2 speeds .* 4 devices"),

@@ -56,7 +56,7 @@ def test_token_ids_alone(gpt2s):
     place = gpt2s(ids=AstraConfig(**NESTED, predictor="mlp", hidden_units=5, side_info="token-ids"))
     (row,) = evaluate(place, str(place / "ids"), *FIRST)
     assert [row[key] for key in ("G", "bits", "ratio", "bytes")] == [4, 0, None, 20]
-    (lossy,) = evaluate(place, str(place / "ids"), *FIRST, "--loss", "0.9", "--seeds", "1")
+    (lossy,) = evaluate(place, str(place / "ids"), *FIRST, "--packet-loss", "0.9", "--seeds", "1")
     assert lossy["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
     assert compression(AstraConfig(2, predictor="mlp", side_info="token-ids", coded_blocks=1), 16, 4) == {
         "bits per token and block": 0,

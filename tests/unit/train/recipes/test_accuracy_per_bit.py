@@ -244,7 +244,7 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         virtual=True,
         length=LENGTH,
         rates=(),
-        loss=1.0,
+        packet_loss=1.0,
         seeds=1,
         lost="predicted",
     )
