@@ -7,12 +7,13 @@ field that nobody here knows.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
 from astra_jax.models.rotary import ROPE_TYPES, Rotary
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
+from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
 from checkpoints.store import Checkpoint
 from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class
@@ -37,11 +38,6 @@ ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_
 ORIGINAL = "original_max_position_embeddings"
 # `finetuned` only says how a model was made.
 ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "partial_rotary_factor", "finetuned")
-
-# What the outputs of a classifier are: one class of all, labels each of which is there or not, or plain numbers.
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
-# Where sentence-transformers says what becomes of a cross-encoder's outputs.
-ACTIVATIONS: dict[str, Problem] = {"Identity": "regression", "Sigmoid": "multi_label_classification"}
 
 
 def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
@@ -146,27 +142,6 @@ def _check_fields(family: str, hf_config: Mapping[str, Any], where: Path) -> Non
     refuse_unknown(hf_config, known, where, "remove it if the model does not depend on it")
 
 
-def problem_of(hf_config: Mapping[str, Any], num_labels: int, where: Path | str = CONFIG) -> Problem:
-    """What the outputs of a classifier are, as in transformers' pipelines: by `problem_type`, or by their number.
-
-    One output without a `problem_type` is a label that is there or not, unless sentence-transformers says otherwise.
-
-    Raises:
-      AstraError: `problem_type`, or what sentence-transformers makes of outputs, is not known or does not fit.
-    """
-    found = hf_config.get("problem_type")
-    if found is None:
-        found = _activation(hf_config, where) or (
-            "single_label_classification" if num_labels > 1 else "multi_label_classification"
-        )
-    if found not in get_args(Problem) or (found == "single_label_classification" and num_labels < 2):
-        raise AstraError(
-            f"{where}: problem_type is {shorten(found)} of {num_labels} label(s); it must be one of "
-            f"{', '.join(get_args(Problem))}, of which the first needs two or more"
-        )
-    return found
-
-
 def need_one_class(checkpoint: Checkpoint, name: Path, verb: str) -> None:
     """Raises AstraError of a classifier whose outputs are not one class of all, so that a class says too little.
 
@@ -174,28 +149,12 @@ def need_one_class(checkpoint: Checkpoint, name: Path, verb: str) -> None:
       verb: what the classes of data would do: `finetuned for`.
     """
     if classifies(checkpoint.config):
-        problem = problem_of(checkpoint.hf_config, checkpoint.config.num_labels)
+        problem = checkpoint.problem(checkpoint.config.num_labels)
         if problem != "single_label_classification":
             raise AstraError(
                 f"{name}: is a model for {problem} ({checkpoint.config.num_labels} output(s)), which cannot be {verb} "
                 "one class per row: `astra run` shows what it makes of an input"
             )
-
-
-def _activation(hf_config: Mapping[str, Any], where: Path | str) -> Problem | None:
-    """What sentence-transformers says of a cross-encoder's outputs; None where it says nothing."""
-    settings = hf_config.get("sentence_transformers") or {}
-    if not isinstance(settings, dict):
-        raise AstraError(f"{where}: sentence_transformers is {shorten(settings)}; it must be an object")
-    known = ("activation_fn", "version")
-    refuse_unknown(settings, known, Path(where), "remove it from sentence_transformers if it does not matter")
-    name = settings.get("activation_fn") or hf_config.get("sbert_ce_default_activation_function")
-    kind = str(name).rpartition(".")[2]
-    if name is not None and kind not in ACTIVATIONS:
-        raise AstraError(
-            f"{where}: sentence-transformers' activation is {shorten(name)}; known are {', '.join(ACTIVATIONS)}"
-        )
-    return None if name is None else ACTIVATIONS[kind]
 
 
 def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:

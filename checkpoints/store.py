@@ -36,6 +36,7 @@ from astra_jax.inputs.images import ImageProcessor
 from astra_jax.inputs.tokenizer import FILES, Tokenizer
 from checkpoints.files import is_empty, is_foreign, quiet, read_json
 from checkpoints.lock import alone, waiting
+from checkpoints.problems import Problem, problem_of
 from checkpoints.sentences import copy_companions
 from checkpoints.streaming import Part, assemble, cut, digest, outline
 from checkpoints.tensor_maps import FAMILIES, build, classifies, config_class, flat_state, with_state
@@ -118,6 +119,10 @@ class Checkpoint:
             prompt=getattr(config, "prompt", ""),
             drop_end=self.hf_config.get("pad_token_id") if pads else None,
         )
+
+    def problem(self, outputs: int) -> Problem:
+        """What so many outputs of a classifier are. Raises AstraError if what config.json says of it does not fit."""
+        return problem_of(self.hf_config, outputs)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

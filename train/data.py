@@ -17,7 +17,6 @@ from astra_jax.inputs.token_batches import Text, longest, pad
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.report import progress
 from checkpoints import Checkpoint
-from checkpoints.configs import problem_of
 from eval.datasets.account import Tell
 from eval.datasets.labelled import DataArgs, ImageData
 from eval.datasets.labels import model_classes
@@ -208,7 +207,7 @@ def sequences(
         tell(documents.account.noted(how))
         return text, None
     labels = None
-    problem = problem_of(checkpoint.hf_config, config.num_labels)
+    problem = checkpoint.problem(config.num_labels)
     if config.task == "embedding" or problem != "single_label_classification":
         read = data.open_documents(pairs=config.task == "embedding")
         texts, account = list(read), read.account

@@ -10,6 +10,7 @@ worker` has loaded the checkpoint already, on this host as host 0 and on the oth
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,11 @@ import tyro
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import inputs, options
 from astra_jax.report import Report
-from eval.verbs.answer import Answerer, Request, Setup, Wishes
-from eval.verbs.worker import ask
+from eval.service.client import ask
+from eval.service.messages import Message
+from eval.service.requests import Request, Wishes
+from eval.service.screen import Screen
+from eval.service.service import Service, Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +65,23 @@ def main(args: Args) -> None:
 
     if args.setup.several.host is None:
         request()  # before a model is loaded; of several hosts, when they meet: who cannot read says so to all
+    with Screen(report, args.prompt) as screen:
+        for message in answer(args, request):
+            screen.print(message)
+    report.close()
+
+
+def answer(args: Args, request: Callable[[], Request]) -> Iterator[Message]:
+    """The answer, of workers or of a checkpoint that is loaded here.
+
+    Raises:
+      AstraError: see `eval.service.client.ask`, and `eval.service.service.Service`.
+    """
     if args.workers:
         if args.setup != Setup(args.setup.checkpoint):
             raise AstraError("--workers: how the checkpoint is loaded and split was said to the workers: leave it out")
-        ask(args.workers, args.setup.checkpoint, request(), report)
-    else:
-        answerer = Answerer(args.setup, report, lambda: brought(request()))
-        answerer.answer(lambda: (request(), answerer.inputs(request())), report)
-    report.close()
+        yield from ask(args.workers, args.setup.checkpoint, request())
+        return
+    service = Service(args.setup, lambda: brought(request()))
+    yield from service.notes
+    yield from service.answer(lambda: (request(), service.encode(request())))

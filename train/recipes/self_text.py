@@ -22,7 +22,10 @@ from astra_jax.files import check_output, write_output
 from astra_jax.inputs.token_batches import pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.report import progress, say
-from astra_jax.serving.generate import Continuation, Generator, Sampling
+from astra_jax.serving.batch import tokens
+from astra_jax.serving.continuation import Continuation
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 
 SEPARATOR = "\n<|endoftext|>\n"
 
@@ -58,11 +61,11 @@ def main(args: Args) -> None:
     with progress("texts", args.texts) as advance:
         for batch in range(-(-args.texts // args.batch_size)):
             rows = [Continuation(tokenizer.stream(begin), checkpoint.eos_ids) for _ in range(args.batch_size)]
-            sampling = Sampling(temperature=1.0, seed=args.seed + batch)
-            for step in generator.tokens(prompts, limit + 1 - len(begin), sampling):
+            sampling = Sampling(temperature=1.0, seed=args.seed + batch * args.batch_size)
+            for step in tokens(generator, prompts, limit + 1 - len(begin), sampling):
                 for row, token in zip(rows, np.asarray(step).tolist(), strict=True):
                     row.add(token)
-                if all(row.done for row in rows):
+                if all(row.end for row in rows):
                     break
             texts += [row.text.strip() for row in rows]
             advance(args.batch_size)

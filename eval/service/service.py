@@ -1,0 +1,261 @@
+"""A checkpoint that is loaded once, on one mesh, and answers requests: classes, similarities, or how a text goes on.
+
+Used by `astra run` for one request and by `astra worker` for any number: programs stay compiled, weights in place.
+"""
+
+import dataclasses
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+
+import checkpoints
+from astra_jax.codecs.config import Similarity
+from astra_jax.errors import AstraError
+from astra_jax.hosts import runtime
+from astra_jax.hosts.agreement import Same, options
+from astra_jax.hosts.heartbeat import Policy
+from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.preflight import pair_rows
+from astra_jax.inputs.images import decode_image
+from astra_jax.inputs.token_batches import Text
+from astra_jax.mesh.sharding import SEQ
+from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
+from astra_jax.serving.compile import STRATEGIES, shardings
+from astra_jax.serving.engine import Classes, Engine
+from astra_jax.serving.generate import ends_of
+from eval.quality.similarity import similarities
+from eval.service.host_times import TimeTable, sent_bytes
+from eval.service.messages import (
+    BeganAnew,
+    Message,
+    Pairs,
+    PassTime,
+    Piece,
+    Quantized,
+    ShortText,
+    Table,
+    TextBegins,
+    TextTime,
+)
+from eval.service.passes import Passes
+from eval.service.requests import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is loaded, and where it runs: what stays the same for all requests."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A checkpoint; with codebooks for more than one device."""
+    devices: str | None = None
+    """The mesh: N devices over the tokens, or DxN for D batches at once; by default 1, or one on each host."""
+    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    on_failure: Policy = "fail"
+    """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
+    groups: int | None = None
+    """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
+    coded_blocks: int | None = None
+    """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
+    predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
+    strategy: Literal["astra", "sp", "tp"] = "astra"
+    """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in, and kept in memory."""
+    weights: Weights | None = None
+    """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
+    fast_path: Literal["on", "off"] = "on"
+    """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
+
+    def __post_init__(self) -> None:
+        about_codes = {"--groups": self.groups, "--coded-blocks": self.coded_blocks}
+        given = [option for option, value in about_codes.items() if value is not None]
+        if given and self.strategy != "astra":
+            raise AstraError(f"{given[0]} is about codes, which strategy {self.strategy} does not send: leave it out")
+
+
+def class_rows(found: Sequence[Classes], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The classes of every input, as rows of a table."""
+    return [
+        {"input": name, "class": score.label, classes.called: score.value}
+        for name, classes in zip(names, found, strict=True)
+        for score in classes.best
+    ]
+
+
+def similarity_rows(embeddings: Any, names: Sequence[str], by: Similarity = "cosine") -> list[dict[str, Any]]:
+    """How similar the embeddings of every pair of sentences are, compared as the model is made for."""
+    rows = np.asarray(embeddings)
+    pairs = itertools.combinations(range(len(names)), 2)
+    return [
+        {"sentence": names[a], "and": names[b], by: float(similarities(rows[a : a + 1], rows[b : b + 1], by)[0])}
+        for a, b in pairs
+    ]
+
+
+class Service:
+    """A checkpoint on a mesh, and its requests.
+
+    Args:
+      setup: which checkpoint, and where.
+      same: finds out what else has to be the same on all hosts.
+
+    Attributes:
+      here: this process as one of several hosts; None where it is not.
+      notes: what there is to say about loading.
+
+    Raises:
+      AstraError: see `astra_jax.hosts.runtime.open_mesh`, `checkpoints.load` and `Engine`.
+    """
+
+    def __init__(self, setup: Setup, same: Same = dict):
+        self.name, self.codes = str(setup.checkpoint), setup.strategy == "astra"
+        mesh = runtime.open_mesh(
+            setup.devices,
+            setup.several,
+            checkpoints=[setup.checkpoint],
+            policy=setup.on_failure,
+            same=lambda: options(setup) | dict(same()),
+        )
+        if getattr(checkpoints.read_meta(setup.checkpoint).config, "task", None) == "causal-lm":
+            ends_of(mesh)  # before anything is loaded
+            if not self.codes:
+                raise AstraError(f"--strategy {setup.strategy}: texts go on from codes only: leave the option out")
+        make, dtype = STRATEGIES[setup.strategy].of, jnp.dtype(setup.dtype)
+        self.here, self.notes = runtime.membership(), list[Message]()
+        if self.here:
+            self.notes.append(Pairs(pair_rows(self.here.findings.pairs)))
+        self.checkpoint = checkpoints.load(
+            setup.checkpoint,
+            dtype=dtype,
+            param_dtype=dtype,
+            # Straight to where they are needed: no device ever holds more than its own.
+            shardings=partial(shardings, mesh=mesh, make=make),
+            groups=setup.groups,
+            coded_blocks=setup.coded_blocks,
+        )
+        if setup.weights:
+            before, model = weight_bytes(self.checkpoint.model), quantize_weights(self.checkpoint.model, setup.weights)
+            self.checkpoint = dataclasses.replace(self.checkpoint, model=model)
+            self.notes.append(Quantized(weight_bytes(model), before))
+        self.passes = Passes()
+        self.engine = Engine(self.checkpoint, mesh, make=make, fast_path=setup.fast_path == "on", passing=self.passes)
+        self.times = TimeTable(self.engine)
+
+    @property
+    def N(self) -> int:
+        """Devices over the tokens."""
+        return int(self.engine.mesh.shape[SEQ])
+
+    def shrink(self, request: Request) -> Request:
+        """The same request in fewer bytes, where pictures are larger than what the model reads of them.
+
+        Raises:
+          AstraError: a picture cannot be read, or the checkpoint's folder holds another one than was loaded.
+        """
+        if checkpoints.read_meta(self.name).digest != self.checkpoint.digest:
+            raise AstraError(f"{self.name} is another checkpoint now than was loaded: start the workers again")
+        if self.checkpoint.config.input_kind != "images":  # `encode` says so
+            return request
+        return dataclasses.replace(request, files=tuple(map(self._shrink, request.files, request.names)))
+
+    def _shrink(self, file: bytes, name: str) -> bytes:
+        processor, image = self.checkpoint.processor, decode_image(file, name)
+        if processor is None or processor.crop_size:  # what is cut out would be resized again
+            return file
+        smaller = io.BytesIO()
+        Image.fromarray(processor.resize([image])[0].squeeze()).save(smaller, "PNG")
+        return min(file, smaller.getvalue(), key=len)
+
+    def encode(self, request: Request) -> Any:
+        """What the model reads. Raises AstraError for what it does not take."""
+        images, task = self.engine.input_kind == "images", self.engine.task
+        given, other = (request.names, request.prompts) if images else (request.prompts, request.names)
+        if not given or other:
+            takes, gave, not_ = ("pictures", "image", "prompt") if images else ("text", "prompt", "image")
+            raise AstraError(f"{self.name}: takes {takes}: give --{gave}, not --{not_}")
+        if images:
+            return self.engine.encode(map(decode_image, request.files, request.names))
+        if task == "embedding" and len(request.prompts) < 2:
+            raise AstraError(f"{self.name}: is a sentence encoder: give two or more texts with --prompt")
+        text = self.engine.encode(request.prompts)
+        if task == "causal-lm":
+            self._new_tokens(text, request)
+        return text
+
+    def _new_tokens(self, text: Any, request: Request) -> int:
+        """The most tokens of a prompt. Raises AstraError where the model does not take so many."""
+        lengths = np.asarray(text.lengths).tolist()
+        return max(map(self.engine.new_tokens, lengths, request.wishes.of_texts(len(lengths))))
+
+    def answer(self, read: Callable[[], tuple[Request, Any]]) -> Iterator[Message]:
+        """Answers a request; on several hosts all of them have to, to the end, and only host 0 says something.
+
+        Args:
+          read: gives the request and what `encode` makes of it.
+
+        Raises:
+          AstraError: on all hosts, where one of them cannot read or compute it. They can answer another request.
+          Torn: see `astra_jax.hosts.runtime.agreed`.
+        """
+        (request, inputs), _ = runtime.agreed(read, exchanges=False)
+        yield from (self._texts if self.engine.task == "causal-lm" else self._table)(request, inputs)
+
+    def _preface(self, inputs: Any) -> Iterator[Message]:
+        if again := runtime.again():
+            yield BeganAnew(**dataclasses.asdict(again))
+        if isinstance(inputs, Text) and (shortest := int(np.min(inputs.lengths))) < self.N:
+            yield ShortText(shortest, self.N)
+
+    def _table(self, request: Request, inputs: Any) -> Iterator[Message]:
+        names, engine, config = request.names or request.prompts, self.engine, self.checkpoint.config
+        if engine.task == "embedding":
+            kind, rows = "similarities", similarity_rows(engine.embed(inputs), names, config.similarity)
+        else:
+            kind, rows = "classes", class_rows(engine.classify(inputs, request.wishes.top), names)
+        if jax.process_index():
+            return
+        yield from self._preface(inputs)
+        yield Table(kind, self.name, engine.mesh.size, rows)
+        sent = sent_bytes(engine, inputs)
+        yield PassTime(self.passes.seconds, self.passes.compile_seconds, len(names), sent, self.codes)
+        yield from self._host_times(inputs, len(names))
+
+    def _texts(self, request: Request, text: Text) -> Iterator[Message]:
+        B = len(request.prompts)
+        generation = self.engine.generate(text, request.wishes.of_texts(B))
+        if not self.engine.here:
+            return
+        yield from self._preface(text)
+        yield TextBegins(self._new_tokens(text, request))
+        start, last, counts = time.perf_counter(), 0.0, [0] * B
+        for event in generation:
+            if counts[event.row] == max(counts):  # the first of a step
+                last = time.perf_counter() - start
+            counts[event.row] += 1
+            yield Piece(*event)
+        steps, kept = max(counts), generation.memory
+        yield TextTime(
+            prompt_tokens=list(generation.lengths),
+            first_token_seconds=self.passes.seconds,
+            compile_seconds=self.passes.compile_seconds,
+            tokens_per_second=(steps - 1) / last if steps > 1 else 0.0,
+            sent=sent_bytes(self.engine, text),
+            cache_code_bytes=kept.codes,
+            cache_full_bytes=kept.key_value,
+            devices=self.N,
+        )
+        yield from self._host_times(text, B)
+
+    def _host_times(self, inputs: Any, B: int) -> Iterator[Message]:
+        if self.here and not jax.process_index():
+            yield self.times.of(self.passes.hosts, inputs, B)
