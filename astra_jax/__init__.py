@@ -8,12 +8,17 @@ from astra_jax.errors import AstraError
 if TYPE_CHECKING:
     from astra_jax.mesh.sharding import make_mesh
     from astra_jax.serving.compile import parallelize
+    from astra_jax.serving.engine import Engine
 
 __version__ = "0.1.0"
 
-__all__ = ["AstraConfig", "AstraError", "__version__", "make_mesh", "parallelize"]
+__all__ = ["AstraConfig", "AstraError", "Engine", "__version__", "make_mesh", "parallelize"]
 
-_LAZY = {"make_mesh": "astra_jax.mesh.sharding", "parallelize": "astra_jax.serving.compile"}
+_LAZY = {
+    "Engine": "astra_jax.serving.engine",
+    "make_mesh": "astra_jax.mesh.sharding",
+    "parallelize": "astra_jax.serving.compile",
+}
 
 
 def __getattr__(name: str) -> Any:

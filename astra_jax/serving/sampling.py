@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from astra_jax.errors import AstraError
 
@@ -102,7 +102,7 @@ def restrict(logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[A
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def draw(logits: Float[Array, "B V"], draws: Draws, work: Shaped[Any, ""]) -> Int[Array, "B"]:
+def draw(logits: Float[Array, "B V"], draws: Draws, work: Any) -> Int[Array, "B"]:
     """Draws the next token of every row.
 
     Args:

@@ -21,8 +21,7 @@ from eval.network.model import parse_rate, parse_seconds
 from eval.network.packet_loss import parse_packet_loss
 from eval.network.traces import read_trace, transfer_end
 from eval.quality.reached import read_quality
-from eval.verbs import worker
-from eval.verbs.answer import Request, Wishes
+from eval.service.requests import Request, Wishes, packed, unpacked
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, lines, trees, written
 
@@ -127,14 +126,14 @@ REQUESTS = (PICTURES, Request(prompts=("Once upon a time", "é"), wishes=Wishes(
 
 
 def heads(request):
-    head, _, files = worker.packed(request).partition(b"\n")
+    head, _, files = packed(request).partition(b"\n")
     return trees(json.loads(head)).map(lambda tree: written(tree) + b"\n" + files)
 
 
 @fuzz
-@given(st.one_of(*map(heads, REQUESTS), *(byte_strings(worker.packed(request)) for request in REQUESTS)))
+@given(st.one_of(*map(heads, REQUESTS), *(byte_strings(packed(request)) for request in REQUESTS)))
 def test_requests(content):
-    request = attempt("a request to a worker", worker.unpacked, content)
+    request = attempt("a request to a worker", unpacked, content)
     if request is REFUSED:
         return
     assert len(request.names) == len(request.files)
@@ -149,7 +148,7 @@ def test_requests(content):
     assert type(sampling.top_k) is int and sampling.top_k >= 0
     assert all(0 <= number < 2**31 for number in sampling.numbers), "beyond what is computed with"
     assert type(sampling.seed) is int and 0 <= sampling.seed < 2**32
-    assert worker.unpacked(worker.packed(request)) == request
+    assert unpacked(packed(request)) == request
 
 
 # Tables and labels

@@ -8,7 +8,8 @@ from flax import nnx
 
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import parallelize
-from astra_jax.serving.generate import Sampling
+from astra_jax.serving import batch
+from astra_jax.serving.sampling import Draws, Sampling
 from astra_jax.strategies.base import Single, Virtual
 
 KV = dict(site="kv")
@@ -77,13 +78,17 @@ def recompute(model, text, new, N):
 
 def decode(generator, text, new):
     """Logits [B,STEPS,V] of the cache's way, given the tokens."""
-    logits, cache = generator.prefill(text, STEPS)
+    logits, cache = generator.prefill(text)
+    B, (M, R) = len(text.lengths), cache.room
+    slots = np.arange(B, dtype=np.int32) % (B // generator.ends.size)
+    greedy = Draws.of([Sampling()] * B)
+    rows = generator.enter(None, (logits, cache), greedy, slots, work=0, count=B, room=(M + STEPS, R))
     found = [logits]
     for ids in new.T[:-1]:
-        cache, logits, _ = generator.decode(cache, jnp.asarray(ids), jax.random.key(0), Sampling())
+        rows, logits = generator.decode(rows._replace(ids=jnp.asarray(ids)), 0)
         found.append(logits)
     return np.stack(found, axis=1)
 
 
 def tokens(generator, text, sampling):
-    return np.stack(list(generator.tokens(text, STEPS, sampling)), axis=1)
+    return np.stack(list(batch.tokens(generator, text, STEPS, sampling)), axis=1)

@@ -11,7 +11,8 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.serving.compile import parallelize
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.base import Astra, Noise, Virtual
 from eval.cost.traffic import messages
 from tests.helpers.sharded import CLASS, KV, check, decode, real, recompute, run_virtual, three_blocks, tokens

@@ -11,7 +11,8 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.gpt2 import GPT2
 from astra_jax.serving.compile import parallelize
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from eval.cost.hlo import collectives_in
 from tests.helpers.sharded import check, decode, tokens
 

@@ -8,7 +8,9 @@ import pytest
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import make_mesh
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.batch import Batch
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from tests.helpers.sharded import STEPS, decode, recompute, tokens
 
 EVERY = [*itertools.product(("tiny_gpt2", "tiny_llama"), ((1, 1), (2, 1), (4, 1), (2, 2)), ("hidden", "kv"))]
@@ -47,12 +49,12 @@ def test_a_batch_that_the_data_axis_does_not_divide(tiny_llama, random_text):
 
 def test_the_cache_keeps_remote_tokens_as_codes(tiny_llama, random_text):
     model, text = tiny_llama(AstraConfig(groups=4, codewords=16)), random_text(23, 1)
-    generator = Generator(model, make_mesh(4))
-    next(generator.tokens(text, 2, Sampling()))
+    spread = Batch(Generator(model, make_mesh(4)), 2)
+    spread.enter(text, [2, 2], [Sampling()] * 2)
     L, B, R, G, J, E = 2, 2, 3 * 6, 4, 2, 4  # 24 slots on 4 devices are 6 each, of which 3 devices are remote
-    assert generator.cache_memory.kept == L * B * R * G * 2
-    assert generator.cache_memory.full == 2 * L * B * R * J * E * 4
+    assert spread.memory.codes == L * B * R * G * 2
+    assert spread.memory.key_value == 2 * L * B * R * J * E * 4
 
-    alone = Generator(model, make_mesh(1))
-    next(alone.tokens(text, 2, Sampling()))
-    assert tuple(alone.cache_memory) == (0, 0)
+    alone = Batch(Generator(model, make_mesh(1)), 2)
+    alone.enter(text, [2, 2], [Sampling()] * 2)
+    assert alone.memory == (0, 0)

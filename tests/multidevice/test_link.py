@@ -1,6 +1,5 @@
 """What crosses the link, read from the optimized program: packed codes once per block, and the pooled class state."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,7 +7,8 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.quantizer import VectorQuantizer
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import parallelize
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Draws, Sampling
 from eval.cost.hlo import collectives_in
 
 
@@ -95,11 +95,14 @@ def test_generation_sends_codes_in_prefill_and_nothing_after_it(tiny_llama, rand
     (gather,) = collectives_in(prefill.as_text())
     check_codes(gather, model, text, 4, data)
 
-    logits, cache = generator.prefill(text, new_tokens=4)
-    numbers = Sampling(temperature=1.0, top_k=5, top_p=0.9).numbers
-    ids = generator._sample(logits, jax.random.key(0), numbers)
-    decode = generator._decode.lower(generator.end_state, cache, ids, jax.random.key(0), numbers).compile()
-    assert collectives_in(decode.as_text()) == []
+    fresh = generator.prefill(text)
+    sampling = Draws.of([Sampling(temperature=1.0, top_k=5, top_p=0.9)] * 4)
+    slots = np.arange(4, dtype=np.int32) % (4 // data)
+    M, R = fresh[1].room
+    rows = generator.enter(None, fresh, sampling, slots, work=2, count=4, room=(M + 4, R))
+    enter = generator._enter.lower(rows, fresh, sampling, slots, 2, count=4, room=(M + 4, R)).compile()
+    decode = generator._decode.lower(generator.end_state, rows, 2).compile()
+    assert collectives_in(enter.as_text()) == collectives_in(decode.as_text()) == []
 
 
 @pytest.mark.parametrize(("N", "data"), [(1, 1), (1, 4)])

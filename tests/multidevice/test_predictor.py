@@ -13,7 +13,8 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.mesh.sharding import SEQ, make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.models.weight_quantization import quantize_weights
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.base import Astra, Virtual
 from eval.cost.traffic import messages
 from tests.helpers.sharded import CLASS, KV, check, decode, recompute, three_blocks, tokens

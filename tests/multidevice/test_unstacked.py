@@ -10,7 +10,8 @@ from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import Unstacked, unstacked
 from astra_jax.models.weight_quantization import quantize_weights
 from astra_jax.serving.compile import STRATEGIES, parallelize, place
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.rivals import BlockParallel
 from eval.cost.traffic import sent_bits
 from eval.quality.perplexity import NextTokenLoss

@@ -12,8 +12,10 @@ import checkpoints
 from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.runtime import open_mesh
 from astra_jax.inputs.token_batches import Text
+from astra_jax.serving.batch import tokens
 from astra_jax.serving.compile import parallelize, shardings
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 
 
 def inputs_for(checkpoint: checkpoints.Checkpoint) -> np.ndarray | Text:
@@ -33,7 +35,7 @@ def answer(path: Path, mesh) -> dict[str, np.ndarray]:
     found = {"logits": np.asarray(parallelize(checkpoint.model, mesh)(inputs))}
     if checkpoint.model.per_token:
         generator = Generator(checkpoint.model, mesh)
-        found["tokens"] = np.array(list(generator.tokens(inputs, 8, Sampling())))
+        found["tokens"] = np.array(list(tokens(generator, inputs, 8, Sampling())))
     return found
 
 

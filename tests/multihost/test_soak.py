@@ -9,9 +9,11 @@ from PIL import Image
 
 from astra_jax.errors import AstraError
 from astra_jax.report import Report
-from astra_jax.serving.generate import Sampling
-from eval.verbs import worker
-from eval.verbs.answer import Answerer, Request, Setup, Wishes
+from astra_jax.serving.sampling import Sampling
+from eval.service import client
+from eval.service.requests import Request, Wishes
+from eval.service.screen import Screen
+from eval.service.service import Service, Setup
 from tests.helpers.hosts import workers
 
 HOSTS, REQUESTS = 2, 100  # of each of two models
@@ -68,11 +70,13 @@ def picture_requests(rng):
         yield wrong[rng.integers(len(wrong))] if rng.random() < 0.2 else Request(names, files, wishes=wishes)
 
 
-def answered(answer):
+def answered(messages, request):
     """What a report has, or the error."""
     report = Report("run")
+    screen = Screen(report, request.prompts)
     try:
-        answer(report)
+        for message in messages:
+            screen.print(message)
     except AstraError as error:
         return {"error": str(error)}
     return report.data
@@ -81,7 +85,7 @@ def answered(answer):
 def send_nonsense(coordinator, checkpoint, rng):
     """What `astra run` does not send; and who sends it reads no answer."""
     nonsense = [b"[" * 100_000, b'{"files": [5]}', bytes(rng.integers(0, 256, 999, np.uint8)), b"{}\n"]
-    line = worker._call(worker.socket_path(coordinator), coordinator, 0.0)
+    line = client.call(client.socket_path(coordinator), coordinator, 0.0)
     line.send(5.0, nonsense[rng.integers(len(nonsense))], checkpoint=str(checkpoint.resolve()))
     line.close()
 
@@ -98,13 +102,13 @@ def memory(process):
 def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, made):
     """With no program kept from before: a host that compiles while others do not keeps step with them."""
     checkpoint, rng = place / name, np.random.default_rng(0)
-    requests, engine = made(rng), Answerer(Setup(checkpoint, devices=str(HOSTS)), Report("run"))
+    requests, engine = made(rng), Service(Setup(checkpoint, devices=str(HOSTS)))
     errors, grown = 0, []
     with workers(checkpoint, hosts=HOSTS, JAX_COMPILATION_CACHE_DIR=str(place / "none")) as (coordinator, processes):
         for number in range(REQUESTS):
             request = next(requests)
-            found = answered(lambda report, r=request: worker.ask(coordinator, checkpoint, r, report))
-            expected = answered(lambda report, r=request: engine.answer(lambda: (r, engine.inputs(r)), report))
+            found = answered(client.ask(coordinator, checkpoint, request), request)
+            expected = answered(engine.answer(lambda r=request: (r, engine.encode(r))), request)
             assert found.get("error") == expected.get("error"), request
             assert found.get("texts") == expected.get("texts"), request
             assert ("hosts" in found) == ("error" not in found)

@@ -114,10 +114,10 @@ def test_a_host_that_leaves_others_in_a_collective_says_so(place):
     path = failing(
         place,
         [
-            "from astra_jax.serving.generate import Generator",
-            "def tokens(*arguments):",
+            "from astra_jax.serving.batch import Batch",
+            "def enter(*arguments):",
             "    raise RuntimeError('a bug')",
-            "Generator.tokens = tokens",
+            "Batch.enter = enter",
         ],
     )
     with workers(place / "llama", hosts=2, PYTHONPATH=path) as (coordinator, processes):

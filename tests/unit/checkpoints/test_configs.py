@@ -14,10 +14,12 @@ from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from astra_jax.inputs.images import ImageProcessor
 from astra_jax.models.gpt2 import GPT2Config
+from astra_jax.serving.engine import classes
 from checkpoints import Checkpoint, configs, fields
-from checkpoints.configs import config_from_hf, problem_of
+from checkpoints.configs import config_from_hf
+from checkpoints.problems import problem_of
 from checkpoints.tensor_maps import FAMILIES, build
-from eval.verbs.answer import class_rows
+from eval.service.service import class_rows
 
 # config.json files as they are published, but for long lists of labels.
 BERT = {
@@ -223,14 +225,14 @@ def test_outputs_that_are_not_understood(content: dict[str, Any], labels: int, e
 def test_classes_are_shown_as_their_model_means_them(problem: str, called: str, expected: Any) -> None:
     logits = np.asarray([[4.1, -3.0, 0.5]], np.float32)
     checkpoint = Checkpoint("vit", None, None, ("a", "b", "c"), None, {"problem_type": problem}, "float32", (), None)
-    rows = class_rows(checkpoint, logits, ("picture",), 2)
+    rows = class_rows(classes(checkpoint, logits, 2), ("picture",))
     assert [row["class"] for row in rows] == ["a", "c"]
     np.testing.assert_allclose([row[called] for row in rows], expected(logits[0])[[0, 2]], rtol=1e-6)
 
 
 def test_the_only_label_is_not_certain_because_it_is_the_only_one() -> None:
     checkpoint = Checkpoint("vit", None, None, ("spam",), None, {}, "float32", (), None)
-    (row,) = class_rows(checkpoint, np.asarray([[-2.0]], np.float32), ("picture",), 5)
+    (row,) = class_rows(classes(checkpoint, np.asarray([[-2.0]], np.float32), 5), ("picture",))
     assert row["probability"] == pytest.approx(0.1192, abs=1e-4)
 
 

@@ -17,7 +17,7 @@ from checkpoints import huggingface
 from checkpoints.sentences import Sentences, check_width, read_sentences, sentence_names, sentence_notes
 from checkpoints.tensor_maps import build, flat_state, with_state
 from eval.quality.similarity import correlations
-from eval.verbs.answer import similarity_rows
+from eval.service.service import similarity_rows
 from tests.helpers import folders
 
 BERT = BertConfig(

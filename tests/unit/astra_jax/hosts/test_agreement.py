@@ -11,7 +11,8 @@ import pytest
 from astra_jax.hosts import agreement
 from astra_jax.hosts.agreement import MOST_INPUTS, digest, fingerprint, inputs, options, settings, shown, versions
 from astra_jax.hosts.options import Hosts
-from eval.verbs import answer, bench, evaluate, run
+from eval.service.service import Setup
+from eval.verbs import bench, evaluate, run
 
 
 def test_versions_are_of_what_computes_and_of_what_reads_inputs():
@@ -68,10 +69,10 @@ def test_settings_of_what_is_kept_and_said_are_each_hosts_own(monkeypatch):
 
 
 def test_options_of_a_host_and_what_host_0_writes_may_be_others():
-    setup = answer.Setup(Path("a"), several=Hosts("10.0.0.1:7777", 2, 1, 5.0, 9.0, True))
-    assert options(setup) == options(answer.Setup(Path("elsewhere")))
+    setup = Setup(Path("a"), several=Hosts("10.0.0.1:7777", 2, 1, 5.0, 9.0, True))
+    assert options(setup) == options(Setup(Path("elsewhere")))
     first = run.Args(setup, (Path("x.png"),), ("text",), json=Path("a.json"))
-    assert options(first) == options(run.Args(answer.Setup(Path("b"))))
+    assert options(first) == options(run.Args(Setup(Path("b"))))
     measured = evaluate.Args(data="here", checkpoints=(Path("a"),), plot=Path("p.png"))
     assert options(measured) == options(evaluate.Args(data="there", checkpoints=()))
     assert options(bench.Args("vit", csv=Path("a.csv"))) == options(bench.Args("gpt2-s", save_profile=Path("a.json")))
@@ -87,7 +88,7 @@ def test_options_of_a_host_and_what_host_0_writes_may_be_others():
     ids=str,
 )  # fmt: skip
 def test_every_other_option_is_told(change):
-    setup = answer.Setup(Path("a"))
+    setup = Setup(Path("a"))
     before, after = options(setup), options(dataclasses.replace(setup, **change))
     (name,), (value,) = change, change.values()
     option = f"--{name.replace('_', '-')}"

@@ -16,8 +16,10 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import dequantized, is_quantized, quantize_weights, weight_bytes
+from astra_jax.serving import batch
 from astra_jax.serving.compile import parallelize
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.base import Single, Virtual
 from astra_jax.strategies.rivals import TensorParallel
 
@@ -137,7 +139,8 @@ def test_tensor_parallel_splits_the_scales_too(tiny_vit, rank_coded):
 def test_generation(tiny_gpt2, random_text):
     model = quantize_weights(tiny_gpt2(ASTRA), "int4")
     mesh, text = make_mesh(2), random_text(9, 5)
-    tokens, expected = (list(Generator(m, mesh).tokens(text, 6, Sampling())) for m in (model, full_precision(model)))
+    generators = (Generator(m, mesh) for m in (model, full_precision(model)))
+    tokens, expected = (list(batch.tokens(generator, text, 6, Sampling())) for generator in generators)
     np.testing.assert_array_equal(tokens, expected)
 
 

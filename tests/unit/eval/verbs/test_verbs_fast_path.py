@@ -12,10 +12,9 @@ import checkpoints
 from astra_jax.cli.main import main
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.models.key_value_tables import fold
-from astra_jax.report import Report
 from eval.cost.traffic import messages
+from eval.service.service import Service, Setup
 from eval.verbs import worker
-from eval.verbs.answer import Answerer, Setup
 
 ASTRA = AstraConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
 
@@ -107,20 +106,20 @@ def test_what_one_device_would_do_is_counted_of_the_same_form(place):
     codewords instead of 13 tokens, for 4 D each."""
     images = jnp.zeros((1, 20, 20, 3))
     fast, plain = (
-        Answerer(Setup(place / "vit", devices="2", **options), Report("run")) for options in ({}, {"fast_path": "off"})
+        Service(Setup(place / "vit", devices="2", **options)).times for options in ({}, {"fast_path": "off"})
     )
-    assert plain._operations(images, 1) == fast._operations(images, 1)
+    assert plain.operations(images, 1) == fast.operations(images, 1)
     saved = 2 * (4 * 13 * 32**2 + 14 * (13 - 4) * 4 * 32)
-    assert plain._operations(images, 2) - fast._operations(images, 2) == saved
+    assert plain.operations(images, 2) - fast.operations(images, 2) == saved
 
 
 def test_bits_are_those_of_the_form_that_is_compiled(place, made):
-    answerer = Answerer(Setup(place / "vit", devices="2"), Report("run"))
+    engine = Service(Setup(place / "vit", devices="2")).engine
     images = jnp.zeros((1, 20, 20, 3))
     found = []
     for fast_path, expected in ((True, [True]), (False, [])):
         made.clear()
-        found.append(messages(answerer.model, 2, images, answerer.make, fast_path))
+        found.append(messages(engine.model, 2, images, engine.make, fast_path))
         assert made == expected
     assert found[0] == found[1]
 

@@ -19,7 +19,9 @@ from astra_jax.cli.main import main
 from astra_jax.inputs.token_batches import pad
 from astra_jax.models.bert import BertConfig
 from astra_jax.models.gpt2 import GPT2Config
-from astra_jax.serving.generate import Generator, Sampling
+from astra_jax.serving.batch import tokens
+from astra_jax.serving.generate import Generator
+from astra_jax.serving.sampling import Sampling
 from checkpoints.huggingface import write_folder
 from checkpoints.tensor_maps import build
 
@@ -106,7 +108,7 @@ def test_run_goes_on_as_the_library_does(done, place):
     """Text, counts and bytes of the verb, from the generator itself."""
     checkpoint = checkpoints.load(place / "tuned")
     ids = checkpoint.tokenizer.encode("w1 w2 w3 w4 w5 w6 w7 w8 w9")
-    steps = Generator(checkpoint.model, make_mesh(4)).tokens(pad([ids], 32), 32 + 1 - len(ids), Sampling())
+    steps = tokens(Generator(checkpoint.model, make_mesh(4)), pad([ids], 32), 32 + 1 - len(ids), Sampling())
     expected = []
     for step in steps:
         expected.append(int(step[0]))

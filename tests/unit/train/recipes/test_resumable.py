@@ -16,8 +16,9 @@ from astra_jax import AstraConfig, make_mesh
 from astra_jax.errors import AstraError
 from checkpoints import lock
 from eval.datasets.sources import reading
+from eval.service.requests import Request
+from eval.service.service import Service
 from eval.verbs import evaluate
-from eval.verbs.answer import Answerer, Request
 from tests.helpers.training import Batches, leaves, make_model
 from train import calibrate, finetune, loop
 from train.loop import Training
@@ -140,14 +141,14 @@ def test_results_are_kept_for_the_same_bytes_and_options(place, monkeypatch):
 
 def test_workers_say_that_the_checkpoint_is_another_one_now(place):
     path = place / "original"
-    engine = SimpleNamespace(name=str(path), checkpoint=checkpoints.load(path), images=False)
-    assert Answerer.shrink(engine, Request(prompts=("w1",))) == Request(prompts=("w1",))
+    engine = SimpleNamespace(name=str(path), checkpoint=checkpoints.load(path))
+    assert Service.shrink(engine, Request(prompts=("w1",))) == Request(prompts=("w1",))
     change(path)
     with pytest.raises(AstraError, match="original is another checkpoint now than was loaded: start the workers again"):
-        Answerer.shrink(engine, Request(prompts=("w1",)))
+        Service.shrink(engine, Request(prompts=("w1",)))
     shutil.rmtree(path)
     with pytest.raises(AstraError, match="there is no such checkpoint"):
-        Answerer.shrink(engine, Request(prompts=("w1",)))
+        Service.shrink(engine, Request(prompts=("w1",)))
 
 
 @pytest.mark.parametrize(

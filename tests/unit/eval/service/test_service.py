@@ -10,28 +10,33 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.report import Report
-from eval.verbs import answer
-from eval.verbs.answer import Answerer, Request, Setup, Wishes, ways_out
+from eval.service import passes, service
+from eval.service.host_times import ways_out
+from eval.service.requests import Request, Wishes
+from eval.service.screen import Screen
+from eval.service.service import Service, Setup
 
 
-def told(answerer, request):
+def told(service, request):
     report = Report("run")
-    answerer.answer(lambda: (request, answerer.inputs(request)), report)
+    screen = Screen(report, request.prompts)
+    for message in service.answer(lambda: (request, service.encode(request))):
+        screen.print(message)
     return report.data
 
 
 @pytest.mark.slow
 def test_programs_of_a_worker_have_a_limit(gpt2s, monkeypatch):
     """Every number of inputs has a program: a worker that stays up for years keeps the last ones."""
-    monkeypatch.setattr(answer, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(passes, "MOST_PROGRAMS", 2)
     folder = gpt2s(small=AstraConfig(groups=4, codewords=16))
-    answerer = Answerer(Setup(folder / "small", devices="2"), Report("run"))
+    small = Service(Setup(folder / "small", devices="2"))
     request = lambda B: Request(prompts=("w1 w2 w3",) * B, wishes=Wishes(max_new_tokens=3))  # noqa: E731
-    (first,) = told(answerer, request(1))["texts"]
+    (first,) = told(small, request(1))["texts"]
     for B in (2, 3, 4, 1, 1):
-        found = told(answerer, request(B))
+        found = told(small, request(B))
         assert found["texts"] == [first] * B
-        assert len(answerer._compiled) <= 2
+        assert len(small.passes._compiled) <= 2
     assert found["compile_seconds"] == 0, "the last one is kept"
 
 
@@ -41,7 +46,7 @@ def test_pictures_are_decoded_one_after_the_other(tiny_vit, tmp_path, monkeypatc
     size = {"height": 20, "width": 20}
     meta = checkpoints.Checkpoint("vit", model.config, None, None, {"size": size}, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", meta)
-    answerer = Answerer(Setup(tmp_path / "vit"), Report("run"))
+    vit = Service(Setup(tmp_path / "vit"))
     files = []
     for shape in [(40, 30, 3), (7, 9), (20, 20, 4)]:
         file = io.BytesIO()
@@ -57,12 +62,12 @@ def test_pictures_are_decoded_one_after_the_other(tiny_vit, tmp_path, monkeypatc
         done.append(pixels.shape)
         return normalize_pixels(processor, pixels)
 
-    decode_image, normalize_pixels = answer.decode_image, type(meta.processor).normalize
+    decode_image, normalize_pixels = service.decode_image, type(meta.processor).normalize
     pictures = [decode_image(file, "name") for file in files]
-    expected = np.asarray(answerer.checkpoint.processor(pictures))
-    monkeypatch.setattr(answer, "decode_image", decode)
+    expected = np.asarray(vit.checkpoint.processor(pictures))
+    monkeypatch.setattr(service, "decode_image", decode)
     monkeypatch.setattr(type(meta.processor), "normalize", normalize)
-    found = answerer.inputs(Request(("a", "b", "c"), tuple(files)))
+    found = vit.encode(Request(("a", "b", "c"), tuple(files)))
     np.testing.assert_array_equal(found, expected)
     assert done == [(1, 20, 20, 3)] * 3
 
