@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.serving.generate import Sampling
+from astra_jax.serving.sampling import Sampling
 from eval.cost.device_profile import read_profile
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import match

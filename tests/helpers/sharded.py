@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from astra_jax.mesh.sharding import Shards, make_mesh
-from astra_jax.serving.compile import parallelize
 from astra_jax.serving import batch
+from astra_jax.serving.compile import parallelize
 from astra_jax.serving.sampling import Draws, Sampling
 from astra_jax.strategies.base import Single, Virtual
 
