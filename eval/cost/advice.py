@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 from astra_jax.errors import AstraError
 from astra_jax.report import progress
-from eval.cost.cost import Cost, check_split, share_flops
-from eval.cost.timing import compute_seconds
+from eval.cost.cost import Cost, check_split, measured_flops_per_second
 from eval.cost.workload import Setting, Workload
 from eval.network.model import Link, break_even_rate, exchange_seconds, pass_seconds, volume
 from eval.quality.reached import Quality
@@ -48,16 +47,14 @@ def possible(work: Workload, way: Setting) -> bool:
     return True
 
 
-def measured_speeds(work: Workload, ways: Sequence[Setting]) -> dict[tuple[str, int | None], float]:
+def reached_here(work: Workload, ways: Sequence[Setting]) -> dict[tuple[str, int | None], float]:
     """Operations per second that one device reaches here under every strategy and G, each with its most devices: small
     products are slower than large ones, and codes have to be found, so that one speed would not do for all."""
     most = {(way.strategy, way.groups): way for way in sorted(ways, key=lambda way: way.N)}
     weights, found = work.weights(), dict[tuple[str, int | None], float]()
     with progress("measured", len(most)) as advance:
         for kind, way in most.items():
-            model = work.model(weights, way.groups)
-            seconds = compute_seconds(model, way.N, work.inputs(), way.make, REPEATS, way.fast_path)
-            found[kind] = share_flops(work, way) / seconds
+            found[kind] = measured_flops_per_second(work, work.model(weights, way.groups), way, REPEATS)
             advance(strategy=str(way))
     return found
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from astra_jax.errors import AstraError
 from astra_jax.serving.compile import STRATEGIES
 from astra_jax.strategies.base import Message
 from eval.cost.flops import flops
-from eval.cost.timing import share
+from eval.cost.timing import compute_seconds, share
 from eval.cost.workload import Setting, Workload
 
 FASTEST = 1e6  # of relative speeds
@@ -52,6 +53,12 @@ def share_flops(work: Workload, setting: Setting, N: int | None = None) -> int:
     """Operations of one device of N (by default the setting's N) in a forward pass."""
     mine = share(work.abstract(setting.groups), N or setting.N, work.inputs(), setting.make, setting.fast_path)
     return flops(mine.run, *mine.arguments)
+
+
+def measured_flops_per_second(work: Workload, model: Any, setting: Setting, repeats: int) -> float:
+    """Operations per second that one device reaches here in a setting, as measured so often with a model."""
+    seconds = compute_seconds(model, setting.N, work.inputs(), setting.make, repeats, setting.fast_path)
+    return share_flops(work, setting) / seconds
 
 
 def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> tuple[float, ...]:

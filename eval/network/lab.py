@@ -433,3 +433,11 @@ def _first_process(names: str, name: str) -> subprocess.Popen[str]:
 def _relay(output: Iterable[str], prefix: str) -> None:
     for line in output:
         sys.stderr.write(f"{prefix}{line.rstrip()}\n")
+
+
+def parse_packet_loss(text: str) -> float:
+    """`"5%"` -> 0.05. Raises AstraError without the sign, and for more than all."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)\s*%", text.strip())
+    if not match or float(match[1]) > 100:
+        raise AstraError(f"the packet loss {text!r} is not understood: write a percentage, such as 5%, up to 100%")
+    return float(match[1]) / 100

@@ -9,7 +9,6 @@ once, as token ids before the first block and the state that a head reads after 
 
 import dataclasses
 import math
-import re
 
 import numpy as np
 from jaxtyping import Bool
@@ -105,11 +104,3 @@ def arrived(
     slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
     slots[silent:, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
     return slots.reshape(L, B, N, -1)
-
-
-def parse_packet_loss(text: str) -> float:
-    """`"5%"` -> 0.05. Raises AstraError without the sign, and for more than all."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)\s*%", text.strip())
-    if not match or float(match[1]) > 100:
-        raise AstraError(f"the packet loss {text!r} is not understood: write a percentage, such as 5%, up to 100%")
-    return float(match[1]) / 100

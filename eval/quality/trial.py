@@ -69,7 +69,7 @@ class Trial:
         """Says how many sequences cannot be split over all devices."""
         lengths = np.asarray([len(ids) for ids in sequences])
         no_ids = np.broadcast_to(np.int32(0), (len(lengths), max(lengths, default=1)))
-        shards = self.checkpoint.model.shards(self.way.N, Text(no_ids, lengths), self.way.speeds)
+        shards = self.way.shards(self.checkpoint.model, Text(no_ids, lengths))
         short = int(np.sum(np.min(shards.lengths, axis=-1) < 1))
         if short:
             self.say(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.hosts.runtime import say_read
-from astra_jax.mesh.sharding import make_mesh
+from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import STRATEGIES, parallelize
 from astra_jax.strategies.base import Single, Virtual
 from eval.network.packet_loss import PacketLoss, arrived
@@ -27,7 +27,7 @@ Lost = Literal["masked", "predicted"]
 
 
 # Every way has `runs(model)`: for every try what a progress bar has to show behind its label, and the function from
-# inputs to outputs of a model: of the checkpoint's own, or of one around it.
+# inputs to outputs of a model: of the checkpoint's own, or of one around it. `shards(model, inputs)` is the split.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,9 @@ class OnMesh:
     rows: int = 1
     fast_path: bool = True
 
-    @property
-    def speeds(self) -> tuple[float, ...]:
-        """Of the devices: all are equal."""
-        return ()
+    def shards(self, model: Any, inputs: Any = None) -> Shards:
+        """How tokens are split; those of the longest inputs by default."""
+        return model.shards(self.N, inputs)  # type: ignore[no-any-return]
 
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """One try. Of several hosts, each does by itself what takes one device."""
@@ -83,6 +82,10 @@ class Simulated:
         """Its name in `STRATEGIES`."""
         return "astra" if self.N > 1 else "single"
 
+    def shards(self, model: Any, inputs: Any = None) -> Shards:
+        """How tokens are split; those of the longest inputs by default."""
+        return model.shards(self.N, inputs, self.speeds)  # type: ignore[no-any-return]
+
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """One try."""
         graphdef, state = nnx.split(model)
@@ -111,7 +114,7 @@ class Lossy(Simulated):
         silent, L = int(self.codes.side_info != "none"), model.config.num_hidden_layers
 
         def run(inputs: Any, seed: int, batch: Iterator[int]) -> Array:
-            shards, B = model.shards(self.N, inputs, self.speeds), jax.tree.leaves(inputs)[0].shape[0]
+            shards, B = self.shards(model, inputs), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(batch)])
             there = jnp.asarray(arrived(self.packet_loss, shards, self.codes.token_bits, L, B, rng, silent))
             return run_virtual(graphdef, state, inputs, self.N, self.speeds, there, self.lost)

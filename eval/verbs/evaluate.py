@@ -267,7 +267,7 @@ def measure(
     model, config, way = checkpoint.model, checkpoint.config, way_of(checkpoint, args)
     windows = None if config.input_kind == "images" else sliding(config, args)
     STRATEGIES[way.strategy].of(model, way.N)  # what cannot be split is told before any data are read
-    model.shards(way.N, speeds=way.speeds)
+    way.shards(model)
     trial = Trial(
         checkpoint,
         way,
@@ -305,10 +305,11 @@ def costs(model: Any, way: Way, inputs: Any, args: Args) -> dict[str, Any]:
     """
     make, fast_path = STRATEGIES[way.strategy].of, args.fast_path == "on"
     if isinstance(way, Simulated) and way.N > 1:
-        sent: Sequence[Message] = Astra(model.shards(way.N, inputs, way.speeds)).messages(model)
+        sent: Sequence[Message] = Astra(way.shards(model, inputs)).messages(model)
     else:
         sent = messages(model, way.N, inputs, make, fast_path)
-    compute = None if way.speeds else compute_seconds(model, way.N, inputs, make, fast_path=fast_path)
+    unequal = isinstance(way, Simulated) and way.speeds
+    compute = None if unequal else compute_seconds(model, way.N, inputs, make, fast_path=fast_path)
 
     def latency(rate: str) -> float | None:
         return None if compute is None else 1e3 * pass_seconds(compute, sent, way.N, Link(parse_rate(rate)))

@@ -16,9 +16,8 @@ import tyro
 
 from astra_jax.errors import AstraError
 from astra_jax.report import Report
-from eval.network.lab import Lab
+from eval.network.lab import Lab, parse_packet_loss
 from eval.network.model import parse_rate
-from eval.network.packet_loss import parse_packet_loss
 
 
 @dataclasses.dataclass(frozen=True)

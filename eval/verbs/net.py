@@ -21,7 +21,7 @@ from astra_jax.hosts.options import Hosts, detect
 from astra_jax.hosts.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
 from astra_jax.hosts.rendezvous import About
 from astra_jax.report import Report, be_quiet
-from eval.cost.advice import Option, candidates, measured_speeds, reason, usual_groups
+from eval.cost.advice import Option, candidates, reached_here, reason, usual_groups
 from eval.cost.cost import cost
 from eval.cost.workload import ONE, Setting, Workload, open_workload
 from eval.network.model import Link
@@ -70,7 +70,7 @@ def agreement(about: About, first: About | None) -> str:
 def advice(work: Workload, N: int, link: Link) -> str:
     """What `astra plan` says for up to N equal devices like this one, in a sentence."""
     ways = candidates(work, (1.0,) * N, usual_groups(work))
-    reached = measured_speeds(work, [ONE, *ways])
+    reached = reached_here(work, [ONE, *ways])
 
     def option(way: Setting) -> Option:
         return Option(cost(work, way, (1.0,) * way.N, reached[way.strategy, way.groups]), link)

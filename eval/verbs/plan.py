@@ -20,7 +20,7 @@ from astra_jax.cli.arguments import Integers, Numbers
 from astra_jax.codecs.config import Site
 from astra_jax.errors import AstraError
 from astra_jax.report import Report, progress
-from eval.cost.advice import Option, candidates, choose, measured_speeds, reason, usual_groups
+from eval.cost.advice import Option, candidates, choose, reached_here, reason, usual_groups
 from eval.cost.cost import check_speeds, cost, fastest
 from eval.cost.device_profile import read_profile
 from eval.cost.workload import ONE, Setting, open_workload
@@ -136,7 +136,7 @@ def main(args: Args) -> None:
     if profile:
         reached = {(way.strategy, way.groups): profile.flops_per_second for way in (ONE, *ways)}
     else:
-        reached = measured_speeds(work, [ONE, *ways])
+        reached = reached_here(work, [ONE, *ways])
 
     def option(way: Setting) -> Option:
         mine, flops_per_second = fastest(speeds, way.N), reached[way.strategy, way.groups]

@@ -17,8 +17,8 @@ from eval.cost.device_profile import read_profile
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import match
 from eval.datasets.sources import read
+from eval.network.lab import parse_packet_loss
 from eval.network.model import parse_rate, parse_seconds
-from eval.network.packet_loss import parse_packet_loss
 from eval.network.traces import read_trace, transfer_end
 from eval.quality.reached import read_quality
 from eval.service.requests import Request, Wishes, packed, unpacked

@@ -10,8 +10,8 @@ from astra_jax.cli.arguments import Integers, Numbers, parse
 from astra_jax.cli.numerals import number, whole
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import parse_devices
+from eval.network.lab import parse_packet_loss
 from eval.network.model import parse_rate, parse_seconds
-from eval.network.packet_loss import parse_packet_loss
 
 NO_WHOLE = [
     "1_0",

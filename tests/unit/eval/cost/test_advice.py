@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies.base import Message
-from eval.cost.advice import Option, candidates, choose, measured_speeds, reason, round_up
+from eval.cost.advice import Option, candidates, choose, reached_here, reason, round_up
 from eval.cost.cost import Cost, fastest, share_flops
 from eval.cost.presets import PRESETS
 from eval.cost.workload import ONE, Setting, open_workload
@@ -124,10 +124,10 @@ def test_without_a_profile_every_strategy_is_measured_once(monkeypatch):
         seen.append((make(model, N, inputs).__class__.__name__, N))
         return 2.0
 
-    monkeypatch.setattr("eval.cost.advice.compute_seconds", measured)
+    monkeypatch.setattr("eval.cost.cost.compute_seconds", measured)
     work = open_workload("tiny", 16, None, "float32")
     ways = [ONE, *candidates(work, (1.0, 1.0, 1.0), (4,))]
-    speeds = measured_speeds(work, ways)
+    speeds = reached_here(work, ways)
     assert sorted(seen) == [("Astra", 3), ("SequenceParallel", 3), ("Single", 1), ("TensorParallel", 2)]
     assert speeds["astra", 4] == share_flops(work, Setting("astra", 3, groups=4)) / 2
     assert set(speeds) == {("single", None), ("astra", 4), ("sp", None), ("tp", None)}

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from astra_jax.errors import AstraError
-from eval.network.lab import Cgroups, Lab, cores_of, token_bucket
-from eval.network.packet_loss import parse_packet_loss
+from eval.network.lab import Cgroups, Lab, cores_of, parse_packet_loss, token_bucket
 
 
 def test_a_bucket_is_two_frames_or_a_millisecond():
