@@ -48,7 +48,7 @@ class OnMesh:
 
     def shards(self, model: Any, inputs: Any = None) -> Shards:
         """How tokens are split; those of the longest inputs by default."""
-        return model.shards(self.N, inputs)  # type: ignore[no-any-return]
+        return model.shards(self.N, inputs)
 
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """One try. Of several hosts, each does by itself what takes one device."""
@@ -84,7 +84,7 @@ class Simulated:
 
     def shards(self, model: Any, inputs: Any = None) -> Shards:
         """How tokens are split; those of the longest inputs by default."""
-        return model.shards(self.N, inputs, self.speeds)  # type: ignore[no-any-return]
+        return model.shards(self.N, inputs, self.speeds)
 
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """One try."""
