@@ -17,8 +17,8 @@ import tyro
 from flax import nnx
 
 import checkpoints
+from astra_jax.codecs.base import usage
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.quantizer import usage
 from astra_jax.report import Report
 from checkpoints.configs import rotary_to_hf
 from checkpoints.store import Checkpoint
@@ -70,7 +70,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     values = {"family": checkpoint.family, **settings(checkpoint.config)}
     values |= {"parameters": parameters(checkpoint.model), "exported as": checkpoint.dtype}
     if checkpoint.astra is not None:
-        values |= dataclasses.asdict(checkpoint.astra)
+        values |= checkpoint.astra.as_dict()
         values |= compression(checkpoint.astra, checkpoint.config.hidden_size, checkpoint.config.num_hidden_layers)
     return values
 

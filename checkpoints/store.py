@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from astra_jax.codecs.config import AstraConfig, from_dict
+from astra_jax.codecs.config import AstraConfig, config_of, from_dict
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.inputs.images import ImageProcessor
@@ -197,7 +197,6 @@ def load(
     param_dtype: Any = jnp.float32,
     shardings: Callable[[Any], Any] | None = None,
     groups: int | None = None,
-    coded_blocks: int | None = None,
     verify: bool = True,
 ) -> Checkpoint:
     """Reads a checkpoint folder.
@@ -210,20 +209,18 @@ def load(
       shardings: from the abstract model to where its arrays go, such as
         `lambda model: astra_jax.serving.compile.shardings(model, mesh)`; None for the first local device.
       groups: how many groups of a `nested-pq` codec to load, the first of them; None for all.
-      coded_blocks: how many blocks, the first ones, are to send codes (`AstraConfig.coded_blocks`); None for as many as
-        the checkpoint was made for.
       verify: whether the parts' SHA-256 are compared with those that were written. Without, a part that was damaged
         since is found only where its files have another length or shape.
 
     Raises:
       AstraError: the folder is missing, something else, damaged, or written by a newer version; or its codec has not so
-        many groups, or only all or none; or it has not so many blocks, or no predictor for those without codes.
+        many groups, or only all or none.
     """
     meta, stored = _read(Path(path))
     model = build(meta.family, meta.config, meta.astra, dtype)
     parts = _read_parts(stored if verify else stored._replace(parts=None), model)
     if groups is not None:
-        if meta.astra is None or not meta.astra.levels:
+        if meta.astra is None or not meta.astra.nested:
             raise AstraError(
                 f"{path}: has no codes of which the first {groups} groups would do: run `astra calibrate --codec "
                 "nested-pq` first"
@@ -231,17 +228,6 @@ def load(
         meta = dataclasses.replace(meta, astra=meta.astra.with_groups(groups))
         model = build(meta.family, meta.config, meta.astra, dtype)
         parts = _first_groups(parts, model)
-    if coded_blocks is not None:
-        L = meta.config.num_hidden_layers
-        if meta.astra is None or meta.astra.predictor == "none":
-            raise AstraError(
-                f"{path}: has no predictor, which blocks without codes go by: run `astra calibrate --predictor mlp` "
-                "first"
-            )
-        if not 1 <= coded_blocks <= L:
-            raise AstraError(f"--coded-blocks is {coded_blocks}; {path} has {L} blocks: give from 1 to {L}")
-        meta = dataclasses.replace(meta, astra=dataclasses.replace(meta.astra, coded_blocks=coded_blocks))
-        model = build(meta.family, meta.config, meta.astra, dtype)
     try:
         if meta.tokenizer_files is not None and stored.files is not None:
             _check_tokenizer(meta.tokenizer_files, stored.files)
@@ -349,7 +335,7 @@ def _meta(checkpoint: Checkpoint, written: Mapping[str, Any]) -> dict[str, Any]:
     elsewhere = ("model", "tokenizer_files", "digest")
     fields = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name not in elsewhere}
     config, astra = fields["config"], fields["astra"]
-    fields |= {"config": dataclasses.asdict(config), "astra": dataclasses.asdict(astra) if astra else None}
+    fields |= {"config": dataclasses.asdict(config), "astra": astra.as_dict() if astra else None}
     return sealed({"format": FORMAT, **fields, **written})
 
 
@@ -399,7 +385,7 @@ def _read(path: Path) -> tuple[Checkpoint, Stored]:
     try:
         meta |= {
             "config": _config(config_class(meta["family"]), meta["config"], str(where)),
-            "astra": from_dict(AstraConfig, astra, str(where)) if astra is not None else None,
+            "astra": config_of(astra, str(where)) if astra is not None else None,
             "labels": tuple(labels) if labels is not None else None,
             "history": tuple(meta["history"]),
         }

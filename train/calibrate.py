@@ -5,11 +5,10 @@ accuracy that quantization costs.
 """
 
 import dataclasses
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,27 +18,37 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig, ClassToken, Codec, Prediction, SideInfo, Site, doubling
-from astra_jax.codecs.predictor import Around, Known, Predictor, around
-from astra_jax.codecs.quantizer import RotatedQuantizer, VectorQuantizer, padded, usage
+from astra_jax.codecs.axes import candidates, principal_axes
+from astra_jax.codecs.base import usage
+from astra_jax.codecs.config import (
+    CODED,
+    AstraConfig,
+    ClassToken,
+    Codec,
+    Kind,
+    NestedPQConfig,
+    Prediction,
+    Site,
+    VQConfig,
+    doubling,
+)
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.blocks import block_at
 from astra_jax.report import Report, progress
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 from checkpoints import Checkpoint
 from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
-from train.axes import candidates, codeword_spread, key_value_metric, principal_axes
 from train.data import sequences
-from train.fit_predictor import regress, train_mlp
-from train.kmeans import kmeans
+from train.fit_codecs import fit, key_value_metric, linear_predictor
 
 TOKENS_AT_ONCE = 2048
+Schedule = Literal["coded", "known", "auto", "known+auto"]
+
 SPARE = 2  # of so many tokens that the model sees one is clustered: more texts differ more, but take longer
-LATER = 4  # see `fit`
-ERROR_TOKENS = 8192  # that errors are shown of: no more than twice as many, because more say the same
 TRIAL_SHARDS, TRIAL_TOKENS, TRIAL_ITERATIONS = 4, 4096, 2
 
 
@@ -60,12 +69,14 @@ class Args(DataArgs):
     first groups are a good code by themselves, for links that carry less."""
     predictor: Prediction = "none"
     """Let codes say how a token differs from what is expected of it after the block before, by a linear map, or by a
-    small network that also sees a mean of the tokens around (`mlp`: says more, and takes longer to find). Costs
+    small network that also sees a mean of the tokens around (`mlp`: says most, and takes longest to find). Costs
     computing, on every device for all tokens."""
     hidden_units: int = 128
     """Of the predictor mlp."""
-    side_info: SideInfo = "none"
-    """Of a text, send the token ids once, so that the first block needs no codes; with a predictor."""
+    schedule: Schedule = "coded"
+    """With a predictor: whether codes of all blocks are sent (`coded`); token ids once, so that a text's first block
+    needs none (`known`); or, of the first so many blocks, chosen so that at the same bits the result is closest to that
+    of one device (`auto`, and `known+auto`)."""
     site: Site = "hidden"
     """What is quantized: the input of the K and V projections, or K and V themselves."""
     class_token: ClassToken = "distributed"
@@ -116,7 +127,7 @@ def capture(
     def run(state: Any, batch: Any) -> Array:
         model = nnx.merge(graphdef, state)
         shards = model.shards(1, batch)
-        y = model(shards.scatter(model.to_tokens(batch)), Single(shards, capture=True))[1]  # [L,B,S,D]
+        y = model(shards.scatter(model.to_tokens(batch)), Single(shards, capture=True))[1].captured  # [L,B,S,D]
         return y.reshape(y.shape[0], -1, y.shape[-1]).astype(jnp.float32)
 
     places = [_in_shards(_sent(model, batch, class_token), S) for batch in batches]
@@ -149,54 +160,112 @@ def _in_shards(sent: Bool[np.ndarray, "B T"], S: int) -> Int[np.ndarray, "shards
     return np.concatenate([row[: len(row) // S * S].reshape(-1, S) for row in rows])
 
 
-def choose_widths(
-    source: Checkpoint,
-    astra: AstraConfig,
-    levels: tuple[int, ...],
-    y: Float[np.ndarray, "L M D"],
-    batch: Any,
-    seed: int,
-) -> AstraConfig:
-    """The configuration of a codec with axes of its own: how many of them every group gets.
+def check_schedule(args: Args) -> None:
+    """Raises AstraError where a schedule needs a predictor."""
+    if args.schedule != "coded" and args.predictor == "none":
+        raise AstraError(f"--schedule {args.schedule} needs a predictor: give --predictor linear, too")
 
-    Of several splits it takes the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
-    one computes, measured with fewer tokens and iterations, from the one with the fewest axes on until one is worse
-    than one before. The error of keys and values alone does not tell: a few tokens that all others attend to can be far
-    off without being seen in it.
+
+def schedules(astra: VQConfig, schedule: Schedule, L: int, codec: Codec, width: int) -> list[VQConfig]:
+    """The configurations that `--schedule` lets calibration choose from: all take as many bits (our choice).
+
+    Of `auto` all blocks are coded, or the first half of them with twice as many groups, or a quarter with four times.
+
+    Args:
+      L: blocks.
+      width: of what is quantized, which the groups of `vq` must divide.
+    """
+    nothing: tuple[Kind, ...] = ()
+    known: tuple[Kind, ...] = ("known",)
+    predicted: tuple[Kind, ...] = ("predicted",)
+    before = known if "known" in schedule else nothing
+    coded, found = L - len(before), []
+    shares = (1, 2, 4) if "auto" in schedule else (1,)
+    for first in dict.fromkeys(-(-coded // share) for share in shares):
+        groups = astra.groups * coded // first
+        if codec == "vq":
+            groups = max(g for g in range(1, groups + 1) if width % g == 0)
+        kinds = before + CODED * first + predicted * (coded - first)
+        found.append(dataclasses.replace(astra, groups=groups, schedule=() if kinds == CODED * L else kinds))
+    return found
+
+
+def axis_variances(source: Checkpoint, astra: AstraConfig, y: Float[np.ndarray, "L M D"]) -> Float[np.ndarray, "L W"]:
+    """How much tokens differ along every block's axes, the greatest first; with a predictor what it leaves, from exact
+    vectors, as estimates are not there yet.
 
     Args:
       source: without codebooks.
-      astra: all but the widths, as of `vq`.
-      levels: groups of every level of `nested-pq`.
       y: from `capture`.
-      batch: what the model takes.
     """
-    predictor = astra.predictor
-    if predictor == "mlp":  # whose linear part will do for this
-        astra = dataclasses.replace(astra, predictor="linear")
-    blocks = checkpoints.with_codebooks(source, AstraConfig(groups=1, site=astra.site)).model.blocks
+    blocks = checkpoints.with_codebooks(source, VQConfig(groups=1, site=astra.site)).model.blocks
     variances, before = [], None
     with progress("axes", len(y)) as advance:
         for number in range(len(y)):
             attention = block_at(blocks, number).attention
             sent = rest = np.asarray(attention.codec_input(jnp.asarray(y[number])))
-            if astra.predictor != "none" and before is not None:  # from exact vectors: estimates are not there yet
-                rest = sent - np.asarray(_predictor(astra, before, sent)(jnp.asarray(before), jnp.asarray))
+            if astra.predictor != "none" and before is not None:
+                rest = sent - np.asarray(linear_predictor(astra, before, sent)(jnp.asarray(before), jnp.asarray))
             variances.append(principal_axes(rest, key_value_metric(attention)).variance)
             before = sent
             advance()
-    splits = candidates(np.stack(variances), levels, astra.codewords)
-    tries = [dataclasses.replace(astra, codec="nested-pq", widths=widths, levels=levels) for widths in splits]
-    if len(tries) == 1:
-        return dataclasses.replace(tries[0], predictor=predictor)
-    exact, distances = head_input(source.model, batch, 1), list[float]()
+    return np.stack(variances)
+
+
+def _splits(astra: AstraConfig, variances: Float[np.ndarray, "L W"]) -> list[AstraConfig]:
+    """Nested codes with as many groups, whose axes are divided among these in several ways."""
+    levels = doubling(astra.groups)
+    return [NestedPQConfig.of(astra, widths, levels) for widths in candidates(variances, levels, astra.codewords)]
+
+
+def _closest(
+    source: Checkpoint, tries: Sequence[AstraConfig], y: Float[np.ndarray, "L M D"], batch: Any, exact: Any, seed: int
+) -> tuple[float, AstraConfig]:
+    """The least distance of several tries, up to the first that is worse than one before, and the try."""
+    distances = list[float]()
     for one in tries:
         model = checkpoints.with_codebooks(source, one).model
-        fit(model, y[:, : max(TRIAL_TOKENS, 2 * astra.codewords)], TRIAL_ITERATIONS, seed)
+        fit(model, y[:, : max(TRIAL_TOKENS, 2 * one.codewords)], TRIAL_ITERATIONS, seed)
         distances.append(distance(exact, head_input(model, batch, TRIAL_SHARDS)))
         if distances[-1] > min(distances):
             break
-    return dataclasses.replace(tries[int(np.argmin(distances))], predictor=predictor)
+    return min(distances), tries[int(np.argmin(distances))]
+
+
+def choose(
+    source: Checkpoint,
+    schedules: Sequence[AstraConfig],
+    codec: Codec,
+    y: Float[np.ndarray, "L M D"],
+    batch: Any,
+    seed: int,
+) -> AstraConfig:
+    """Of several configurations the one with which what the model computes on `TRIAL_SHARDS` devices is closest to what
+    one computes, measured with fewer tokens and iterations. The error of keys and values alone does not tell: a few
+    tokens that all others attend to can be far off without being seen in it.
+
+    Nested codes are tried with several splits of their axes into groups, from the one with the fewest axes on until one
+    is worse than one before.
+
+    Args:
+      source: without codebooks.
+      schedules: all but what the codec adds.
+      y: from `capture`.
+      batch: what the model takes.
+    """
+    # The linear part of an `mlp` will do for this.
+    tried = [
+        dataclasses.replace(one, predictor="linear" if one.predictor == "mlp" else one.predictor) for one in schedules
+    ]
+    tries: list[list[AstraConfig]] = [[one] for one in tried]
+    if codec == "nested-pq":
+        variances = axis_variances(source, tried[0], y)
+        tries = [_splits(one, variances) for one in tried]
+    best = tries[0][0]
+    if sum(map(len, tries)) > 1:
+        exact = head_input(source.model, batch, 1)
+        best = min((_closest(source, one, y, batch, exact, seed) for one in tries), key=lambda found: found[0])[1]
+    return dataclasses.replace(best, predictor=schedules[0].predictor)
 
 
 def head_input(model: Any, batch: Any, N: int) -> Array:
@@ -208,7 +277,7 @@ def head_input(model: Any, batch: Any, N: int) -> Array:
 def _head_input(graphdef: Any, state: Any, batch: Any, N: int) -> Array:
     model = nnx.merge(graphdef, state)
     shards, tokens = model.shards(N, batch), model.to_tokens(batch)
-    features, _ = model.features(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))
+    features, _ = model.features(shards.scatter(tokens), Astra.virtual(shards) if N > 1 else Single(shards))
     return shards.gather(features, tokens.shape[1]) if model.per_token else features
 
 
@@ -216,183 +285,6 @@ def distance(exact: Float[Array, "*of D"], found: Float[Array, "*of D"]) -> floa
     """How far what a model's head reads is from what it is to read: the mean square of the difference, over that of the
     latter."""
     return float(jnp.sum((found - exact) ** 2) / jnp.sum(exact**2))
-
-
-def _predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[np.ndarray, "M W"]) -> Predictor:
-    """A predictor of y from x."""
-    predictor = Predictor(astra, x.shape[1])
-    _set(predictor, regress(x, y))
-    return predictor
-
-
-def _set(predictor: Predictor, values: dict[str, Float[np.ndarray, "..."]]) -> None:
-    for name, value in values.items():
-        getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
-
-
-def _around(S: int, causal: bool, x: Float[Array, "M W"]) -> Float[Array, "M W"]:
-    """What is around every token in its shard of S."""
-    shards = x.reshape(-1, S, x.shape[-1])
-    return around(shards, jnp.ones(shards.shape[:2], bool), causal).reshape(x.shape)
-
-
-class Errors(NamedTuple):
-    """What a block's codec loses: of the vectors that are sent, and of remote tokens' keys and values. Mean squares
-    over the variance, so that 1 is what the mean alone would lose."""
-
-    vector: float
-    key_value: float
-
-
-def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S: int = 1) -> list[Errors]:
-    """Finds the codecs of `model`, block after block, in place: predictors from the estimates of the block before, the
-    axes of `nested-pq`, and codewords by k-means along these. Its levels after the first take a `LATER`-th of the
-    iterations: there are many, and what is left to them is nearly noise (our choice).
-
-    Predictors of nested codes are to serve every number of levels, with one set of weights: each shard's estimates are
-    made of a number of its own, the same in all blocks (our choice).
-
-    Args:
-      y: from `capture`.
-      S: tokens of a shard in y.
-
-    Returns:
-      Every block's errors; without a predictor of the last clusters of k-means, which are a little more (see `kmeans`).
-
-    Raises:
-      AstraError: there are fewer tokens than codewords.
-    """
-    K, M, astra = model.codec.codewords, y.shape[1], model.astra
-    if M < K:
-        raise AstraError(f"{M} tokens are too few for {K} codewords: give more --samples or fewer --codewords")
-    states, errors, estimate = [], [], None
-    levels = max(1, len(astra.levels))
-    depth = jax.random.randint(jax.random.key(seed), (M // S, 1), 1, levels + 1)  # levels that a shard is sent with
-    depth = jnp.repeat(depth, S, axis=0)
-    with progress("codewords", len(y)) as advance:
-        for number, key in enumerate(jax.random.split(jax.random.key(seed), len(y))):
-            attention = block_at(model.blocks, number).attention
-            sent = attention.codec_input(jnp.asarray(y[number])).astype(jnp.float32)
-            if number == 0 and astra.side_info == "token-ids":
-                best = estimate = sent
-            else:
-                near = partial(_around, S, model.shards(1).causal)
-                best, estimate = _fit_block(attention, astra, estimate, near, sent, depth, iterations, key)
-            errors.append(_errors(attention, best, sent))
-            states.append(nnx.state(attention.codec))
-            advance(error=errors[-1].key_value)
-    nnx.update(model.codec, jax.tree.map(lambda *blocks: jnp.asarray(np.stack(blocks)), *states))
-    return errors
-
-
-def _fit_block(
-    attention: Any,
-    astra: AstraConfig,
-    before: Any,
-    around: Around,
-    sent: Float[Array, "M W"],
-    depth: Int[Array, "M 1"],
-    iterations: int,
-    key: Any,
-) -> tuple[Float[Array, "M W"], Float[Array, "M W"]]:
-    """Finds the codec of one block, in place, and returns what receivers make of all its codes, and of those that come.
-
-    Args:
-      before: the estimate of the block before; None in the first block, or without predictor.
-      around: see `Predictor`.
-      sent: what the codec is to quantize.
-      depth: how many levels of a token's codes come.
-    """
-    codec, p = attention.codec, jnp.zeros(sent.shape[1])
-    settle = astra.predictor != "none"  # the next block goes on from what devices will have
-    if astra.predictor != "none":
-        if before is None:
-            codec.predictor.bias[...] = sent.mean(0)
-            p = codec.predict(Known(None), around)
-        else:
-            codec.predictor = _predictor(astra, np.asarray(before), np.asarray(sent))
-            if astra.predictor == "mlp":
-                seen, target = np.concatenate([before, around(before)], axis=1), np.asarray(sent)
-                metric = key_value_metric(attention)
-                _set(codec.predictor, train_mlp(astra.hidden_units, seen, target, metric, key))
-            p = codec.predict(before, around)
-    rest = sent - p
-    if not isinstance(codec, RotatedQuantizer):
-        widths = (codec.width // codec.groups,) * codec.groups
-        estimate = p + _fit_codewords(codec, np.asarray(rest), widths, iterations, key, settle)
-        return estimate, estimate
-    axes = principal_axes(np.asarray(rest), key_value_metric(attention))
-    codec.mean[...] = jnp.asarray(axes.mean, jnp.float32)
-    codec.analysis[...] = jnp.asarray(axes.analysis[:, : codec.width], jnp.float32)
-    codec.synthesis[...] = jnp.asarray(axes.synthesis[: codec.width], jnp.float32)
-    u = left = np.asarray(codec.axes(rest))
-    missing = u.copy()
-    for number, (level, widths, _) in enumerate(codec.each()):
-        steps = -(-iterations // LATER) if number else iterations
-        of_level = jax.random.fold_in(key, number)
-        left = left - _fit_codewords(level, left, widths, steps, of_level, settle, principal=True)
-        np.copyto(missing, left, where=number < np.asarray(depth))
-    best, estimate = (p + codec.from_coordinates(jnp.asarray(u - rest)) for rest in (left, missing))
-    return best, estimate
-
-
-def _fit_codewords(
-    codec: VectorQuantizer,
-    y: Float[np.ndarray, "M A"],
-    widths: tuple[int, ...],
-    iterations: int,
-    key: Any,
-    settle: bool,
-    principal: bool = False,
-) -> Float[np.ndarray, "M A"]:
-    """Finds the codewords for some vectors, in place, and returns what the vectors' codes stand for, to the letter if
-    `settle` (see `kmeans`).
-
-    Every group by itself, padded with zeros to few different widths: padding all to the widest is several times the
-    work where widths differ, and a program for every width takes its time to compile.
-
-    Args:
-      widths: how many axes every group has, one behind the other. Axes behind the last group are in none.
-      principal: along these axes the vectors do not correlate, and have no mean.
-    """
-    C, share, estimate = np.zeros(codec.codebook.shape, np.float32), np.zeros(codec.count.shape), np.zeros_like(y)
-    variance = np.einsum("ma,ma->a", y, y) / len(y)
-
-    def one_group(g: int, end: int, width: int, group_key: Any) -> None:
-        axes = slice(end - width, end)
-        spread = codeword_spread(variance[axes], codec.bits) if principal else np.ones(width)
-        padding = (0, 0), (0, _rounded(width) - width)
-        u, shrink = (jnp.asarray(np.pad(part, padding), jnp.float32) for part in (y[:, axes], spread[None]))
-        found = jax.device_get(kmeans(u[:, None], codec.codewords, iterations, group_key, shrink, settle))
-        C[g, :, :width], estimate[:, axes] = found.codewords[0, :, :width], found.estimate[:, 0, :width]
-        share[g] = found.count[0] / len(y)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # one alone leaves cores idle
-        places = range(len(widths)), np.cumsum(widths).tolist(), widths, jax.random.split(key, len(widths))
-        list(pool.map(one_group, *places))
-    codec.codebook[...], codec.count[...], codec.total[...] = map(jnp.float32, (C, share, C * share[..., None]))
-    rest = y - estimate
-    codec.residual_mean[...], codec.residual_var[...] = padded(jnp.stack([rest.mean(0), rest.var(0)]), widths)
-    return estimate
-
-
-def _rounded(width: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is no less."""
-    step = max(1, 1 << (width - 1).bit_length() >> 2)
-    return -(-width // step) * step
-
-
-def _errors(attention: Any, estimate: Float[Array, "M W"], sent: Float[Array, "M W"]) -> Errors:
-    metric = key_value_metric(attention)
-
-    def squares(x: Float[np.ndarray, "M W"]) -> Float[np.ndarray, "2"]:
-        """Of vectors, and of what they add to keys and values."""
-        moments = x.T @ x
-        return np.array([np.trace(moments), (moments * metric).sum()])
-
-    few = slice(None, None, max(1, len(sent) // ERROR_TOKENS))
-    exact, found = np.asarray(sent[few]), np.asarray(estimate[few])
-    return Errors(*map(float, squares(exact - found) / squares(exact - exact.mean(0))))
 
 
 def main(args: Args) -> None:
@@ -403,33 +295,34 @@ def main(args: Args) -> None:
     if args.seed < 0:
         raise AstraError(f"--seed is {args.seed}; it must be 0 or more")
     report = Report("calibrate", args.json)
-    astra = AstraConfig(
+    astra = VQConfig(
         *(args.groups, args.codewords, args.site, args.class_token),
         predictor=args.predictor,
         hidden_units=args.hidden_units,
-        side_info=args.side_info,
     )
+    check_schedule(args)
     source = checkpoints.load(args.checkpoint, param_dtype=None)  # what is not trained keeps its number format
-    if astra.side_info != "none" and source.config.input_kind == "images":
-        raise AstraError(f"--side-info {astra.side_info} is for texts; this is a {source.family}: leave it out")
+    if "known" in args.schedule and source.config.input_kind == "images":
+        raise AstraError(f"--schedule {args.schedule}: token ids are of texts; this is a {source.family}: use auto")
     batches = inputs(source, args, telling(report))
     S = 1
     if astra.predictor == "mlp":  # which looks at the tokens around: as long as shards of the trials
         S = max(1, int(np.median(_sent(source.model, batches[0], args.class_token).sum(1))) // TRIAL_SHARDS)
     y = capture(source.model, batches, args.tokens, args.seed, args.class_token, S)
-    if args.codec != "vq":
-        trial = batches[-2:][0]  # the last may have few
-        astra = choose_widths(source, astra, doubling(args.groups), y, trial, args.seed)
-    checkpoint = checkpoints.with_codebooks(source, astra)
+    width = checkpoints.with_codebooks(source, VQConfig(groups=1, site=args.site)).model.codec.width
+    trial = batches[-2:][0]  # the last may have few
+    chosen = choose(source, schedules(astra, args.schedule, len(y), args.codec, width), args.codec, y, trial, args.seed)
+    checkpoint = checkpoints.with_codebooks(source, chosen)
     model = checkpoint.model
     errors = fit(model, y, args.iterations, args.seed, S)
     used = usage(model.codec.counts())
     report.table(
         "blocks",
-        f"G={astra.groups}, K={astra.codewords}: {astra.token_bits} bits per token and block",
+        f"G={chosen.groups}, K={chosen.codewords}: {chosen.mean_bits(len(y)):g} bits per token and block",
         [
             {
                 "block": block,
+                "tokens are": chosen.kinds(len(y))[block],
                 "relative error": error.vector,
                 "of keys and values": error.key_value,
                 "codewords used": float(used.used[block].mean()),

@@ -35,9 +35,6 @@ class Args(DataArgs):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the finetuned checkpoint goes. Repeat the command to resume."""
     training: Annotated[Training, tyro.conf.arg(name="")] = Training()
-    coded_blocks: int | None = None
-    """Train for codes of the first so many blocks alone; the others go by what is predicted from these, which takes a
-    predictor. By default all blocks send codes."""
     augment: bool = True
     """Shift the images at random."""
     flip: bool = True
@@ -80,7 +77,7 @@ def main(args: Args) -> None:
         raise AstraError(f"{args.out}: is the checkpoint that training starts from: choose another output folder")
     data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
     mesh = make_mesh(1, data_devices * seq)
-    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype), coded_blocks=args.coded_blocks)
+    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
     iterator = training_batches(checkpoint, args, telling(report))
     source = {
         "checkpoint": str(args.checkpoint),
@@ -89,7 +86,6 @@ def main(args: Args) -> None:
         "augment": args.augment,
         "flip": args.flip,
         "length": args.length,
-        "coded_blocks": args.coded_blocks,
     }
     model, done = train(
         checkpoint.model,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from astra_jax.codecs.quantizer import lookup, nearest
+from astra_jax.codecs.product import lookup, nearest
 
 AT_ONCE = 1024  # vectors whose scores with all codewords are held at once: more leave a CPU's cache
 PARTS, ENOUGH, LAST = 4, 8, 3  # see `kmeans`

@@ -24,20 +24,22 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from astra_jax.cli.arguments import Integers
+from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.predictor import Prediction
-from astra_jax.codecs.quantizer import Quantizer, RotatedQuantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.hosts.agreement import fingerprint
 from astra_jax.mesh.sharding import DATA, Shards
 from astra_jax.report import progress
-from astra_jax.strategies.base import Noise, Single, Virtual, need_codec
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra, need_codec
 from checkpoints.files import quiet
 from checkpoints.lock import alone
 from checkpoints.store import DAMAGED
 from checkpoints.streaming import digest
 from eval.network.packet_loss import PacketLoss, arrived
 from eval.quality.perplexity import NextTokenLoss
+from train.navq import NoiseAugmented
 
 LOCK = ".train.lock"  # in the folder that is trained into
 BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
@@ -232,14 +234,14 @@ class Watched(nnx.Module):
 
 
 def run_task(
-    model: Any, batch: Batch, strategy: Single | Virtual, smoothing: float
+    model: Any, batch: Batch, strategy: Single | Astra, smoothing: float
 ) -> tuple[Float[Array, ""], dict[str, Array], Final, Any]:
     """The loss of a model, its measures, what it comes to, and the strategy's reports."""
     watched = NextTokenLoss(Watched(model)) if model.per_token else Watched(model)
-    output, (final, seen) = watched(strategy.shards.scatter(watched.to_tokens(batch["input"])), strategy)
+    output, (final, reports) = watched(strategy.shards.scatter(watched.to_tokens(batch["input"])), strategy)
     if model.per_token:
-        return *token_loss(output, batch["input"].lengths, strategy), final, seen
-    return *class_loss(output, batch["label"], smoothing), final, seen
+        return *token_loss(output, batch["input"].lengths, strategy), final, reports.observed
+    return *class_loss(output, batch["label"], smoothing), final, reports.observed
 
 
 def teach(teacher: Any, inputs: Any, shards: Shards) -> Final:
@@ -321,7 +323,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
 
 def check_groups(codec: Quantizer, groups: tuple[int, ...]) -> None:
     """Raises AstraError for numbers of groups that the codec cannot be used with."""
-    if groups and not isinstance(codec, RotatedQuantizer):
+    if groups and not codec.nested:
         raise AstraError("--groups needs codes of which some groups would do: run `astra calibrate --codec nested-pq`")
     if groups and max(groups) > codec.groups:
         raise AstraError(f"--groups is {groups}; the checkpoint has {codec.groups}: give no more")
@@ -342,7 +344,7 @@ def draw_groups(training: Training, key: Key[Array, ""]) -> Int[Array, ""] | Non
     return jax.random.choice(jax.random.fold_in(key, 1), jnp.asarray(training.groups)) if training.groups else None
 
 
-def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[Array, ""]) -> Single | Virtual:
+def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[Array, ""]) -> Single | Astra:
     """How a step runs its model: on one device, or on N virtual shards with what is drawn from its key."""
     shards = model.shards(N, batch["input"])
     if N == 1:
@@ -351,7 +353,8 @@ def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[A
         B = len(jax.tree.leaves(batch["input"])[0])
         shards = move_cuts(shards, jax.random.fold_in(key, 2), B)
     there = jnp.moveaxis(batch["arrived"], 0, 1) if training.packet_loss else None
-    return Virtual(shards, Noise(key, training.noise, draw_groups(training, key)), arrived=there)
+    groups = draw_groups(training, key)
+    return NoiseAugmented.virtual(shards, there, groups, key=key, strength=training.noise)
 
 
 def with_room(shards: Shards) -> Shards:
@@ -395,7 +398,7 @@ def draw_packet_loss(
         model.config.num_hidden_layers,
         len(jax.tree.leaves(inputs)[0]),
         rng,
-        silent=int(astra.side_info != "none"),
+        astra.schedule,
     )
     return packet_loss.rate, np.moveaxis(there, 1, 0)
 

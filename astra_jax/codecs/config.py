@@ -1,17 +1,18 @@
-"""How a model is compressed: the part of a checkpoint's configuration that ASTRA adds."""
+"""How a model is compressed: the part of a checkpoint's configuration that ASTRA adds. One class per codec."""
 
 import dataclasses
 import itertools
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from astra_jax.errors import AstraError
 
 Site = Literal["hidden", "kv"]
 ClassToken = Literal["distributed", "single"]
-Codec = Literal["vq", "nested-pq"]
 Prediction = Literal["none", "linear", "mlp"]
-SideInfo = Literal["none", "token-ids"]
+Kind = Literal["known", "coded", "predicted"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]  # of sentences' embeddings
+
+CODED: tuple[Kind, ...] = ("coded",)  # a schedule of one block
 
 T = TypeVar("T")
 
@@ -21,89 +22,44 @@ LARGEST = 2**27  # number of anything that a configuration counts: more is a mis
 
 @dataclasses.dataclass(frozen=True)
 class AstraConfig:
-    """What is exchanged between devices (paper section 3; letters as in the README's legend).
+    """What is exchanged between devices (paper section 3; letters as in the README's legend). A codec has a subclass.
 
     Attributes:
-      groups: G, code groups per token and block. Must divide the width that is quantized.
+      groups: G, code groups per token and block.
       codewords: K, codewords per group: a power of two, so that a code is exactly log2(K) bits on the wire.
       site: what is quantized: `hidden` is the input of the K and V projections (after the norm),
         `kv` is K and V themselves, before any rotary embedding, as one vector of width 2*J*E (our choice).
       class_token: `distributed` puts a replica of CLS at the head of every shard and averages their final
         states; `single` keeps one CLS on shard 0.
-      codec: `vq` quantizes a vector as it is, as the paper does; `nested-pq` along axes that calibration finds, level
-        by level, each level what those before it left, so that the first levels are a good code by themselves
-        (`astra_jax.codecs.quantizer.RotatedQuantizer`, our choice).
-      widths: of `nested-pq` how many axes each group has.
-      levels: of `nested-pq` how many groups each level has.
       predictor: how a token's vector is predicted from the block before, so that codes say only what differs
-        (`astra_jax.codecs.predictor.Predictor`, our choice).
+        (`codecs/predictor.py`, our choice).
       hidden_units: of the predictor `mlp`.
-      side_info: `token-ids` lets every device know the first block's vectors of a text exactly, without codes.
-      coded_blocks: how many blocks, the first ones, have their tokens' codes sent; the others go by what is predicted
-        from these. None for all. One that token ids say exactly counts (our choice).
+      schedule: what devices know of each other's tokens in every block (our choice); empty where all are `coded`.
+        `coded`: their codes are sent. `predicted`: nothing is sent, and what the predictor expects stands in.
+        `known`: of a text's first block, whose input follows from token ids, which are sent once.
 
     Raises:
       AstraError: a value is outside its range; the message names value, range and fix.
     """
 
+    codec: ClassVar[str]
+    nested: ClassVar[bool] = False  # whether the first groups are a code by themselves
+
     groups: int = 32
     codewords: int = 1024
     site: Site = "hidden"
     class_token: ClassToken = "distributed"
-    codec: Codec = "vq"
-    widths: tuple[int, ...] = ()
-    levels: tuple[int, ...] = ()
     predictor: Prediction = "none"
     hidden_units: int = 128
-    side_info: SideInfo = "none"
-    coded_blocks: int | None = None
+    schedule: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _whole(self.groups):
-            raise AstraError(f"groups is {self.groups!r}; it must be a whole number of at least 1: try 1, 8 or 32")
-        K = self.codewords
-        if not _whole(K) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
-            near = isinstance(K, int | float) and abs(K) < 2**31
-            nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if near else 1024
-            raise AstraError(f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}")
-        for field, choices in (
-            *(("site", Site), ("class_token", ClassToken), ("codec", Codec)),
-            *(("predictor", Prediction), ("side_info", SideInfo)),
-        ):
-            value, allowed = getattr(self, field), get_args(choices)
-            if value not in allowed:
-                raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
-        for field, numbers in (("widths", self.widths), ("levels", self.levels)):
-            if not isinstance(numbers, tuple | list):
-                raise AstraError(f"{field} is {numbers!r}; it must be a list of whole numbers")
-        expected = self.groups if self.codec == "nested-pq" else 0
-        if len(self.widths) != expected or not all(map(_whole, self.widths)):
-            raise AstraError(
-                f"widths is {list(self.widths)}; codec {self.codec} with {self.groups} groups has {expected} of them, "
-                "each a whole number of at least 1"
-            )
-        if not all(map(_whole, self.levels)) or sum(self.levels) != expected:
-            raise AstraError(
-                f"levels is {list(self.levels)}; those of codec {self.codec} with {self.groups} groups have "
-                f"{expected} together, each a whole number of at least 1"
-            )
-        if not _whole(self.hidden_units):
-            raise AstraError(f"hidden_units is {self.hidden_units!r}; it must be a whole number of at least 1: try 128")
-        if self.side_info != "none" and self.predictor == "none":
-            raise AstraError(f"side_info is {self.side_info}, which only a predictor makes use of: choose one")
-        if self.coded_blocks is not None:
-            if not _whole(self.coded_blocks):
-                raise AstraError(
-                    f"coded_blocks is {self.coded_blocks!r}; it must be at least 1, or none for all blocks"
-                )
-            if self.predictor == "none":
-                raise AstraError("coded_blocks says where codes are predicted and not sent, which takes a predictor")
-
-    @property
-    def level_widths(self) -> tuple[tuple[int, ...], ...]:
-        """`widths`, level by level."""
-        ends = tuple(itertools.accumulate(self.levels))
-        return tuple(self.widths[start:end] for start, end in zip((0, *ends), ends, strict=False))
+        check_whole("groups", self.groups, "1, 8 or 32")
+        check_codewords(self.codewords)
+        check_whole("hidden_units", self.hidden_units, "128")
+        for field, choices in (("site", Site), ("class_token", ClassToken), ("predictor", Prediction)):
+            check_choice(field, getattr(self, field), choices)
+        check_schedule(self.schedule, self.predictor)
 
     @property
     def bits(self) -> int:
@@ -112,23 +68,41 @@ class AstraConfig:
 
     @property
     def token_bits(self) -> int:
-        """Bits of one token in one block, G * log2(K)."""
+        """Bits of one token in one coded block, G * log2(K)."""
         return self.groups * self.bits
 
-    def sending(self, L: int) -> int:
-        """How many of L blocks send codes."""
-        return min(self.coded_blocks or L, L) - (self.side_info != "none")
+    def kinds(self, L: int) -> tuple[Kind, ...]:
+        """The schedule of L blocks. Raises AstraError if it is of another number of blocks."""
+        if self.schedule and len(self.schedule) != L:
+            raise AstraError(f"schedule is of {len(self.schedule)} blocks; the model has {L}: calibrate it again")
+        return self.schedule or CODED * L
 
     def mean_bits(self, L: int) -> float:
         """Bits of one token in one block, the mean of all L blocks but one that token ids say exactly."""
-        return self.token_bits * self.sending(L) / max(1, L - (self.side_info != "none"))
+        kinds = self.kinds(L)
+        return self.token_bits * kinds.count("coded") / max(1, L - kinds.count("known"))
 
-    def group_width(self, width: int) -> int:
-        """d: the width of one group of a vector of `width`, of a codec without axes of its own.
+    def with_groups(self, groups: int) -> "AstraConfig":
+        """The same with another number of groups; of nested codes with the first so many.
 
         Raises:
-          AstraError: the groups do not fit that width.
+          AstraError: nested codes have fewer.
         """
+        return dataclasses.replace(self, groups=groups)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `config_of` reads again, for JSON."""
+        return {"codec": self.codec, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig(AstraConfig):
+    """`vq`: a vector is cut into G equal groups and quantized as it is, as in the paper. G must divide its width."""
+
+    codec: ClassVar[str] = "vq"
+
+    def group_width(self, width: int) -> int:
+        """d: the width of one group of a vector of `width`. Raises AstraError if the groups do not fit that width."""
         if width % self.groups:
             divisors = [g for g in range(1, width + 1) if width % g == 0]
             near = sorted(divisors, key=lambda g: abs(g - self.groups))[:3]
@@ -138,22 +112,101 @@ class AstraConfig:
             )
         return width // self.groups
 
-    def with_groups(self, groups: int) -> "AstraConfig":
-        """The same with another number of groups. Of unequal groups the first so many.
 
-        Raises:
-          AstraError: there are not so many unequal groups.
-        """
-        if self.levels and groups > self.groups:
+@dataclasses.dataclass(frozen=True)
+class NestedPQConfig(AstraConfig):
+    """`nested-pq`: codes along axes that calibration finds, level by level, each of what those before it left, so that
+    the first levels are a good code by themselves (`codecs/nested.py`, our choice).
+
+    Attributes:
+      widths: how many axes each group has.
+      levels: how many groups each level has.
+    """
+
+    codec: ClassVar[str] = "nested-pq"
+    nested: ClassVar[bool] = True
+
+    widths: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, numbers, total in (("widths", self.widths, len), ("levels", self.levels, sum)):
+            fits = isinstance(numbers, tuple | list) and all(map(is_whole, numbers)) and total(numbers) == self.groups
+            if not fits:
+                what = "one for each" if field == "widths" else "as many together"
+                raise AstraError(
+                    f"{field} is {numbers!r}; {self.groups} groups have {what}, whole numbers of at least 1"
+                )
+
+    @classmethod
+    def of(cls, astra: AstraConfig, widths: tuple[int, ...], levels: tuple[int, ...]) -> "NestedPQConfig":
+        """What another configuration says, with nested codes."""
+        shared = {field.name: getattr(astra, field.name) for field in dataclasses.fields(AstraConfig)}
+        return cls(**shared | {"groups": len(widths), "widths": widths, "levels": levels})
+
+    @property
+    def level_widths(self) -> tuple[tuple[int, ...], ...]:
+        """`widths`, level by level."""
+        ends = tuple(itertools.accumulate(self.levels))
+        return tuple(self.widths[start:end] for start, end in zip((0, *ends), ends, strict=False))
+
+    def with_groups(self, groups: int) -> "AstraConfig":
+        if groups > self.groups:
             raise AstraError(f"groups is {groups}; these codes have {self.groups}, of which the first can be used")
         starts = itertools.accumulate(self.levels, initial=0)
         levels = tuple(min(n, groups - start) for n, start in zip(self.levels, starts, strict=False) if start < groups)
         return dataclasses.replace(self, groups=groups, widths=self.widths[:groups], levels=levels)
 
 
-def _whole(value: Any) -> bool:
+CONFIGS: dict[str, type[AstraConfig]] = {"vq": VQConfig, "nested-pq": NestedPQConfig}
+Codec = Literal["vq", "nested-pq"]  # the same names, for command lines
+
+
+def config_of(values: dict[str, Any], where: str) -> AstraConfig:
+    """The configuration that `as_dict` gave. Raises AstraError if it is none, and says `where`."""
+    name = values.get("codec")
+    if name not in CONFIGS:
+        raise AstraError(f"{where}: codec is {name!r}; it must be one of {', '.join(CONFIGS)}: calibrate it again")
+    return from_dict(CONFIGS[name], {field: value for field, value in values.items() if field != "codec"}, where)
+
+
+def is_whole(value: Any) -> bool:
     """Whether it is a whole number of at least 1, and no more than arrays can have of anything."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def check_whole(field: str, value: Any, hint: str) -> None:
+    """Raises AstraError unless a value is a whole number of at least 1."""
+    if not is_whole(value):
+        raise AstraError(f"{field} is {value!r}; it must be a whole number of at least 1: try {hint}")
+
+
+def check_codewords(K: Any) -> None:
+    """Raises AstraError unless K is a power of two that codes can number."""
+    if not is_whole(K) or not 2 <= K <= MAX_CODEWORDS or K & (K - 1):
+        near = isinstance(K, int | float) and abs(K) < 2**31
+        nearest = min(MAX_CODEWORDS, 1 << max(1, int(K).bit_length() - 1)) if near else 1024
+        raise AstraError(f"codewords is {K!r}; it must be a power of two from 2 to {MAX_CODEWORDS}: try {nearest}")
+
+
+def check_choice(field: str, value: Any, choices: Any) -> None:
+    """Raises AstraError unless a value is one of a Literal."""
+    if value not in get_args(choices):
+        raise AstraError(f"{field} is {value!r}; it must be one of {', '.join(get_args(choices))}")
+
+
+def check_schedule(schedule: Any, predictor: str) -> None:
+    """Raises AstraError for a schedule that cannot be: only a predictor makes use of what is not coded, only the first
+    block is known, and something has to be said before anything is predicted."""
+    if not isinstance(schedule, tuple | list):
+        raise AstraError(f"schedule is {schedule!r}; it must be a list of {', '.join(get_args(Kind))}")
+    for number, kind in enumerate(schedule):
+        check_choice("schedule", kind, Kind)
+        if kind != "coded" and predictor == "none":
+            raise AstraError(f"schedule has a block that is {kind}, which takes a predictor: choose one")
+        if (kind == "known") > (number == 0) or (kind == "predicted" and number == 0):
+            raise AstraError(f"schedule has block {number} as {kind}; the first is known or coded, no other is known")
 
 
 def doubling(G: int) -> tuple[int, ...]:
@@ -169,7 +222,7 @@ def codec_and_predictor(name: str) -> tuple[Codec, Prediction]:
     """What is meant by `CODEC` or `CODEC+PREDICTOR`. Raises AstraError if there is no such thing."""
     codec, _, predictor = name.partition("+")
     predictor = predictor or "none"
-    if codec not in get_args(Codec) or predictor not in get_args(Prediction):
+    if codec not in CONFIGS or predictor not in get_args(Prediction):
         raise AstraError(f"there is no codec {name!r}: try vq, nested-pq, vq+linear or nested-pq+mlp")
     return cast(Codec, codec), cast(Prediction, predictor)
 

@@ -3,16 +3,16 @@
 Every device keeps an estimate x^ of what each token's codec saw in the block before, and all make the same prediction
 of what it will see in the next one. The token's own device quantizes how it differs from that, so that errors do not
 add up: `p_l = f_l(x^_{l-1}); z = encode(y_l - p_l); x^_l = p_l + decode(z)` (our choice; differential coding in a
-closed loop).
+closed loop). Before the first block the estimate is 0.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from astra_jax.codecs.config import AstraConfig
 
@@ -24,31 +24,6 @@ class Prediction(nnx.Variable):
 
 
 Around = Callable[[Array], Array]  # `around` of all tokens' estimates, as whoever has these knows their shards
-
-
-class SideInfo(NamedTuple):
-    """What devices tell each other of their tokens besides codes.
-
-    Attributes:
-      ids: of the tokens that are here.
-      vocabulary: how many ids there are.
-      vectors_of: what the first block's codec sees of tokens with these ids [B,S] at these positions [*B,S]: [B,S,W].
-    """
-
-    ids: Int[Array, "B S"]
-    vocabulary: int
-    vectors_of: Callable[[Array, Any], Array]
-
-
-class Known(NamedTuple):
-    """What the first block's codec sees of all tokens, exactly, so that it needs no codes; None if it is not known."""
-
-    vectors: Float[Array, "*tokens W"] | None
-
-
-def is_exact(carry: Any) -> bool:
-    """Whether a carry is what a block's codec sees."""
-    return isinstance(carry, Known) and carry.vectors is not None
 
 
 def around(
@@ -72,13 +47,11 @@ def around(
 
 
 class Predictor(nnx.Module):
-    """f: `p = x weight + bias`.
-
-    `mlp` adds to that `relu([x, c] down + offset) up`, where c is what is `around` the token in its shard: a block's
-    attention adds what depends on other tokens, and its MLP what is not linear.
+    """f: `p = x weight + bias`. `mlp` adds `relu([x, c] down + offset) up`, where c is what is `around` the token in
+    its shard: a block's attention adds what depends on other tokens, and its MLP what is not linear.
 
     Args:
-      config: which kind, and the hidden units of an `mlp`.
+      config: which kind, and how many hidden units.
       width: W, of what the codec quantizes.
     """
 
@@ -88,8 +61,7 @@ class Predictor(nnx.Module):
         def zeros(*shape: int) -> Prediction:
             return Prediction(jnp.zeros(shape, jnp.float32))
 
-        self.bias = zeros(width)
-        self.weight = zeros(width, width)
+        self.weight, self.bias = zeros(width, width), zeros(width)
         self.down: Any = nnx.data(zeros(2 * width, units) if mlp else None)
         self.offset: Any = nnx.data(zeros(units) if mlp else None)
         self.up: Any = nnx.data(zeros(units, width) if mlp else None)

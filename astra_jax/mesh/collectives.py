@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from astra_jax.mesh.sharding import DATA
+
 
 def _bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """16-bit floats as integers: XLA's CPU backend would send them as 32-bit floats."""
@@ -49,9 +51,10 @@ class Peers:
         """[...] -> [N, ...]: what every device holds, in their order. A device sends all of `x` (an all-gather)."""
         return _of_bits(jax.lax.all_gather(_bits(x), self.axis, to="invarying"), x.dtype)
 
-    def gather_others(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "others *shape"]:
-        """[...] -> [N-1, ...]: what every other device holds, in the order of `others` (an all-gather)."""
-        return self.gather(x)[self.others()]
+    def alike(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        """[...] -> [...]: `x`, which all devices of this axis have, as something that may differ with the batch, which
+        `jax.shard_map` has to know where a loop makes it so. Sends nothing."""
+        return jax.lax.pcast(x, (DATA,), to="varying")
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """[...] -> [...]: the sum over the devices, on every device (an all-reduce)."""
@@ -84,8 +87,8 @@ class Alone:
     def gather(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "N *shape"]:
         return jnp.broadcast_to(x, (self.N, *x.shape))
 
-    def gather_others(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "others *shape"]:
-        return jnp.broadcast_to(x, (self.N - 1, *x.shape))
+    def alike(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        return x
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
+from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.quantizer import make_codec
+from astra_jax.codecs.registry import make_codec
+from astra_jax.models.interface import Codes, Content, Estimates, Inputs, Kept, Remote, Report, Source, Strategy
 from astra_jax.models.layers import RowLinear
+from astra_jax.models.mask import Block
 from astra_jax.models.rotary import Rotary
 
 SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
@@ -27,35 +30,21 @@ class Folded(nnx.Variable):
     Made by `astra_jax.models.key_value_tables.fold`.
     """
 
+    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"]) -> Float[Array, "B R KV"]:
+        """Keys and values: rows of the tables, added up."""
+        return sum_of_rows(self[...], z)
+
 
 class Readout(nnx.Variable):
-    """Keys and values of a step along every axis of a `nested-pq` codec, and in the last row of its origin: [A+1,2JE].
+    """Keys and values of a step along every axis of a codec, and in the last row of its origin: [A+1,2JE].
 
     Made by `astra_jax.models.key_value_tables.fold`.
     """
 
-
-class Source(NamedTuple):
-    """Keys and values of R tokens, and who may see them. The mask broadcasts to [B, S, R]; None where all see all.
-
-    `times` says how many equal tokens each of them stands for; None for one.
-    """
-
-    key: Float[Array, "#B R J E"]
-    value: Float[Array, "#B R J E"]
-    mask: Bool[Array, "*#B #S R"] | None
-    times: Int[Array, "*#B #S R"] | None = None
-
-
-class Kept(NamedTuple):
-    """What a block leaves for a cache: its local keys and values, and what it received of remote tokens.
-
-    `message` is codes [B,R,G], as they arrived, or estimates; None on one device.
-    """
-
-    key: Float[Array, "*L B S J E"]
-    value: Float[Array, "*L B S J E"]
-    message: Shaped[Array, "*L B R _"] | None
+    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"]) -> Float[Array, "B R KV"]:
+        """Keys and values: a product with few axes in place of the whole width."""
+        table = self[...]
+        return codec.coordinates(z).astype(table.dtype) @ table[:-1] + table[-1]
 
 
 class Partial(NamedTuple):
@@ -143,7 +132,7 @@ def sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) ->
     return jax.lax.scan(add, start, (tables, z))[0]
 
 
-def _counts(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
+def count_codes(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
     """How often each of K codewords occurs among the tokens that can be seen."""
     seen = jnp.broadcast_to(True if mask is None else mask[..., 0, :], z.shape).astype(jnp.int32)
     return jax.vmap(lambda codes, ones: jnp.zeros(K, jnp.int32).at[codes].add(ones))(z, seen)[:, None]
@@ -183,8 +172,7 @@ class MixedPrecisionAttention(nnx.Module):
         self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
         self.codec = make_codec(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
-        self.folded: Folded | None = nnx.data(None)
-        self.readout: Readout | None = nnx.data(None)
+        self.tables: Folded | Readout | None = nnx.data(None)
 
     def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
         """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
@@ -192,70 +180,76 @@ class MixedPrecisionAttention(nnx.Module):
 
     def codec_input(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens W"]:
         """What the codec quantizes of an input of the projections: itself, or at site `kv` its key and value."""
-        return y if self.site == "hidden" else jnp.concatenate([self.k(y), self.v(y)], axis=-1)
+        return self.project(y) if self.site == "kv" else y
 
-    def remote_key_value(self, message: Shaped[Array, "B R _"], site: str | None) -> tuple[Array, Array]:
-        """K^ and V^ of remote tokens: the two halves of a vector at site `kv`, else its projections `y^ Wk, y^ Wv`.
+    def project(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens KV"]:
+        """Keys and values side by side, all heads of each."""
+        return jnp.concatenate([self.k(y), self.v(y)], axis=-1)
 
-        `message` is codes, or the vectors themselves where a strategy already has them.
-        """
-        if self.folded is not None:
-            k, v = jnp.split(sum_of_rows(self.folded[...], message), 2, axis=-1)
-            return self.heads(k), self.heads(v)
-        if self.readout is not None:
-            u = self.codec.coordinates(message)  # type: ignore[union-attr]  # who has codes has a codec
-            table = self.readout[...]
-            kv = u.astype(table.dtype) @ table[:-1] + table[-1]
-            return tuple(map(self.heads, jnp.split(kv, 2, axis=-1)))  # type: ignore[return-value]
-        if jnp.issubdtype(message.dtype, jnp.unsignedinteger):
-            message = self.codec.decode(message)  # type: ignore[union-attr]  # who has codes has a codec
-        k, v = jnp.split(message, 2, axis=-1) if site == "kv" else (self.k(message), self.v(message))
-        return self.heads(k), self.heads(v)
+    def remote_key_value(self, content: Content) -> Float[Array, "B R KV"]:
+        """K^ and V^ of remote tokens, `y^ Wk, y^ Wv` for the site `hidden`."""
+        project = (lambda y: y) if self.site == "kv" else self.project
+        match content:
+            case Codes(z):
+                return self.codec.key_value(z, project, self.tables)  # type: ignore[union-attr]  # codes are of a codec
+            case Estimates(y):
+                return project(y)
+            case Inputs(y):
+                return self.project(y)
 
-    def remote_source(self, remote: Any, site: str | None, dtype: Any) -> Source:
+    def remote_source(self, remote: Remote, dtype: Any) -> Source:
         """Remote tokens as attention sees them: one by one, or where that is less, as codewords with their counts.
 
         Without a rotary embedding, tokens with the same code (G=1) have the same key and value, wherever they are.
         So attention to all of them is attention to K codewords that count as often as they were sent (the log-count
         bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
         """
-        R, folded = remote.message.shape[1], self.folded
-        if folded is not None and self.rotary is None and (remote.mask is None or remote.mask.shape[-2] == 1):
-            G, K, _ = folded.shape
-            if G == 1 and K < R:
-                count = _counts(remote.message[..., 0], remote.mask, K)
-                k, v = (self.heads(a).astype(dtype) for a in jnp.split(folded[...], 2, axis=-1))
-                return Source(k, v, count > 0, count)
-        k, v = self.remote_key_value(remote.message, site)
+        if isinstance(remote.content, Codes) and self._counts(remote.content.z, remote.mask):
+            table = self.tables[...][0].astype(dtype)  # type: ignore[index]  # `_counts` says that there are tables
+            count = count_codes(remote.content.z[..., 0], remote.mask, len(table))
+            k, v = jnp.split(table[None], 2, axis=-1)
+            return Source(self.heads(k), self.heads(v), count > 0, count)
+        k, v = map(self.heads, jnp.split(self.remote_key_value(remote.content), 2, axis=-1))
         return Source(self.rotate(k, remote.position).astype(dtype), v.astype(dtype), remote.mask)
+
+    def _counts(self, z: UInt16[Array, "B R G"], mask: Any) -> bool:
+        """Whether codewords are counted: there are fewer of them than tokens, and all queries see the same tokens."""
+        alike = self.rotary is None and (mask is None or mask.shape[-2] == 1)
+        return (
+            alike
+            and isinstance(self.tables, Folded)
+            and len(self.tables[...]) == 1
+            and (self.tables[...].shape[1] < z.shape[1])
+        )
 
     def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
         """Queries or keys at their places in the sequence; as they are without a rotary embedding."""
         return self.rotary(x, position) if self.rotary else x
 
-    def __call__(self, y: Float[Array, "B S D"], strategy: Any, carry: Any, block: Any) -> tuple[Array, Any, Any]:
-        """One block's attention (DESIGN section 3).
+    def __call__(
+        self, y: Float[Array, "B S D"], strategy: Strategy, estimate: Any, block: Block
+    ) -> tuple[Float[Array, "B S D"], Any, Report]:
+        """One block's attention (paper section 3).
 
         Args:
           y: the input of the projections, normalised.
-          strategy: what exchanges codes and knows who sees whom (astra_jax/strategies/base.py).
-          carry: what the strategy keeps per token from block to block: estimates, with a predictor; else ().
-          block: number of the block.
+          strategy: what exchanges codes and knows who sees whom.
+          estimate: what devices expect of each other's tokens goes on from this; () without a predictor.
+          block: which block this is.
 
         Returns:
-          the attention output [B,S,D], the new carry, and what the strategy reports of this block.
+          the attention output [B,S,D], the new estimate, and what the block reports.
         """
         k, v = self.k(y), self.v(y)
-        site = self.site if strategy.coded else "hidden"
-        sent = jnp.concatenate([k, v], axis=-1) if site == "kv" else y
+        sent = jnp.concatenate([k, v], axis=-1) if strategy.coded and self.site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
-        remote, carry, report = strategy.exchange(self.codec, sent, carry, block)
+        remote, estimate, report = strategy.exchange(self.codec, sent, estimate, block)
         position = strategy.positions() if self.rotary else None
         q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
-        sources = [Source(k, v, strategy.local_mask()), *strategy.cached(block)]
+        sources = [Source(k, v, strategy.local_mask(block)), *strategy.cached(block)]
         if remote is not None:
-            sources.append(self.remote_source(remote, site, k.dtype))
+            sources.append(self.remote_source(remote, k.dtype))
         if strategy.keep:
-            report = Kept(k, v, remote.message if remote is not None else None)
+            report = report._replace(kept=Kept(k, v, None if remote is None else remote.content))
         attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
-        return self.o(attended.reshape(*y.shape[:2], -1), strategy), carry, report
+        return self.o(attended.reshape(*y.shape[:2], -1), strategy), estimate, report

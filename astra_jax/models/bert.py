@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig, Similarity
-from astra_jax.codecs.predictor import SideInfo
-from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Pooling, Shards
 from astra_jax.models.attention import MixedPrecisionAttention
-from astra_jax.models.blocks import scan_blocks, stack_blocks, token_ids
+from astra_jax.models.blocks import scan_blocks, stack_blocks
+from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.mask import Block
 
 Task = Literal["classification", "embedding"]
 
@@ -87,10 +88,16 @@ class BertBlock(nnx.Module):
         self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
-        attended, remote, report = self.attention(x, strategy, remote, block)
+    def attention_input(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """What keys and values are projections of."""
+        return x
+
+    def __call__(
+        self, x: Float[Array, "B S D"], strategy: Strategy, estimate: Any, block: Block
+    ) -> tuple[Float[Array, "B S D"], Any, Report]:
+        attended, estimate, report = self.attention(x, strategy, estimate, block)
         x = self.norm1(x + attended)
-        return self.norm2(x + self.mlp(x, strategy)), remote, report
+        return self.norm2(x + self.mlp(x, strategy)), estimate, report
 
 
 class Bert(nnx.Module):
@@ -155,17 +162,13 @@ class Bert(nnx.Module):
         x = self.embed(ids)
         return self.embed_norm(x + (self.position[...] + self.token_type[...][0])[positions].astype(x.dtype))
 
-    def side_info(self, ids: Int[Array, "B S"]) -> SideInfo | None:
-        """What devices tell each other of these tokens; None where no use is made of that."""
-        return token_ids(self, ids, lambda block, x: x)
-
-    def features(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
+    def features(self, tokens: Int[Array, "B S 2"], strategy: Strategy) -> tuple[Float[Array, "B D"], Report]:
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
         ids = tokens[..., 0]
         if self._class_token:
             ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
-        x, reports = scan_blocks(self.blocks, x, strategy, self.side_info(ids))
+        x, reports = scan_blocks(self, x, strategy, ids)
         return strategy.pool(x, self.config.pooling), reports
 
     def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:
@@ -177,7 +180,7 @@ class Bert(nnx.Module):
             features = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
         return features
 
-    def __call__(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B _"], Any]:
+    def __call__(self, tokens: Int[Array, "B S 2"], strategy: Strategy) -> tuple[Float[Array, "B _"], Report]:
         """Tokens of the shards that are here -> logits [B,C] or embeddings [B,D], and the reports of all blocks."""
         features, reports = self.features(tokens, strategy)
         return self.logits(features), reports

@@ -14,7 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from astra_jax.codecs.predictor import SideInfo
+from astra_jax.codecs.config import CODED, Kind
+from astra_jax.errors import AstraError
+from astra_jax.models.interface import Report, Strategy, TokenIds
+from astra_jax.models.mask import Block
 from astra_jax.models.weight_quantization import dequantized, is_quantized
 
 
@@ -75,17 +78,15 @@ def _unstack(stack: Array) -> Unstacked:
     return Unstacked(tuple(map(one, range(len(stack)))))
 
 
-Step = Callable[[Any, Any], tuple[Any, Any]]  # a block: (carry, its part of xs) -> (carry, report)
-
-
-def run_stack(parts: Sequence[tuple[Step, int]], carry: Any, xs: Any) -> tuple[Any, Any]:
+def run_stack(
+    parts: Sequence[tuple[Callable[[Any, Any], tuple[Any, Any]], int]], carry: Any, xs: Any
+) -> tuple[Any, Any]:
     """`jax.lax.scan` over the blocks, whose weights are among `xs`; of `Unstacked` ones a loop instead.
 
     Args:
-      parts: how blocks that follow each other are run, and how many; of one block also if it is given another kind of
-        carry than the others. Parts of none are left out.
+      parts: how blocks that follow each other are run, (carry, their part of xs) -> (carry, report), and how many.
     """
-    parts, reports = [part for part in parts if part[1]], []
+    reports: list[Any] = []
     ends = list(itertools.accumulate(count for _, count in parts))
     if any(map(_is_unstacked, jax.tree.leaves(xs, is_leaf=_is_unstacked))):
         for (block, count), end in zip(parts, ends, strict=True):
@@ -97,7 +98,7 @@ def run_stack(parts: Sequence[tuple[Step, int]], carry: Any, xs: Any) -> tuple[A
     if len(parts) == 1 and ends[0] > 1:
         return jax.lax.scan(parts[0][0], carry, xs)
 
-    def at(block: Step, carry: Any, number: Any) -> tuple[Any, Any]:
+    def at(block: Any, carry: Any, number: Any) -> tuple[Any, Any]:
         # One by one: a scan over a part of the stack would copy nearly all of it first.
         return block(carry, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False), xs))
 
@@ -131,43 +132,47 @@ def block_at(blocks: Any, index: int) -> Any:
     return nnx.merge(graphdef, dequantized(_block_of(state, index)))
 
 
-def token_ids(model: Any, ids: Int[Array, "B S"], projected: Callable[[Any, Any], Any]) -> SideInfo | None:
-    """What a text's model tells devices of the tokens that are here; None where no use is made of that.
+def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
+    """What a text's model tells devices of the tokens that are here, where its schedule begins with a known block.
 
     What the first block's codec sees depends on ids and positions alone.
 
     Args:
-      model: `embedded(ids, positions)` is the input of its first block.
-      ids: of the slots that are here, class tokens included.
-      projected: a block and its input -> the input of its projections: normalised before attention, or as it is.
+      model: `embedded(ids, positions)` is the input of its first block, whose `attention_input` is what is projected.
+      ids: of the slots that are here, class tokens included; None for what is no text.
     """
-    if model.astra is None or model.astra.side_info == "none":
+    if model.astra is None or "known" not in model.astra.schedule:
         return None
     first = block_at(model.blocks, 0)
 
     def vectors_of(ids: Array, positions: Any) -> Array:
-        return first.attention.codec_input(projected(first, model.embedded(ids, positions)))
+        return first.attention.codec_input(first.attention_input(model.embedded(ids, positions)))
 
-    return SideInfo(ids, model.config.vocab_size, vectors_of)
+    if ids is None:
+        raise AstraError("schedule has a known block, which is for texts: calibrate it again")
+    return TokenIds(ids, model.config.vocab_size, vectors_of)
 
 
 def scan_blocks(
-    blocks: Any, x: Float[Array, "B S D"], strategy: Any, side_info: SideInfo | None = None
-) -> tuple[Float[Array, "B S D"], Any]:
-    """Runs the stack: x [B,S,D] -> x [B,S,D] and the strategy's reports, stacked on a leading axis L.
+    model: Any, x: Float[Array, "B S D"], strategy: Strategy, ids: Int[Array, "B S"] | None = None
+) -> tuple[Float[Array, "B S D"], Report]:
+    """Runs the stack of a model: x [B,S,D] -> x [B,S,D] and the reports, stacked on a leading axis L.
 
-    The carry of the scan is `(x, remote)`: `remote` is what the strategy keeps per token, at first what is known of it.
+    Args:
+      ids: of a text, those of the slots that are here.
     """
+    blocks = model.blocks
     graphdef, state = nnx.split(blocks)
     codec, L = blocks.attention.codec, length(state)
-    remote = strategy.start(codec, side_info)
+    estimate = strategy.start(codec, x, token_ids(model, ids) if strategy.coded else None)
 
-    def one_block(strategy: Any, carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
-        x, remote = carry
+    def step(strategy: Strategy, kind: Kind, carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Report]:
+        x, estimate = carry
         block_state, number = xs
-        x, remote, report = nnx.merge(graphdef, dequantized(block_state))(x, strategy, remote, number)
-        return (x, remote), report
+        block = nnx.merge(graphdef, dequantized(block_state))
+        x, estimate, report = block(x, strategy, estimate, Block(number, kind))
+        return (x, estimate), report
 
-    coded_blocks = L if codec is None else min(codec.coded_blocks or L, L)
-    (x, _), reports = strategy.run_blocks(one_block, (x, remote), (state, jnp.arange(L)), coded_blocks)
+    kinds = model.astra.kinds(L) if model.astra else CODED * L
+    (x, _), reports = strategy.run_blocks(step, kinds, (x, estimate), (state, jnp.arange(L)))
     return x, reports

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.predictor import SideInfo
-from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
-from astra_jax.models.blocks import token_ids
+from astra_jax.models.interface import Report, Strategy
 
 Task = Literal["causal-lm", "classification"]
 
@@ -36,11 +35,7 @@ class Decoder(nnx.Module):
         """The input of the first block: of tokens with these ids at these positions."""
         raise NotImplementedError
 
-    def side_info(self, ids: Int[Array, "B S"]) -> SideInfo | None:
-        """What devices tell each other of these tokens; None where no use is made of that."""
-        return token_ids(self, ids, lambda block, x: block.norm1(x))
-
-    def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+    def states(self, ids: Int[Array, "B S"], strategy: Strategy) -> tuple[Float[Array, "B S D"], Report]:
         """Token ids of the slots that are here -> final states, normalised, and the strategy's reports."""
         raise NotImplementedError
 
@@ -71,7 +66,7 @@ class Decoder(nnx.Module):
         """The token ids of a batch."""
         return jnp.asarray(text.ids)
 
-    def features(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "*rows D"], Any]:
+    def features(self, ids: Int[Array, "B S"], strategy: Strategy) -> tuple[Float[Array, "*rows D"], Report]:
         """Token ids -> what the head reads, final states [B,S,D] or those of last tokens [B,D], and the reports."""
         states, reports = self.states(ids, strategy)
         return states if self.per_token else strategy.pool(states, "last"), reports
@@ -81,7 +76,7 @@ class Decoder(nnx.Module):
         head = self.embed.attend if self.head is None else self.head
         return head(features).astype(jnp.float32)
 
-    def __call__(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "..."], Any]:
+    def __call__(self, ids: Int[Array, "B S"], strategy: Strategy) -> tuple[Float[Array, "..."], Report]:
         """Token ids -> logits [B,S,V] of every token that is here, or [B,C] of the classes; and the reports."""
         features, reports = self.features(ids, strategy)
         return self.logits(features), reports

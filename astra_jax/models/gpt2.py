@@ -12,7 +12,9 @@ from astra_jax.inputs import InputKind
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
+from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.mask import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,16 @@ class GPT2Block(nnx.Module):
         self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(D, F, config.activation_function, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
-        attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
+    def attention_input(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """What keys and values are projections of."""
+        return self.norm1(x)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], strategy: Strategy, estimate: Any, block: Block
+    ) -> tuple[Float[Array, "B S D"], Any, Report]:
+        attended, estimate, report = self.attention(self.attention_input(x), strategy, estimate, block)
         x = x + attended
-        return x + self.mlp(self.norm2(x), strategy), remote, report
+        return x + self.mlp(self.norm2(x), strategy), estimate, report
 
 
 class GPT2(Decoder):
@@ -118,7 +126,7 @@ class GPT2(Decoder):
         x = self.embed(ids)
         return x + self.position[...][positions].astype(x.dtype)
 
-    def states(self, ids: Int[Array, "B S"], strategy: Any) -> tuple[Float[Array, "B S D"], Any]:
+    def states(self, ids: Int[Array, "B S"], strategy: Strategy) -> tuple[Float[Array, "B S D"], Report]:
         x = self.embedded(ids, strategy.positions())
-        x, reports = scan_blocks(self.blocks, x, strategy, self.side_info(ids))
+        x, reports = scan_blocks(self, x, strategy, ids)
         return self.norm(x), reports

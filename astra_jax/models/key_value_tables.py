@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astra_jax.codecs.quantizer import RotatedQuantizer
 from astra_jax.models.attention import Folded, MixedPrecisionAttention, Readout
 from astra_jax.models.weight_quantization import dequantized
 
@@ -45,7 +44,7 @@ def folding_pays(model: Any, platform: str) -> bool:
     assert codec is not None
     G, K = codec.groups, codec.codewords
     itemsize = model.dtype.itemsize
-    if attention.site == "kv" and not isinstance(codec, RotatedQuantizer):
+    if attention.site == "kv" and not codec.rotates:
         return G == 1 and attention.rotary is None
     width = 2 * attention.J * attention.E
     table_bytes = L * G * K * width * itemsize
@@ -66,7 +65,7 @@ def fold(model: Any, platform: str | None = None) -> Any:
     if attention.codec.predictor is not None:  # then attention is given estimates, not codes
         return model
     tables = folding_pays(model, platform or jax.default_backend())
-    if not tables and not (isinstance(attention.codec, RotatedQuantizer) and attention.site == "hidden"):
+    if not tables and not (attention.codec.rotates and attention.site == "hidden"):
         return model
     codec, state = nnx.split(attention.codec)
     parts = [state, nnx.state(attention.k), nnx.state(attention.v)]
@@ -75,10 +74,7 @@ def fold(model: Any, platform: str | None = None) -> Any:
     made = jax.eval_shape(make, *parts) if abstract else jax.jit(make)(*parts)
     graphdef, state = nnx.split(model)
     folded = nnx.merge(graphdef, state)
-    if tables:
-        folded.blocks.attention.folded = Folded(made)
-    else:
-        folded.blocks.attention.readout = Readout(made)
+    folded.blocks.attention.tables = Folded(made) if tables else Readout(made)
     return folded
 
 
@@ -89,13 +85,12 @@ def _of_all_blocks(make: Any, dtype: Any, *parts: Any) -> Float[Array, "L *shape
 def _readout(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "axes width"]:
     """Keys and values of a unit vector along every axis of the codec, and in the last row those of its origin."""
     made = nnx.merge(codec, state)
-    rotated = isinstance(made, RotatedQuantizer)
     if site == "kv":
-        assert rotated  # or nothing is to be read out: codewords are keys and values
+        assert made.rotates  # or nothing is to be read out: codewords are keys and values
         return jnp.concatenate([made.synthesis[...], made.mean[...][None]])
     kernel = jnp.concatenate([layer["kernel"][...] for layer in (k, v)], axis=-1).astype(jnp.float32)
     bias = jnp.concatenate([layer["bias"][...] for layer in (k, v)]) if "bias" in k else jnp.zeros(kernel.shape[1])
-    if not rotated:
+    if not made.rotates:
         return jnp.concatenate([kernel, bias[None]])
     axes, origin = (jnp.matmul(a, kernel, precision="highest") for a in (made.synthesis[...], made.mean[...]))
     return jnp.concatenate([axes, (origin + bias)[None]])
@@ -104,7 +99,7 @@ def _readout(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, 
 def _tables(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "G K width"]:
     """`C_g [Wk_g Wv_g]`, biases added in the first group."""
     made = nnx.merge(codec, state)
-    if site == "kv" and not isinstance(made, RotatedQuantizer):
+    if site == "kv" and not made.rotates:
         return made.codebook[...]
     readout = _readout(site, codec, state, k, v)
     return made.products(readout[:-1]).at[0].add(readout[-1])

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.quantizer import Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
+from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_divides, check_numbers
+from astra_jax.models.mask import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +66,16 @@ class ViTBlock(nnx.Module):
         self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B S D"], strategy: Any, remote: Any, block: Any) -> tuple[Array, Any, Any]:
-        attended, remote, report = self.attention(self.norm1(x), strategy, remote, block)
+    def attention_input(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
+        """What keys and values are projections of."""
+        return self.norm1(x)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], strategy: Strategy, estimate: Any, block: Block
+    ) -> tuple[Float[Array, "B S D"], Any, Report]:
+        attended, estimate, report = self.attention(self.attention_input(x), strategy, estimate, block)
         x = x + attended
-        return x + self.mlp(self.norm2(x), strategy), remote, report
+        return x + self.mlp(self.norm2(x), strategy), estimate, report
 
 
 class ViT(nnx.Module):
@@ -114,13 +122,13 @@ class ViT(nnx.Module):
         patches = images.reshape(B, n, P, n, P, -1).swapaxes(2, 3)
         return patches.reshape(B, n * n, -1)
 
-    def features(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B D"], Any]:
+    def features(self, patches: Float[Array, "B S PPC"], strategy: Strategy) -> tuple[Float[Array, "B D"], Report]:
         """Patches of the shards that this device holds -> what the head reads, and the strategy's reports."""
         positions = self.position[...]
         x = self.embed(patches)
         x = x + positions[1 + strategy.positions()].astype(x.dtype)
         x = strategy.prepend_class((self.cls[...] + positions[0]).astype(x.dtype), x)
-        x, reports = scan_blocks(self.blocks, x, strategy)
+        x, reports = scan_blocks(self, x, strategy)
         # The head reads the mean of the final class states (our choice: after the final norm).
         return strategy.pool(self.norm(x), "class"), reports
 
@@ -128,7 +136,7 @@ class ViT(nnx.Module):
         """What the head makes of what it reads, float32."""
         return self.head(features).astype(jnp.float32)
 
-    def __call__(self, patches: Float[Array, "B S PPC"], strategy: Any) -> tuple[Float[Array, "B C"], Any]:
+    def __call__(self, patches: Float[Array, "B S PPC"], strategy: Strategy) -> tuple[Float[Array, "B C"], Report]:
         """Patches of the shards that this device holds -> logits, and the strategy's reports of all blocks."""
         features, reports = self.features(patches, strategy)
         return self.logits(features), reports

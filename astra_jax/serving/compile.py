@@ -15,7 +15,8 @@ from jaxtyping import Array
 from astra_jax.mesh.sharding import DATA, SEQ, put
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
-from astra_jax.strategies.base import Astra, Sharded, Single
+from astra_jax.strategies.base import Sharded, Single
+from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import (
     BlockParallel,
     BlockSequenceParallel,

@@ -21,7 +21,7 @@ from astra_jax.serving.compile import Make, parallelize
 from astra_jax.serving.continuation import Continuation, End, check_stop
 from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling, is_whole
-from astra_jax.strategies.base import Astra
+from astra_jax.strategies.coded import Astra
 
 NEW_TOKENS = 128  # where nobody says how many, our choice
 

@@ -23,11 +23,12 @@ from jaxtyping import Array, Float, Int
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import DATA, SEQ
-from astra_jax.models.attention import Kept
+from astra_jax.models.interface import Kept
 from astra_jax.serving.cache import Cache, Decode
 from astra_jax.serving.compile import Make, make_for, on_mesh, place
 from astra_jax.serving.sampling import Draws, draw
-from astra_jax.strategies.base import Astra, Single
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 
 
 class Rows(NamedTuple):
@@ -70,19 +71,19 @@ def prefill_program(model: Any, graphdef: Any, mesh: Mesh, make: Make = Astra.of
 
     def work(state: Any, ids: Array, strategy: Any) -> Any:
         model = nnx.merge(graphdef, state)
-        states, kept = model.states(ids, dataclasses.replace(strategy, keep=True))
+        states, reports = model.states(ids, dataclasses.replace(strategy, keep=True))
         own = strategy.tokens().valid.sum(-1)  # [B]
         last = jnp.take_along_axis(states, jnp.maximum(own - 1, 0)[:, None, None], axis=1)
         remote = None
         if not isinstance(strategy, Single):
             tokens = strategy.remote_tokens()
             remote = (tokens.position, tokens.valid)
-        return model.logits(last), kept, own[:, None], remote
+        return model.logits(last), reports.kept, own[:, None], remote
 
     by_block, by_row = P(None, DATA, SEQ), P(DATA, SEQ)
     specs: Any = (by_row, Kept(*cast(Any, [by_block] * 3)), by_row, by_row)
     if N == 1:  # nothing is remote
-        specs = (by_row, specs[1]._replace(message=None), by_row, None)
+        specs = (by_row, specs[1]._replace(content=None), by_row, None)
 
     @jax.jit
     def prefill(state: Any, text: Text) -> Any:
@@ -151,7 +152,7 @@ class Generator:
         logits, own, remote = jax.tree.map(lambda a: self._at_the_end(a, P(DATA)), (logits, own, remote))
         position, valid = remote if remote is not None else (None, None)
         lengths = self._by_row(np.asarray(text.lengths, np.int32))
-        return logits[:, 0], Cache(kept.key, kept.value, own[:, 0], lengths, kept.message, position, valid)
+        return logits[:, 0], Cache(kept.key, kept.value, own[:, 0], lengths, kept.content, position, valid)
 
     def enter(
         self,
@@ -203,10 +204,10 @@ class Generator:
 
     def _run_decode(self, state: Any, rows: Rows, work: Any) -> tuple[Rows, Float[Array, "B V"]]:
         model, draws = nnx.merge(self.graphdef, state), rows.draws
-        states, kept = model.states(rows.ids[:, None], Decode(rows.cache))
+        states, reports = model.states(rows.ids[:, None], Decode(rows.cache))
         logits = model.logits(states)[:, 0]
         drawn = draws._replace(place=draws.place + 1)
-        return Rows(rows.cache.append(kept), draw(logits, draws, work), drawn), logits
+        return Rows(rows.cache.append(reports.kept), draw(logits, draws, work), drawn), logits
 
     def decode(self, rows: Rows, work: int) -> tuple[Rows, Float[Array, "B V"]]:
         """One token more of every row: rows (which are used up) -> rows, and the logits that it was drawn from."""

@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from astra_jax.codecs.quantizer import Quantizer
+from astra_jax.codecs.base import Quantizer
+from astra_jax.codecs.config import Kind
 from astra_jax.errors import AstraError
 from astra_jax.mesh.collectives import Alone, Peers
 from astra_jax.mesh.sharding import SEQ, Shards
-from astra_jax.strategies.base import Message, Remote, Sharded, SplitTokens, hidden_bits
+from astra_jax.models.interface import Exchanged, Inputs, Report, Step
+from astra_jax.models.mask import Block
+from astra_jax.strategies.base import Message, Sharded, SplitTokens, hidden_bits
+from astra_jax.strategies.transport import Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,6 @@ class SequenceParallel(SplitTokens):
     one, is a token of the first shard.
     """
 
-    coded = False
-
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "SequenceParallel":
         return cls(one_class_token(model.shards(N, inputs)))
@@ -37,8 +39,9 @@ class SequenceParallel(SplitTokens):
         bits = self.shards.sent_slots * hidden_bits(model)
         return [Message("all-gather", bits, model.config.num_hidden_layers), *self._pooled(model)]
 
-    def exchange(self, codec: Quantizer | None, y: Array, carry: Any, block: Any) -> tuple[Remote, Any, None]:
-        return self._remote(self.peers.gather_others(y)), carry, None
+    def exchange(self, codec: Quantizer | None, y: Float[Array, "B S D"], estimate: Any, block: Block) -> Exchanged:
+        remote = self.remote(Inputs(self.transport.gather(self.sent(y))), block)
+        return Exchanged(remote, estimate, Report())
 
 
 def one_class_token(shards: Shards) -> Shards:
@@ -120,14 +123,15 @@ class TensorParallel(Sharded):
 
     peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
 
-    coded = False
-
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "TensorParallel":
         attention = model.blocks.attention
         sizes = {"heads": attention.H, "key/value heads": attention.J, "MLP columns": model.config.intermediate_size}
         check_divides("tp", N, sizes)
         return cls(model.shards(1, inputs))
+
+    def alone(self, N: int) -> Sharded:
+        return dataclasses.replace(self, peers=Alone(N))
 
     def messages(self, model: Any) -> list[Message]:
         slots = self.shards.class_slots + self.shards.S
@@ -161,7 +165,6 @@ class BlockParallel(Sharded):
     exchanges: int = 1
     peers: Peers | Alone = dataclasses.field(default=Peers(SEQ), kw_only=True)
 
-    coded = False
     unstacks = False
 
     @classmethod
@@ -173,6 +176,9 @@ class BlockParallel(Sharded):
             raise AstraError(f"{exchanges} exchanges do not divide {L} blocks into equal groups: use one of {fitting}")
         return cls(one_class_token(model.shards(N, inputs)), exchanges)
 
+    def alone(self, N: int) -> Sharded:
+        return dataclasses.replace(self, peers=Alone(N))
+
     @property
     def _slots(self) -> int:
         """Slots of one shard."""
@@ -181,7 +187,7 @@ class BlockParallel(Sharded):
     def messages(self, model: Any) -> list[Message]:
         return [Message("all-gather", self._slots * hidden_bits(model), self.exchanges)]
 
-    def run_blocks(self, block: Callable[..., Any], carry: Any, xs: Any, coded_blocks: int) -> Any:
+    def run_blocks(self, step: Step, kinds: Sequence[Kind], carry: Any, xs: Any) -> Any:
         (weights, numbers), n, N = xs, self.peers.index(), self.peers.N
 
         def weights_of(number: Array) -> Any:
@@ -191,19 +197,19 @@ class BlockParallel(Sharded):
         def sub_block(x: Array, number: Array) -> tuple[Array, None]:
             whole = weights_of(number)
             mine = jax.tree.map(partial(part, n=n, N=N), whole, split_axes(width_axis, whole))
-            return block(self, (x, ()), (mine, number))[0][0], None
+            return step(self, "coded", (x, ()), (mine, number))[0][0], None
 
         def group(carry: Any, numbers: Array) -> tuple[Any, Any]:
             x, remote = carry
             x, _ = jax.lax.scan(sub_block, part(x, -1, n, N), numbers[:-1])
-            return self._whole_block(block, x, remote, (weights_of(numbers[-1]), numbers[-1]))
+            return self._whole_block(step, x, remote, (weights_of(numbers[-1]), numbers[-1]))
 
         return jax.lax.scan(group, carry, numbers.reshape(self.exchanges, -1))
 
-    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+    def _whole_block(self, step: Step, x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
         """A group's last block: parts of the width of all tokens -> all tokens, whole."""
         whole = jnp.concatenate([*self.peers.gather(x)], axis=-1)
-        return block(self, (whole, remote), xs)
+        return step(self, "coded", (whole, remote), xs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +224,7 @@ class BlockSequenceParallel(BlockParallel):
         bits = self._slots * hidden_bits(model)
         return [Message("all-to-all", bits, self.exchanges), Message("all-gather", bits, 2 * self.exchanges)]
 
-    def _whole_block(self, block: Callable[..., Any], x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
+    def _whole_block(self, step: Step, x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
         mine = self.peers.transpose(x, split=1, join=2)
-        (mine, remote), report = block(SequenceParallel(self.shards, peers=self.peers), (mine, remote), xs)
+        (mine, remote), report = step(SequenceParallel(self.shards, Mesh(self.peers)), "coded", (mine, remote), xs)
         return (jnp.concatenate([*self.peers.gather(mine)], axis=1), remote), report

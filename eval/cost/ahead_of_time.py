@@ -19,14 +19,14 @@ from flax import nnx
 
 from astra_jax.cli.arguments import Integers, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import AstraConfig, Site
+from astra_jax.codecs.config import AstraConfig, Site, VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.report import Report
 from astra_jax.serving.compile import place
 from astra_jax.serving.generate import prefill_program
-from astra_jax.strategies.base import Astra
+from astra_jax.strategies.coded import Astra
 from checkpoints.tensor_maps import build
 from eval.cost.hlo import collectives_in
 from eval.cost.presets import LLAMA_3_8B
@@ -57,7 +57,7 @@ def abstract(config: LlamaConfig, astra: AstraConfig) -> Any:
 
 def measure(config: LlamaConfig, args: Args, G: int) -> dict[str, Any]:
     """One row: the prefill program of one G."""
-    model, mesh = abstract(config, AstraConfig(groups=G, site=args.site)), make_mesh(args.devices, to_run=False)
+    model, mesh = abstract(config, VQConfig(groups=G, site=args.site)), make_mesh(args.devices, to_run=False)
     graphdef, state = place(model, mesh)
     ids = jax.ShapeDtypeStruct((1, args.tokens), jnp.int32)
     text = Text(ids, jax.ShapeDtypeStruct((1,), jnp.int32))  # type: ignore[arg-type]  # shapes in place of arrays

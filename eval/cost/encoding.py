@@ -22,14 +22,14 @@ from jaxtyping import Array, Float
 
 from astra_jax.cli.arguments import Integers, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.mesh.collectives import Alone
+from astra_jax.codecs.config import AstraConfig, VQConfig
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.blocks import block_at
 from astra_jax.models.key_value_tables import fold
 from astra_jax.models.vit import ViTConfig
 from astra_jax.report import Report
-from astra_jax.strategies.base import Astra, Single, need_codec
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra, need_codec
 from eval.cost.flops import flops
 from eval.cost.timing import wall_seconds
 from eval.cost.workload import Workload
@@ -85,14 +85,14 @@ def one_block(config: ViTConfig, T: int, N: int = 1, astra: AstraConfig | None =
       fast_path: whether `astra_jax.models.key_value_tables.fold` is applied, where that pays.
     """
     config = dataclasses.replace(config, num_hidden_layers=1)
-    work = Workload("a block", "vit", config, astra or AstraConfig(), config.num_patches, jnp.dtype(jnp.float32))
+    work = Workload("a block", "vit", config, astra or VQConfig(), config.num_patches, jnp.dtype(jnp.float32))
     model = work.model(work.weights(), astra.groups if astra else None)
     shards = Shards.split(T, N, "distributed")
     if astra and fast_path:
         model = fold(model)
     graphdef, state = nnx.split(block_at(model.blocks, 0))
     x = np.random.default_rng(1).standard_normal((1, shards.class_slots + shards.S, config.hidden_size), np.float32)
-    return Block(graphdef, state, Astra(shards, peers=Alone(N)) if astra else Single(shards), jnp.asarray(x))
+    return Block(graphdef, state, Astra(shards).alone(N) if astra else Single(shards), jnp.asarray(x))
 
 
 def encoding(block: Block) -> Callable[[], Array]:
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     report = Report("encoding", args.json)
     D = args.hidden_size
     config = ViTConfig(hidden_size=D, num_attention_heads=D // 64, intermediate_size=4 * D)
-    codecs = [None, *(AstraConfig(groups=G) for G in args.groups)]
+    codecs = [None, *(VQConfig(groups=G) for G in args.groups)]
     rows = [measure(config, args.tokens, args.devices, astra) for astra in codecs]
     report.table("rows", f"one block of one device: D={D}, {args.tokens} tokens, K=1024", rows)
     report.close()

@@ -1,6 +1,5 @@
 """What one device computes, alone: seconds measured here, and operations counted."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from astra_jax.mesh.collectives import Alone, Peers
+from astra_jax.mesh.collectives import Peers
 from astra_jax.mesh.sharding import SEQ
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
@@ -86,7 +85,7 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
     def strategy_for(inputs: Any) -> Any:
         if N == 1:
             return Single.of(model, 1, inputs)
-        return dataclasses.replace(make(model, N, inputs), peers=Alone(N))
+        return make(model, N, inputs).alone(N)
 
     if fast_path and strategy_for(inputs).folds:
         model = fold(model)

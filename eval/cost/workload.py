@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig, Site, codec_and_predictor, doubling
+from astra_jax.codecs.config import AstraConfig, NestedPQConfig, Site, VQConfig, codec_and_predictor, doubling
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.serving.compile import STRATEGIES, Make
@@ -133,14 +133,16 @@ class Workload:
         codec, predictor = codec_and_predictor(setting.codec)
         G, attention = setting.groups, self.abstract(None).blocks.attention
         axes = self.config.hidden_size if self.astra.site == "hidden" else 2 * attention.J * attention.E
-        levels = doubling(G) if codec == "nested-pq" else ()
-        if max(levels, default=1) > axes:
+        astra = VQConfig(G, self.astra.codewords, self.astra.site, self.astra.class_token, predictor)
+        if codec == "vq":
+            return dataclasses.replace(self, astra=astra)
+        levels = doubling(G)
+        if max(levels) > axes:
             raise AstraError(
                 f"groups is {G}; a level of nested-pq would have more than {axes} axes: use at most {axes}"
             )
         widths = tuple(axes // n + (g < axes % n) for n in levels for g in range(n))
-        astra = AstraConfig(G, self.astra.codewords, self.astra.site, self.astra.class_token, codec, widths, levels)
-        return dataclasses.replace(self, astra=dataclasses.replace(astra, predictor=predictor))
+        return dataclasses.replace(self, astra=NestedPQConfig.of(astra, widths, levels))
 
     def abstract(self, groups: int | None) -> Any:
         """The model with shapes in place of weights; without codebooks where G is None."""
@@ -211,7 +213,7 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
             raise AstraError(f"{name}: is no checkpoint and no preset: presets are {', '.join(PRESETS)}")
         meta = checkpoints.read_meta(path)
         family, config, codes = meta.family, meta.config, meta.astra
-    astra = codes or AstraConfig()
+    astra = codes or VQConfig()
     if site:
         astra = dataclasses.replace(astra, site=site)
     if tokens is not None and tokens < 1:

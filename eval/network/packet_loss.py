@@ -2,18 +2,20 @@
 
 Every directed link, from one device to another, loses packets on its own. The packets of a link follow each other block
 by block, in each the tokens in order. A packet is lost as a whole, with the codes of all its tokens; the receiver
-masks those tokens out of the attention of that block, or goes by what it expected of them (`strategies.Virtual.lost`),
+masks those tokens out of the attention of that block, or goes by what it expected of them (`Astra.lost`),
 and nothing is sent again. What a lost code is replaced by is not public in the paper: both are our choice. What is sent
 once, as token ids before the first block and the state that a head reads after the last, is not lost.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
 from astra_jax.codecs import bitpacking
+from astra_jax.codecs.config import CODED, Kind
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import Shards
 
@@ -77,9 +79,15 @@ def lost(
 
 
 def arrived(
-    packet_loss: PacketLoss, shards: Shards, token_bits: int, L: int, B: int, rng: np.random.Generator, silent: int = 0
+    packet_loss: PacketLoss,
+    shards: Shards,
+    token_bits: int,
+    L: int,
+    B: int,
+    rng: np.random.Generator,
+    schedule: Sequence[Kind] = (),
 ) -> Bool[np.ndarray, "L B N slots"]:
-    """Which codes reach whom in one forward pass of B sequences, as `strategies.Virtual` takes it.
+    """Which codes reach whom in one forward pass of B sequences, as `strategies.coded.Astra.virtual` takes it.
 
     Every sequence is a pass of its own: its messages share no packet with those of others.
 
@@ -88,7 +96,7 @@ def arrived(
       shards: the split. All devices send the same number of slots, padding included, as they do on a mesh.
       token_bits: bits of one token in one block, G * log2(K).
       L: blocks.
-      silent: how many of them, the first ones, send no codes.
+      schedule: of these blocks (`AstraConfig.schedule`): only coded ones have packets.
 
     Returns:
       For every block, sequence, receiving device and slot of any device whether the slot's code is there. What a device
@@ -100,7 +108,8 @@ def arrived(
     N, sent, home = shards.N, shards.sent_slots, shards.home_slots
     tokens = bitpacking.tokens_per_packet(token_bits, packet_loss.packet)
     P = bitpacking.packets(sent, tokens)
-    there = ~lost(packet_loss, (L - silent) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
+    coded = np.asarray([kind == "coded" for kind in schedule or CODED * L])
+    there = ~lost(packet_loss, int(coded.sum()) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
     slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
-    slots[silent:, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
+    slots[coded, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]
     return slots.reshape(L, B, N, -1)

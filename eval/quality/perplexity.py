@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from astra_jax.codecs.quantizer import Quantizer
+from astra_jax.codecs.base import Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards

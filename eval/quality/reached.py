@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astra_jax.codecs.config import AstraConfig, from_dict
+from astra_jax.codecs.config import AstraConfig, config_of
 from astra_jax.errors import AstraError
 from checkpoints.files import read_json
 from eval.quality.tasks import METRICS
@@ -57,10 +57,9 @@ def code(astra: AstraConfig) -> AstraConfig:
 def code_name(astra: AstraConfig) -> str:
     """How a configuration's codes are made, in words."""
     parts = [astra.codec + f"+{astra.predictor}" * (astra.predictor != "none"), f"K={astra.codewords}"]
-    parts += [f"site {astra.site}"] + [f"side info {astra.side_info}"] * (astra.side_info != "none")
-    parts += [f"the first {astra.coded_blocks} blocks"] * (astra.coded_blocks is not None)
+    parts += [f"site {astra.site}"] + [" ".join(astra.schedule)] * bool(astra.schedule)
     parts += ["a single class token"] * (astra.class_token == "single")
-    parts += [f"{width} axes in the first group" for width in astra.widths[:1]]
+    parts += [f"{width} axes in the first group" for width in getattr(astra, "widths", ())[:1]]
     return ", ".join(parts)
 
 
@@ -121,7 +120,7 @@ def _codes(path: Path, row: Mapping[str, Any]) -> AstraConfig:
     """How the codes of a row are made. Raises AstraError where it does not say."""
     if not isinstance(row.get("astra"), dict):
         raise AstraError(f"{path}: does not say how its codes are made: run astra eval --json again")
-    return from_dict(AstraConfig, row["astra"], str(path))
+    return config_of(row["astra"], str(path))
 
 
 def _check(value: Any, column: str, kinds: tuple[Any, ...], where: str) -> None:

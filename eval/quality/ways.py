@@ -19,7 +19,8 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.hosts.runtime import say_read
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import STRATEGIES, parallelize
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 from eval.network.packet_loss import PacketLoss, arrived
 
 Run = Callable[[Any], Array]  # inputs -> outputs
@@ -111,12 +112,12 @@ class Lossy(Simulated):
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """As many tries as there are; the number of a try and that of a batch decide what is lost."""
         graphdef, state = nnx.split(model)
-        silent, L = int(self.codes.side_info != "none"), model.config.num_hidden_layers
+        L, schedule = model.config.num_hidden_layers, self.codes.schedule
 
         def run(inputs: Any, seed: int, batch: Iterator[int]) -> Array:
             shards, B = self.shards(model, inputs), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(batch)])
-            there = jnp.asarray(arrived(self.packet_loss, shards, self.codes.token_bits, L, B, rng, silent))
+            there = jnp.asarray(arrived(self.packet_loss, shards, self.codes.token_bits, L, B, rng, schedule))
             return run_virtual(graphdef, state, inputs, self.N, self.speeds, there, self.lost)
 
         for seed in range(self.tries):
@@ -142,7 +143,7 @@ def run_virtual(
     """
     model = nnx.merge(graphdef, state)
     tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
-    strategy = Virtual(shards, arrived=there, lost=lost) if N > 1 else Single(shards)
+    strategy = Astra.virtual(shards, there, lost=lost) if N > 1 else Single(shards)
     out = model(shards.scatter(tokens), strategy)[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 

@@ -36,13 +36,13 @@ from PIL import Image
 import checkpoints
 from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig, VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.models.attention import Partial, attend
+from astra_jax.models.interface import Codes, Remote
 from astra_jax.models.vit import ViTConfig
 from astra_jax.report import Report
-from astra_jax.strategies.base import Remote
 from eval import plots
 from eval.cost import encoding
 from eval.cost.encoding import Block, one_block
@@ -201,7 +201,7 @@ def long_inputs(args: Args) -> Rows:
     """One block of one device alone, and one device's share of it, by tokens of the sequence."""
 
     def measure() -> Rows:
-        return [share_row(config_of(args), T, HOSTS, AstraConfig(groups=1), args.repeats) for T in LONG]
+        return [share_row(config_of(args), T, HOSTS, VQConfig(groups=1), args.repeats) for T in LONG]
 
     return kept(args.folder / f"long-{Path(args.model).name}-{args.repeats}.json", measure)
 
@@ -227,7 +227,7 @@ def remote_tokens(args: Args) -> Rows:
     """Attention to remote tokens alone, by how many there are."""
 
     def measure() -> Rows:
-        return remote_rows(config_of(args), LOCAL, DEVICES, AstraConfig(groups=1), BRIEF_REPEATS)
+        return remote_rows(config_of(args), LOCAL, DEVICES, VQConfig(groups=1), BRIEF_REPEATS)
 
     return kept(args.folder / f"remote-{Path(args.model).name}-{BRIEF_REPEATS}.json", measure)
 
@@ -256,14 +256,14 @@ def remote_attention(block: Block) -> Callable[[], Partial]:
     @jax.jit
     def run(state: Any, query: Array, codes: Array) -> Partial:
         attention = nnx.merge(block.graphdef, state).attention
-        return attend(query, attention.remote_source(Remote(codes, position, None), attention.site, query.dtype))
+        return attend(query, attention.remote_source(Remote(Codes(codes), position, None), query.dtype))
 
     return lambda: run(block.state, query, codes)
 
 
 def encoding_share(args: Args) -> Rows:
     """What encoding takes of a block (`python -m eval.cost.encoding`)."""
-    codecs = [None, *(AstraConfig(groups=G) for G in GROUPS)]
+    codecs = [None, *(VQConfig(groups=G) for G in GROUPS)]
 
     def measure() -> Rows:
         return [encoding.measure(config_of(args), args.tokens, HOSTS, astra) for astra in codecs]

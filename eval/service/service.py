@@ -64,9 +64,6 @@ class Setup:
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
     groups: int | None = None
     """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
-    coded_blocks: int | None = None
-    """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
-    predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,10 +74,8 @@ class Setup:
     """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
 
     def __post_init__(self) -> None:
-        about_codes = {"--groups": self.groups, "--coded-blocks": self.coded_blocks}
-        given = [option for option, value in about_codes.items() if value is not None]
-        if given and self.strategy != "astra":
-            raise AstraError(f"{given[0]} is about codes, which strategy {self.strategy} does not send: leave it out")
+        if self.groups is not None and self.strategy != "astra":
+            raise AstraError(f"--groups is about codes, which strategy {self.strategy} does not send: leave it out")
 
 
 def class_rows(found: Sequence[Classes], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -141,7 +136,6 @@ class Service:
             # Straight to where they are needed: no device ever holds more than its own.
             shardings=partial(shardings, mesh=mesh, make=make),
             groups=setup.groups,
-            coded_blocks=setup.coded_blocks,
         )
         if setup.weights:
             before, model = weight_bytes(self.checkpoint.model), quantize_weights(self.checkpoint.model, setup.weights)

@@ -32,7 +32,8 @@ from astra_jax.mesh.sharding import Shards, parse_devices
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report
 from astra_jax.serving.compile import STRATEGIES
-from astra_jax.strategies.base import Astra, Message
+from astra_jax.strategies.base import Message
+from astra_jax.strategies.coded import Astra
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
 from eval import plots
@@ -70,9 +71,6 @@ class Args(DataArgs):
     """How the devices share the work; `auto` is `astra` for a checkpoint with codebooks, and else `single`."""
     groups: Integers = ()
     """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
-    coded_blocks: int | None = None
-    """Let only the first so many blocks send codes; the others go by what is predicted from these, which takes a
-    predictor (docs/accuracy-per-bit.md). By default as the checkpoint was made for: all, unless it was finetuned so."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
     fast_path: Literal["on", "off"] = "on"
@@ -260,8 +258,7 @@ def measure(
     Beside the columns it has `astra`, the configuration of the codes, for those who read the JSON; under packet loss
     `seeds`, too: the metrics of every try.
     """
-    coded_blocks = args.coded_blocks if checkpoints.read_meta(path).astra else None  # beside an original
-    checkpoint = checkpoints.load(path, groups=groups, coded_blocks=coded_blocks)
+    checkpoint = checkpoints.load(path, groups=groups)
     if args.weights:
         checkpoint = dataclasses.replace(checkpoint, model=quantize_weights(checkpoint.model, args.weights))
     model, config, way = checkpoint.model, checkpoint.config, way_of(checkpoint, args)

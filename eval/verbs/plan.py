@@ -124,7 +124,7 @@ def main(args: Args) -> None:
     known = tuple(sorted({G for _, G in quality.reached})) if quality else ()
     if quality and quality.codes:
         work = dataclasses.replace(work, astra=quality.codes)
-        report.say(f"codes as in {args.accuracy}: {code_name(quality.codes)}", codes=dataclasses.asdict(quality.codes))
+        report.say(f"codes as in {args.accuracy}: {code_name(quality.codes)}", codes=quality.codes.as_dict())
     if quality and quality.others:
         report.say(f"left out are {quality.others} row(s) of {args.accuracy}, of other codes", others=quality.others)
     groups = args.groups or known or usual_groups(work)

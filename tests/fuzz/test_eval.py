@@ -1,6 +1,5 @@
 """Mutations of what `eval` reads: rates, losses, traces, profiles, accuracies, requests to a worker, tables, labels."""
 
-import dataclasses
 import io
 import json
 import math
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.serving.sampling import Sampling
 from eval.cost.device_profile import read_profile
 from eval.datasets.labelled import DataArgs
@@ -94,7 +93,7 @@ def test_profiles(folder, content):
 
 def rows(metric, value):
     """What `astra eval` writes of an original and two checkpoints."""
-    codes = {G: dataclasses.asdict(AstraConfig(groups=G)) for G in (1, 16)}
+    codes = {G: VQConfig(groups=G).as_dict() for G in (1, 16)}
     coded = [{"checkpoint": f"vit-{G}", "N": 4, "G": G, metric: value, "astra": codes[G]} for G in codes]
     return [{"checkpoint": "vit", "N": 1, "G": None, metric: value, "astra": None}, *coded]
 

@@ -1,9 +1,8 @@
 """What `astra eval --json` writes, without a model."""
 
-import dataclasses
 import json
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
 
 
 def evaluated(path, rows, **more):
@@ -13,14 +12,14 @@ def evaluated(path, rows, **more):
 
 def coded(N, G, value, **astra):
     """A row of ASTRA, with the configuration of its codes."""
-    codes = dataclasses.asdict(AstraConfig(**{"groups": G, **astra}))
+    codes = astra if "codec" in astra else VQConfig(**{"groups": G, **astra}).as_dict()
     return {"N": N, "G": G, "astra": codes, "accuracy %": value}
 
 
 def nested(N, G, value, **astra):
     """A row of the first G groups of nested codes, with a predictor."""
-    full = AstraConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), codec="nested-pq", predictor="mlp")
-    return coded(N, G, value, **{**dataclasses.asdict(full.with_groups(G)), **astra})
+    full = NestedPQConfig(groups=4, widths=(4, 4, 2, 2), levels=(1, 1, 2), predictor="mlp")
+    return coded(N, G, value, **{**full.with_groups(G).as_dict(), **astra})
 
 
 ORIGINAL = {"N": 1, "G": None, "astra": None, "accuracy %": 92.5}

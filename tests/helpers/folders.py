@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
 from astra_jax.models.gpt2 import GPT2Config
@@ -57,7 +57,7 @@ CONFIGS = {
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)
-ASTRA = AstraConfig(groups=2, codewords=8)
+ASTRA = VQConfig(groups=2, codewords=8)
 NUMBERED = GPT2Config(vocab_size=14, n_positions=6, n_embd=8, n_layer=1, n_head=2)
 QUERY = "vit.encoder.layer.1.attention.attention.query.weight"
 NORM = "vit.layernorm.weight"

@@ -10,7 +10,8 @@ from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving import batch
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.sampling import Draws, Sampling
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 
 KV = dict(site="kv")
 
@@ -36,7 +37,7 @@ def three_blocks(request, family, astra):
 @nnx.jit(static_argnums=2)
 def run_virtual(model, inputs, N):
     shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
-    out = model(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
+    out = model(shards.scatter(tokens), Astra.virtual(shards) if N > 1 else Single(shards))[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 
@@ -72,7 +73,7 @@ def recompute(model, text, new, N):
     ids = jnp.pad(text.ids, [(0, 0), (0, STEPS)]).at[rows, places].set(new)
     lengths = Shards.ragged(text.lengths, T, N).lengths.at[:, -1].add(STEPS)
     shards = Shards(lengths, slots=-(-T // N) + STEPS, causal=True)
-    out = model(shards.scatter(ids), Virtual(shards) if N > 1 else Single(shards))[0]
+    out = model(shards.scatter(ids), Astra.virtual(shards) if N > 1 else Single(shards))[0]
     return shards.gather(out, T + STEPS)[rows, places - 1]
 
 

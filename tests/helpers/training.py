@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from astra_jax import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.models.vit import ViT, ViTConfig
 
 CONFIG = ViTConfig(
@@ -39,7 +39,7 @@ class Batches:
 
 
 def make_model(codebooks: bool = True) -> ViT:
-    model = ViT(CONFIG, AstraConfig(groups=4, codewords=16) if codebooks else None, rngs=nnx.Rngs(0))
+    model = ViT(CONFIG, VQConfig(groups=4, codewords=16) if codebooks else None, rngs=nnx.Rngs(0))
     if codebooks:
         model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
     return model

@@ -14,7 +14,7 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.hosts.agreement import digest, versions
 from eval.network.lab import Lab
 from tests.helpers import ROOT
@@ -37,7 +37,7 @@ importlib.metadata.version = lambda name: "0.1" if name == "jaxlib" else found(n
 @pytest.fixture(scope="module")
 def place(tiny_vit, tiny_gpt2, word_tokenizer, tmp_path_factory):
     """Checkpoints `vit` and `gpt2`, and a picture."""
-    place, astra = tmp_path_factory.mktemp("faults"), AstraConfig(groups=4, codewords=16)
+    place, astra = tmp_path_factory.mktemp("faults"), VQConfig(groups=4, codewords=16)
     vit, size = tiny_vit(astra, num_channels=3), {"height": 20, "width": 20}
     meta = checkpoints.Checkpoint("vit", vit.config, astra, tuple("abcde"), {"size": size}, {}, "float32", (), vit)
     checkpoints.save(place / "vit", meta)

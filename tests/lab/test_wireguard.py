@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from eval.network.lab import Lab
 from tests.helpers import ASTRA, ROOT
 
@@ -97,7 +97,7 @@ def folder(tiny_vit, tmp_path):
     """A folder with what the page's commands name: a checkpoint and a picture."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(tmp_path / "cat.png")
-    model = tiny_vit(codes := AstraConfig(groups=4, codewords=16), num_channels=3, hidden_size=32)  # G up to 32
+    model = tiny_vit(codes := VQConfig(groups=4, codewords=16), num_channels=3, hidden_size=32)  # G up to 32
     size = {"size": {"height": 20, "width": 20}}
     meta = checkpoints.Checkpoint("vit", model.config, codes, tuple("abcde"), size, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit-G32-tuned", meta)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text, pad
 from astra_jax.mesh.sharding import make_mesh
@@ -55,7 +55,7 @@ class Watched(Generator):
 @pytest.fixture(scope="module")
 def made(tiny_llama):
     """Makes the compiled model on a mesh, once."""
-    model = tiny_llama(AstraConfig(groups=4, codewords=16))
+    model = tiny_llama(VQConfig(groups=4, codewords=16))
     return functools.cache(lambda N, data: Watched(model, make_mesh(N, data)))
 
 

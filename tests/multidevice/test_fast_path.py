@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.gpt2 import GPT2
 from astra_jax.serving.compile import parallelize
@@ -23,8 +23,8 @@ def always(monkeypatch):
     monkeypatch.setattr("astra_jax.models.key_value_tables.folding_pays", lambda *_: True)
 
 
-TABLES, COUNTS = AstraConfig(groups=4, codewords=16), AstraConfig(groups=1, codewords=4)  # 4 are fewer than tokens
-ROTATED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
+TABLES, COUNTS = VQConfig(groups=4, codewords=16), VQConfig(groups=1, codewords=4)  # 4 are fewer than tokens
+ROTATED = NestedPQConfig(groups=3, codewords=16, widths=(8, 2, 5), levels=(1, 2))
 KV = dict(site="kv")
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.batch import Batch
@@ -29,7 +29,7 @@ FAST = [
 )
 def test_decoding_equals_recomputing_every_step(request, random_text, family, mesh, site):
     """For prompts of one token, of fewer than devices, and of different lengths in one batch."""
-    astra = AstraConfig(groups=4, codewords=16, site=site)
+    astra = VQConfig(groups=4, codewords=16, site=site)
     model, text = request.getfixturevalue(family)(astra), random_text(23, 1, 2, 7)
     generator = Generator(model, make_mesh(*mesh))
     new = tokens(generator, text, Sampling(temperature=3.0))
@@ -40,7 +40,7 @@ def test_decoding_equals_recomputing_every_step(request, random_text, family, me
 
 
 def test_a_batch_that_the_data_axis_does_not_divide(tiny_llama, random_text):
-    generator = Generator(tiny_llama(AstraConfig(groups=4, codewords=16)), make_mesh(2, 2))
+    generator = Generator(tiny_llama(VQConfig(groups=4, codewords=16)), make_mesh(2, 2))
     text = random_text(23, 1, 2, 7)
     four = tokens(generator, text, Sampling())
     three = tokens(generator, Text(text.ids[:3], text.lengths[:3]), Sampling())
@@ -48,7 +48,7 @@ def test_a_batch_that_the_data_axis_does_not_divide(tiny_llama, random_text):
 
 
 def test_the_cache_keeps_remote_tokens_as_codes(tiny_llama, random_text):
-    model, text = tiny_llama(AstraConfig(groups=4, codewords=16)), random_text(23, 1)
+    model, text = tiny_llama(VQConfig(groups=4, codewords=16)), random_text(23, 1)
     spread = Batch(Generator(model, make_mesh(4)), 2)
     spread.enter(text, [2, 2], [Sampling()] * 2)
     L, B, R, G, J, E = 2, 2, 3 * 6, 4, 2, 4  # 24 slots on 4 devices are 6 each, of which 3 devices are remote

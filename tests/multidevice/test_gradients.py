@@ -8,14 +8,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import DATA, make_mesh
-from astra_jax.strategies.base import Noise, Virtual
+from train.navq import NoiseAugmented
 
 
 @pytest.mark.slow
 def test_gradients_of_a_sharded_batch_are_those_of_one_device(tiny_vit, rank_coded):
-    model = tiny_vit(AstraConfig(groups=4, codewords=16))
+    model = tiny_vit(VQConfig(groups=4, codewords=16))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     shards, mesh = model.shards(3), make_mesh(1, data=4)
 
@@ -23,9 +23,9 @@ def test_gradients_of_a_sharded_batch_are_those_of_one_device(tiny_vit, rank_cod
     def gradient(params, rest, images, key):
         def loss(params):
             model = nnx.merge(graphdef, params, rest)
-            strategy = Virtual(shards, noise=Noise(key, 1.0))
-            logits, seen = model(shards.scatter(model.to_tokens(images)), strategy)
-            return jnp.mean(logits**2) + 5e-4 * seen.commitment.sum()
+            strategy = NoiseAugmented.virtual(shards, key=key)
+            logits, reports = model(shards.scatter(model.to_tokens(images)), strategy)
+            return jnp.mean(logits**2) + 5e-4 * reports.observed.commitment.sum()
 
         return jax.grad(loss)(params)
 

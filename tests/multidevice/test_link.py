@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.quantizer import VectorQuantizer
+from astra_jax.codecs.config import VQConfig
+from astra_jax.codecs.product import VectorQuantizer
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator
@@ -15,12 +15,12 @@ from eval.cost.hlo import collectives_in
 @pytest.mark.parametrize(
     ("N", "data", "astra"),
     [
-        (4, 1, AstraConfig(groups=4, codewords=1024)),
-        (4, 1, AstraConfig(groups=1, codewords=8, class_token="single")),
-        (4, 2, AstraConfig(groups=16, codewords=2, site="kv")),
-        pytest.param(8, 1, AstraConfig(groups=8, codewords=512, class_token="single"), marks=pytest.mark.slow),
-        pytest.param(3, 2, AstraConfig(groups=2, codewords=4096), marks=pytest.mark.slow),
-        pytest.param(2, 1, AstraConfig(groups=1, codewords=2), marks=pytest.mark.slow),
+        (4, 1, VQConfig(groups=4, codewords=1024)),
+        (4, 1, VQConfig(groups=1, codewords=8, class_token="single")),
+        (4, 2, VQConfig(groups=16, codewords=2, site="kv")),
+        pytest.param(8, 1, VQConfig(groups=8, codewords=512, class_token="single"), marks=pytest.mark.slow),
+        pytest.param(3, 2, VQConfig(groups=2, codewords=4096), marks=pytest.mark.slow),
+        pytest.param(2, 1, VQConfig(groups=1, codewords=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -61,7 +61,7 @@ def check_codes(gather, model, text, N, data):
 def test_a_language_model_sends_codes_alone(request, random_text, family, N, data, site):
     """Not even its results: every device has the logits of its own tokens."""
     model, text = (
-        request.getfixturevalue(family)(AstraConfig(groups=4, codewords=8, site=site)),
+        request.getfixturevalue(family)(VQConfig(groups=4, codewords=8, site=site)),
         random_text(23, 2, 7, 1),
     )
     (gather,) = collectives_in(parallelize(model, make_mesh(N, data)).lower(text).compile().as_text())
@@ -79,7 +79,7 @@ def test_a_language_model_sends_codes_alone(request, random_text, family, N, dat
 )
 def test_a_text_is_pooled_once(request, random_text, family, options):
     model, text = (
-        request.getfixturevalue(family)(AstraConfig(groups=4, codewords=8), **options),
+        request.getfixturevalue(family)(VQConfig(groups=4, codewords=8), **options),
         random_text(23, 2, 7, 1),
     )
     gather, reduce = collectives_in(parallelize(model, make_mesh(4, 2)).lower(text).compile().as_text())
@@ -89,7 +89,7 @@ def test_a_text_is_pooled_once(request, random_text, family, options):
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_generation_sends_codes_in_prefill_and_nothing_after_it(tiny_llama, random_text, data):
-    model, text = tiny_llama(AstraConfig(groups=4, codewords=8, site="kv")), random_text(23, 2, 7, 1)
+    model, text = tiny_llama(VQConfig(groups=4, codewords=8, site="kv")), random_text(23, 2, 7, 1)
     generator = Generator(model, make_mesh(4, data))
     prefill = generator._prefill.lower(generator.state, text).compile()
     (gather,) = collectives_in(prefill.as_text())
@@ -107,13 +107,13 @@ def test_generation_sends_codes_in_prefill_and_nothing_after_it(tiny_llama, rand
 
 @pytest.mark.parametrize(("N", "data"), [(1, 1), (1, 4)])
 def test_nothing_crosses_the_link_where_tokens_stay_together(tiny_vit, rank_coded, N, data):
-    program = parallelize(tiny_vit(AstraConfig(groups=4, codewords=16)), make_mesh(N, data)).lower(rank_coded(4))
+    program = parallelize(tiny_vit(VQConfig(groups=4, codewords=16)), make_mesh(N, data)).lower(rank_coded(4))
     assert collectives_in(program.compile().as_text()) == []
 
 
 def test_vit_base_of_the_paper():
     """10 bits, G = 32: 49 tokens on each of 4 devices are 1960 bytes per block, 76.8 times less than float32."""
-    codec = VectorQuantizer(AstraConfig(groups=32, codewords=1024), 768)
+    codec = VectorQuantizer(VQConfig(groups=32, codewords=1024), 768)
     bits = codec.wire_bits(Shards.split(196, 4, "distributed").sent_slots)
     assert bits == 8 * 1960
     np.testing.assert_allclose(49 * 768 * 32 / bits, 76.8)

@@ -9,19 +9,21 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
 from astra_jax.mesh.sharding import SEQ, make_mesh
-from astra_jax.models.blocks import block_at
+from astra_jax.models.blocks import block_at, token_ids
+from astra_jax.models.mask import Block
 from astra_jax.models.weight_quantization import quantize_weights
 from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling
-from astra_jax.strategies.base import Astra, Virtual
+from astra_jax.strategies.coded import Astra
 from eval.cost.traffic import messages
 from tests.helpers.sharded import CLASS, KV, check, decode, recompute, three_blocks, tokens
 
-LINEAR = AstraConfig(groups=4, codewords=16, predictor="linear")
-IDS = dataclasses.replace(LINEAR, side_info="token-ids")
-NESTED = dataclasses.replace(LINEAR, codec="nested-pq", widths=(1, 2, 3, 4), levels=(4,))
+LINEAR = VQConfig(groups=4, codewords=16, predictor="linear")
+KNOWN = ("known", "coded", "coded")
+IDS = dataclasses.replace(LINEAR, schedule=KNOWN)
+NESTED = NestedPQConfig.of(LINEAR, widths=(1, 2, 3, 4), levels=(4,))
 MLP = dataclasses.replace(LINEAR, predictor="mlp", hidden_units=5)
 SINGLE = dict(class_token="single")
 
@@ -35,7 +37,7 @@ SINGLE = dict(class_token="single")
         ("tiny_llama", dataclasses.replace(IDS, **KV), 2),
         ("tiny_bert", dataclasses.replace(IDS, **KV), 2),
         ("tiny_vit", MLP, 3),
-        ("tiny_gpt2", dataclasses.replace(MLP, side_info="token-ids"), 4),
+        ("tiny_gpt2", dataclasses.replace(MLP, schedule=KNOWN), 4),
         pytest.param("tiny_bert", MLP, 3, marks=pytest.mark.slow),
         pytest.param("tiny_vit", dataclasses.replace(MLP, class_token="single"), 4, marks=pytest.mark.slow),
         pytest.param("tiny_llama", dataclasses.replace(MLP, **KV), 2, marks=pytest.mark.slow),
@@ -44,10 +46,10 @@ SINGLE = dict(class_token="single")
         pytest.param("tiny_bert", IDS, 4, marks=pytest.mark.slow),
         pytest.param(CLASS, dataclasses.replace(IDS, **KV), 2, marks=pytest.mark.slow),
         pytest.param(CLASS, dataclasses.replace(IDS, **SINGLE), 3, marks=pytest.mark.slow),
-        pytest.param(CLASS, dataclasses.replace(NESTED, side_info="token-ids"), 4, marks=pytest.mark.slow),
+        pytest.param(CLASS, dataclasses.replace(NESTED, schedule=KNOWN), 4, marks=pytest.mark.slow),
         pytest.param("tiny_llama", NESTED, 8, marks=pytest.mark.slow),
         pytest.param("tiny_bert", LINEAR, 3, marks=pytest.mark.slow),
-        pytest.param("tiny_gpt2", dataclasses.replace(NESTED, side_info="token-ids"), 3, marks=pytest.mark.slow),
+        pytest.param("tiny_gpt2", dataclasses.replace(NESTED, schedule=KNOWN), 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -70,10 +72,11 @@ def estimates(model, strategy, mesh, y, ids):
     states = [nnx.split(block_at(model.blocks, n).attention.codec) for n in range(3)]
 
     def one_device(y, ids):
-        carry, found = strategy.start(model.codec, model.side_info(ids)), []
-        for block, parts in zip(y, states, strict=True):
-            _, carry, _ = strategy.exchange(nnx.merge(*parts), block, carry, 0)
-            found.append(carry)
+        estimate, found = strategy.start(model.codec, y[0], token_ids(model, ids)), []
+        for number, (vectors, parts) in enumerate(zip(y, states, strict=True)):
+            block = Block(number, model.astra.kinds(3)[number])
+            estimate = strategy.exchange(nnx.merge(*parts), vectors, estimate, block).estimate
+            found.append(estimate)
         return jnp.stack(found)[None]
 
     run = jax.shard_map(
@@ -107,9 +110,8 @@ def test_every_device_has_the_same_estimates_to_the_last_bit(request, random_tex
     assert of_device.shape == (4, 3, 4, 2, shards.sent_slots, W)
     np.testing.assert_array_equal(of_device, np.broadcast_to(of_device[:1], of_device.shape))
     assert np.abs(of_device[0, 2]).max() > 0
-    if astra.side_info == "token-ids":
-        known = Virtual(shards).start(model.codec, model.side_info(ids)).vectors.reshape(2, 4, slots, W)
-        expected = known.swapaxes(0, 1)[:, :, shards.home_slots :]
+    if astra.schedule:
+        expected = Astra.virtual(shards).start(model.codec, y[0], token_ids(model, ids))
         np.testing.assert_allclose(of_device[0, 0], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -133,7 +135,7 @@ def test_what_is_sent(request, random_text, family, astra, S):
     sent = messages(model, 4, random_text(24), Astra.of)
     codes, pooled = 8 * S * 4 * 4 // 8, [] if model.per_token else [(32 * 16, 1, False)]
     found = [(m.bits, m.times, m.in_blocks) for m in sent]
-    if astra.side_info == "none":
+    if not astra.schedule:
         assert found == [(codes, 3, True), *pooled]
     else:
         assert found == [(S * 16, 1, False), (codes, 2, True), *pooled]
@@ -141,7 +143,7 @@ def test_what_is_sent(request, random_text, family, astra, S):
 
 @pytest.mark.parametrize(("family", "astra"), [("tiny_gpt2", IDS), ("tiny_llama", dataclasses.replace(NESTED, **KV))])
 def test_text_goes_on_from_estimates(request, random_text, family, astra):
-    model, text = request.getfixturevalue(family)(astra), random_text(23, 1, 2, 7)
+    model, text = three_blocks(request, family, astra), random_text(23, 1, 2, 7)
     generator = Generator(model, make_mesh(4))
     new = tokens(generator, text, Sampling(temperature=3.0))
     np.testing.assert_allclose(decode(generator, text, new), recompute(model, text, new, 4), rtol=1e-5, atol=1e-5)

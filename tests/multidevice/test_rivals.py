@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import SEQ, make_mesh
 from astra_jax.models.blocks import block_at
+from astra_jax.models.interface import Report
+from astra_jax.models.mask import Block
 from astra_jax.serving.compile import STRATEGIES, parallelize
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.rivals import BlockParallel, BlockSequenceParallel, SequenceParallel, TensorParallel
@@ -80,7 +82,7 @@ def test_sequence_and_tensor_parallelism_are_exact(request, inputs_for, name, st
 @pytest.mark.parametrize("strategy", ["sp", "tp"])
 def test_codebooks_do_not_matter_to_them(request, inputs_for, name, site, strategy):
     """Also batches split over devices, and three devices, which divide nothing here but what they share."""
-    astra = AstraConfig(groups=4, codewords=8, site=site)
+    astra = VQConfig(groups=4, codewords=8, site=site)
     model = make_model(request, name, astra)
     check_exact(model, inputs_for(name), 2, STRATEGIES[strategy].of, data=2)
 
@@ -123,12 +125,12 @@ def test_block_parallelism_is_sub_blocks_side_by_side(request, inputs_for, name,
     out = parallelize(model, make_mesh(N), STRATEGIES[strategy].of)(inputs)
 
     class ByHand(Single):
-        def run_blocks(self, block, carry, xs, coded_blocks):
+        def run_blocks(self, step, kinds, carry, xs):
             x, numbers = carry[0], range(2)
             first, second = (block_at(model.blocks, number) for number in numbers)
             parts = jnp.split(x, N, axis=-1)
-            parts = [sub_block(first, n, N)(part, self, (), 0)[0] for n, part in enumerate(parts)]
-            return (second(jnp.concatenate(parts, axis=-1), self, (), 1)[0], ()), None
+            parts = [sub_block(first, n, N)(part, self, (), Block(0))[0] for n, part in enumerate(parts)]
+            return (second(jnp.concatenate(parts, axis=-1), self, (), Block(1))[0], ()), Report()
 
     expected = model(model.to_tokens(inputs), ByHand(model.shards(1, inputs)))[0]
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)

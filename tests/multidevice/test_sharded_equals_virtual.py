@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import parallelize
@@ -27,11 +27,11 @@ FAST = [(1, HIDDEN, SINGLE), (2, KV, DISTRIBUTED), (3, HIDDEN, SINGLE), (8, HIDD
 
 @pytest.mark.parametrize(("N", "site", "class_token"), cases(ALL, FAST))
 def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
-    check(tiny_vit(AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
+    check(tiny_vit(VQConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
 
 
-ONE_LEVEL = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(1, 3, 4), levels=(3,))
-NESTED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
+ONE_LEVEL = NestedPQConfig(groups=3, codewords=16, widths=(1, 3, 4), levels=(3,))
+NESTED = NestedPQConfig(groups=3, codewords=16, widths=(8, 2, 5), levels=(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ FAST_TEXT = [
 
 def make_text_model(request, name, site=HIDDEN):
     fixture, class_token, options = TEXT_MODELS[name]
-    astra = AstraConfig(groups=4, codewords=16, site=site, class_token=class_token)
+    astra = VQConfig(groups=4, codewords=16, site=site, class_token=class_token)
     return request.getfixturevalue(fixture)(astra, **options)
 
 
@@ -107,12 +107,12 @@ def test_one_device_is_the_plain_model_bit_for_bit(request, random_text, name):
 )
 def test_batch_and_tokens_at_once(tiny_vit, rank_coded, data, N, B):
     """Also batches that the data axis does not divide."""
-    check(tiny_vit(AstraConfig(groups=4, codewords=16)), rank_coded(B), N, data)
+    check(tiny_vit(VQConfig(groups=4, codewords=16)), rank_coded(B), N, data)
 
 
 def test_a_shard_per_token(tiny_vit, rank_coded):
     """Four tokens: one on each of four devices, and too few for eight."""
-    model = tiny_vit(AstraConfig(groups=4, codewords=16), patch_size=10)
+    model = tiny_vit(VQConfig(groups=4, codewords=16), patch_size=10)
     check(model, rank_coded(1), 4)
     with pytest.raises(AstraError, match="4 tokens cannot be split over 8 devices"):
         parallelize(model, make_mesh(8))

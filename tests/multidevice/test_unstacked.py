@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import Unstacked, unstacked
 from astra_jax.models.weight_quantization import quantize_weights
@@ -17,7 +17,7 @@ from eval.cost.traffic import sent_bits
 from eval.quality.perplexity import NextTokenLoss
 from tests.helpers.sharded import decode, tokens
 
-CODES = AstraConfig(groups=4, codewords=16)
+CODES = VQConfig(groups=4, codewords=16)
 
 
 @pytest.fixture

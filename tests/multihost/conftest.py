@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def saved(request, tmp_path):
     """Saves a tiny model with codebooks; returns the folder."""
 
     def save(family: str, site: str) -> Path:
-        astra = AstraConfig(groups=4, codewords=16, site=site)
+        astra = VQConfig(groups=4, codewords=16, site=site)
         model = request.getfixturevalue(f"tiny_{family}")(astra)
         meta = checkpoints.Checkpoint(family, model.config, astra, None, None, {}, "float32", (), model)
         checkpoints.save(tmp_path / family, meta)
@@ -28,7 +28,7 @@ def saved(request, tmp_path):
 def place(tiny_vit, tiny_llama, word_tokenizer, tmp_path, monkeypatch):
     """Checkpoints `vit` and `llama`, and two pictures: one larger than what the model reads, one smaller."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    astra = AstraConfig(groups=4, codewords=16)
+    astra = VQConfig(groups=4, codewords=16)
     vit = tiny_vit(astra, num_channels=3, num_labels=2)
     size = {"height": 20, "width": 20}
     meta = checkpoints.Checkpoint("vit", vit.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), vit)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from tests.helpers import ASTRA
 from tests.helpers.hosts import free_port, together
 
@@ -26,7 +26,7 @@ def place(tiny_vit, tiny_llama, word_tokenizer, tmp_path):
         for number in range(3):
             Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / f"{number}.png")
     shutil.copytree(tmp_path / "data-0", tmp_path / "data-1")
-    size, astra = {"size": {"height": 20, "width": 20}}, AstraConfig(groups=4, codewords=16)
+    size, astra = {"size": {"height": 20, "width": 20}}, VQConfig(groups=4, codewords=16)
     for name, codes in (("coded", astra), ("plain", None)):
         model = tiny_vit(codes, num_channels=3, num_labels=2)
         meta = checkpoints.Checkpoint("vit", model.config, codes, ("a", "b"), size, {}, "float32", (), model)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.hosts.options import Hosts, detect
 from tests.helpers import ASTRA, ROOT
@@ -121,7 +121,7 @@ def run(command: list[str], path: Path, variables: dict[str, str] | None = None)
 def test_hosts_that_are_detected_answer_as_one_process_does(tiny_vit, tmp_path, start):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(tmp_path / "cat.png")
-    model = tiny_vit(astra := AstraConfig(groups=4, codewords=16), num_channels=3)
+    model = tiny_vit(astra := VQConfig(groups=4, codewords=16), num_channels=3)
     size = {"size": {"height": 20, "width": 20}}
     meta = checkpoints.Checkpoint("vit", model.config, astra, tuple("abcde"), size, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", meta)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import make_mesh
 from tests.helpers import ASTRA
 from tests.helpers.hosts import free_port, together
@@ -72,7 +72,7 @@ def test_eval_gives_what_one_process_gives(tiny_vit, tmp_path):
         for number in range(3):
             Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / f"{number}.png")
     size = {"height": 20, "width": 20}
-    for name, astra in (("original", None), ("coded", AstraConfig(groups=4, codewords=16))):
+    for name, astra in (("original", None), ("coded", VQConfig(groups=4, codewords=16))):
         model = tiny_vit(astra, num_channels=3, num_labels=2)
         meta = checkpoints.Checkpoint("vit", model.config, astra, ("a", "b"), {"size": size}, {}, "float32", (), model)
         checkpoints.save(tmp_path / name, meta)

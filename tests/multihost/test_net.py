@@ -14,7 +14,7 @@ import pytest
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.hosts import preflight, rendezvous
 from astra_jax.hosts.agreement import SOURCE, settings
@@ -379,7 +379,7 @@ def test_a_stranger_is_not_measured():
 @pytest.fixture
 def checkpoint(tiny_vit, tmp_path):
     """The folder of a tiny model."""
-    astra = AstraConfig(groups=4, codewords=16)
+    astra = VQConfig(groups=4, codewords=16)
     model = tiny_vit(astra)
     meta = checkpoints.Checkpoint("vit", model.config, astra, None, None, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", meta)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from tests.helpers import ASTRA
 from tests.helpers.hosts import free_port, together
 
@@ -23,7 +23,7 @@ def test_the_second_start_of_hosts_compiles_nothing(tiny_vit, tmp_path, monkeypa
         monkeypatch.delenv(name)
     for name in ("JAX_EXPLAIN_CACHE_MISSES", "JAX_LOG_COMPILES"):
         monkeypatch.setenv(name, "1")
-    model = tiny_vit(AstraConfig(groups=4, codewords=16), num_channels=3, num_labels=2)
+    model = tiny_vit(VQConfig(groups=4, codewords=16), num_channels=3, num_labels=2)
     size = {"size": {"height": 20, "width": 20}}
     checkpoint = checkpoints.Checkpoint("vit", model.config, model.astra, ("a", "b"), size, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", checkpoint)

@@ -30,7 +30,7 @@ import tyro
 import checkpoints
 from astra_jax.cli.arguments import Integers, Numbers, Texts, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import AstraConfig, ClassToken, Codec, Site, codec_and_predictor
+from astra_jax.codecs.config import ClassToken, Codec, Site, VQConfig, codec_and_predictor
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
@@ -46,9 +46,7 @@ from train.recipes.resumable import calibrated, evaluated, finetuned, short_name
 COMMAND = "python -m train.recipes.accuracy_per_bit"
 LOST = {"perplexity": "% above the original", "accuracy %": "points below the original"}  # metric -> column behind it
 # Options that do not change what a checkpoint or result of a given name in OUT is.
-FREE = (
-    *("out", "test", "groups", "codecs", "coded_blocks", "noise", "class_tokens", "steps", "plot", "markdown", "json"),
-)
+FREE = (*("out", "test", "groups", "codecs", "noise", "class_tokens", "steps", "plot", "markdown", "json"),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,8 @@ class Args(DataArgs):
     """K: codewords per group."""
     site: Site = "hidden"
     """What is quantized."""
-    coded_blocks: Integers = ()
-    """Of nested-pq with a predictor also show what it reaches if the first so many blocks alone send codes, in as many
-    bits: half of the blocks twice as many groups."""
+    auto: bool = False
+    """With a predictor, let calibration choose how many blocks send codes (`astra calibrate --schedule auto`)."""
     devices: Integers = (4,)
     """N: devices to train for and to evaluate on, one after the other."""
     class_tokens: Texts = ("distributed",)
@@ -135,10 +132,8 @@ def check(args: Args) -> None:
     for name in args.codecs:
         codec_and_predictor(name)
     for class_token, noise in itertools.product(args.class_tokens, args.noise):
-        AstraConfig(class_token=cast(ClassToken, class_token))
+        VQConfig(class_token=cast(ClassToken, class_token))
         Training(noise=noise)
-    for k in args.coded_blocks:
-        groups_of(k, "mlp", args)
     if args.plot:
         plots.check_plot(args.plot)
     if args.markdown:
@@ -161,14 +156,12 @@ def quality(
     args: Args,
     groups: int | None = None,
     packet_loss: float | None = None,
-    coded_blocks: int | None = None,
 ) -> dict[str, Any]:
-    """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` or `coded_blocks` alone, or
+    """N, a checkpoint's G and bits, and its metric on every test; of its first `groups` alone, or
     under packet loss."""
     metric = metric_of(args)
     found: dict[str, Any] = {}
     how = f"first{groups}-" * (groups is not None) + f"loss{packet_loss}-" * (packet_loss is not None)
-    how += f"blocks{coded_blocks}-" * (coded_blocks is not None)
     for test in args.test:
         result = args.out / f"{checkpoint.name}-N{N}-{how}{quote(test, safe='[:]')}.json"
         where = {"data": test, "split": "test"} if metric == "perplexity" else {"split": test}
@@ -177,7 +170,6 @@ def quality(
             devices=str(N),
             virtual=True,
             groups=() if groups is None else (groups,),
-            coded_blocks=coded_blocks,
             packet_loss=packet_loss,
             seeds=None if packet_loss is None else 1,
             length=args.length,
@@ -194,7 +186,6 @@ def calibrated_one(name: str, G: int, class_token: str, args: Args) -> Path:
     """The calibrated checkpoint of one codec, G and class token. A predictor of a text model also knows the token
     ids."""
     codec, predictor = codec_and_predictor(name)
-    text = predictor != "none" and is_text(args)
     return calibrated(
         calibrate.Args(
             checkpoint=args.original,
@@ -203,7 +194,7 @@ def calibrated_one(name: str, G: int, class_token: str, args: Args) -> Path:
             codewords=args.codewords,
             codec=codec,
             predictor=predictor,
-            side_info="token-ids" if text else "none",
+            schedule=schedule_of(predictor, args),
             site=args.site,
             class_token=cast(ClassToken, class_token),
             length=args.length,
@@ -213,13 +204,10 @@ def calibrated_one(name: str, G: int, class_token: str, args: Args) -> Path:
     )
 
 
-def finetuned_one(
-    checkpoint: Path, name: str, args: Args, shards: tuple[int, ...], coded_blocks: int | None = None, **others: Any
-) -> Path:
+def finetuned_one(checkpoint: Path, name: str, args: Args, shards: tuple[int, ...], **others: Any) -> Path:
     """A checkpoint trained on so many virtual shards.
 
     Args:
-      coded_blocks: see `astra finetune`.
       others: further fields of `Training`.
     """
     training = Training(
@@ -237,7 +225,6 @@ def finetuned_one(
         training=training,
         flip=args.flip,
         length=args.length,
-        coded_blocks=coded_blocks,
         **args.source(),
     )
     return finetuned(options)
@@ -269,11 +256,9 @@ def coded(name: str, class_token: str, args: Args) -> list[dict[str, Any]]:
     """Rows of one codec and class token: for every G and N a checkpoint of its own, or one for all and its first G
     groups; and of each what every noise makes of it."""
     label = name + ", single class token" * (class_token == "single")
-    codec, predictor = codec_and_predictor(name)
-    if codec != "nested-pq":
+    if codec_and_predictor(name)[0] != "nested-pq":
         return [row for G in args.groups for row in one_for_each(name, label, G, class_token, args)]
-    blocks = (None, *(args.coded_blocks if predictor != "none" else ()))
-    return [row for k in blocks for row in one_for_all(name, label, k, class_token, args)]
+    return list(one_for_all(name, label, class_token, args))
 
 
 def one_for_each(name: str, label: str, G: int, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
@@ -289,24 +274,27 @@ def one_for_each(name: str, label: str, G: int, class_token: str, args: Args) ->
             yield {"made by": made, "codec": label, **quality(tuned, N, args)}
 
 
-def one_for_all(name: str, label: str, k: int | None, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
-    """Rows of a codec of which the first groups are a code, finetuned for all groups and N at once.
-
-    Args:
-      k: how many blocks send codes; None for all.
-    """
-    most, codec_predictor = max(args.groups), codec_and_predictor(name)[1]
-    say(f"\n--- {label}, the first of {most} groups")
-    start, groups = calibrated_one(name, most, class_token, args), groups_of(k, codec_predictor, args)
+def one_for_all(name: str, label: str, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
+    """Rows of a codec of which the first groups are a code, finetuned for all groups and N at once."""
+    groups = tuple(sorted(args.groups))
+    say(f"\n--- {label}, the first of {groups[-1]} groups")
+    start = calibrated_one(name, groups[-1], class_token, args)
     made = {"calibrated": start}
-    for how, noise in noises(args).items() if groups else ():
-        blocks = "" if k is None else f"-blocks{k}"
-        out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{blocks}{_suffix(class_token, noise)}"
+    for how, noise in noises(args).items():
+        out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{_suffix(class_token, noise)}"
         further = {"groups": groups, "noise": noise, **beyond_the_paper(args)}
-        made[how] = finetuned_one(start, out, args, args.devices, k, **further)
-    label += "" if k is None else f", {k} blocks"
+        made[how] = finetuned_one(start, out, args, args.devices, **further)
     for (how, checkpoint), N, m in itertools.product(made.items(), args.devices, groups):
-        yield {"made by": how, "codec": label, **quality(checkpoint, N, args, m, coded_blocks=k)}
+        yield {"made by": how, "codec": label, **quality(checkpoint, N, args, m)}
+
+
+def schedule_of(predictor: str, args: Args) -> calibrate.Schedule:
+    """What calibration is to choose from: with a predictor token ids say what a text's first block sees."""
+    if predictor == "none":
+        return "coded"
+    if is_text(args):
+        return "known+auto" if args.auto else "known"
+    return "auto" if args.auto else "coded"
 
 
 def noises(args: Args) -> dict[str, float]:
@@ -323,19 +311,6 @@ def beyond_the_paper(args: Args) -> dict[str, Any]:
 def _suffix(class_token: str, noise: float = 1.0) -> str:
     """What the name of a checkpoint says of these where they are not as they mostly are."""
     return "-single" * (class_token == "single") + f"-noise{noise:g}" * (noise != 1)
-
-
-def groups_of(coded_blocks: int | None, predictor: str, args: Args) -> tuple[int, ...]:
-    """Groups of the blocks that send codes, so that all blocks have `args.groups` on average: as far as these are whole
-    numbers, and there are so many groups. Raises AstraError for more or fewer blocks than can send codes."""
-    G, L = sorted(args.groups), checkpoints.read_meta(args.original).config.num_hidden_layers
-    if coded_blocks is None:
-        return tuple(G)
-    known = int(predictor != "none" and is_text(args))  # the first block, which token ids say
-    if not known < coded_blocks <= L:
-        raise AstraError(f"--coded-blocks has {coded_blocks}; give numbers from {known + 1} to {L}")
-    sent, all_blocks = coded_blocks - known, L - known
-    return tuple(m * all_blocks // sent for m in G if m * all_blocks % sent == 0 and m * all_blocks // sent <= G[-1])
 
 
 def _list(numbers: tuple[int, ...]) -> str:

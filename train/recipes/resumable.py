@@ -46,7 +46,7 @@ def _is_trained(options: finetune.Args) -> bool:
     """Whether the folder holds a checkpoint that was trained just so, to the end."""
     if not (options.out / META).is_file():
         return False
-    wanted = {name: getattr(options, name) for name in ("augment", "flip", "length", "coded_blocks")}
+    wanted = {name: getattr(options, name) for name in ("augment", "flip", "length")}
     wanted["checkpoint_sha256"] = _digest(options.checkpoint)
     wanted |= {**options.source(), **dataclasses.asdict(options.training)}
     made = checkpoints.read_meta(options.out).history[-1]

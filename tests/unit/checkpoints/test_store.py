@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import shardings
@@ -65,12 +65,12 @@ def test_the_compute_dtype_is_chosen_at_load(checkpoint: checkpoints.Checkpoint,
 
 
 def test_codebooks_are_added_to_the_same_weights(calibrated: checkpoints.Checkpoint) -> None:
-    again = checkpoints.with_codebooks(calibrated, AstraConfig(groups=4, codewords=16))
+    again = checkpoints.with_codebooks(calibrated, VQConfig(groups=4, codewords=16))
     assert again.model.codec.codebook[...].shape == (2, 4, 16, 2)
     assert not again.model.codec.codebook[...].any()
     assert jnp.array_equal(again.model.head.kernel[...], calibrated.model.head.kernel[...])
     with pytest.raises(AstraError, match="does not divide"):
-        checkpoints.with_codebooks(calibrated, AstraConfig(groups=3))
+        checkpoints.with_codebooks(calibrated, VQConfig(groups=3))
 
 
 def test_saving_over_a_checkpoint(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.models.blocks import block_at
 from checkpoints import Checkpoint
-from train.calibrate import capture, fit
+from train.calibrate import capture
+from train.fit_codecs import fit
 
 
 @pytest.mark.parametrize("class_token, sent", [("single", 1 + 25), ("distributed", 25)])
@@ -19,7 +20,7 @@ def test_a_single_class_token_is_sent_and_so_calibrated(class_token, sent, tiny_
     y = capture(model, [images], 10_000, 0, class_token)
     assert y.shape[1] == B * sent
     source = Checkpoint("vit", model.config, None, None, None, {}, "float32", (), model)
-    coded = checkpoints.with_codebooks(source, AstraConfig(1, 64, class_token=class_token)).model
+    coded = checkpoints.with_codebooks(source, VQConfig(1, 64, class_token=class_token)).model
     fit(coded, y, 20, 0)
     attention = block_at(coded.blocks, 0).attention
     seen = block_at(model.blocks, 0).norm1(model.cls[...] + model.position[...][0])[None, None]

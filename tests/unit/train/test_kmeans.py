@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from astra_jax.codecs.quantizer import lookup
+from astra_jax.codecs.product import lookup
 from train import kmeans as kmeans_module
 from train.kmeans import AT_ONCE, LAST, assign, kmeans
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax import AstraConfig, make_mesh
+from astra_jax import make_mesh
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViT
 from astra_jax.strategies.base import Single
@@ -127,7 +128,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     losses = {}
     for dtype, trains in (("float32", "codebooks"), ("bfloat16", "all")):
         training = Training(steps=2, batch_size=8, shards=(2,), dtype=dtype, trains=trains)
-        model = ViT(CONFIG, AstraConfig(groups=4, codewords=16), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        model = ViT(CONFIG, VQConfig(groups=4, codewords=16), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
         graphdef, state = start(model, training)
         batch = next(Batches(8))

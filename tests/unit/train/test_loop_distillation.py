@@ -14,7 +14,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax import AstraConfig, make_mesh
+from astra_jax import make_mesh
+from astra_jax.codecs.config import VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from astra_jax.strategies.base import Single
@@ -34,13 +35,13 @@ from train.loop import (
     with_room,
 )
 
-CODES = AstraConfig(groups=1, codewords=64)
+CODES = VQConfig(groups=1, codewords=64)
 
 
 def exactly(model: Any, inputs: Any) -> Any:
     """The model with codewords that are the very vectors which its codecs are to quantize of these inputs."""
     strategy = Single(model.shards(1, inputs), capture=True)
-    y = model(strategy.shards.scatter(model.to_tokens(inputs)), strategy)[1]  # [L,B,S,D]
+    y = model(strategy.shards.scatter(model.to_tokens(inputs)), strategy)[1].captured  # [L,B,S,D]
     vectors = y.reshape(len(y), 1, -1, y.shape[-1])
     assert vectors.shape[2] <= CODES.codewords
     model.codec.codebook[...] = vectors[:, :, np.arange(CODES.codewords) % vectors.shape[2]]
@@ -182,7 +183,7 @@ def test_cuts_fill_their_range_and_are_even_on_average():
 
 
 def test_what_is_lost_is_drawn_by_seed_and_step(tiny_vit, rank_coded):
-    model, images = tiny_vit(AstraConfig(groups=4, codewords=16)), rank_coded(3)
+    model, images = tiny_vit(VQConfig(groups=4, codewords=16)), rank_coded(3)
     training = Training(packet_loss=0.4, cuts="random")
     drawn = [draw_packet_loss(model, training, 4, images, step) for step in range(60)]
     again = draw_packet_loss(model, training, 4, images, 7)
@@ -200,7 +201,7 @@ def test_what_is_lost_is_drawn_by_seed_and_step(tiny_vit, rank_coded):
 
 def test_packets_hold_the_groups_that_are_used(tiny_gpt2, random_text):
     """32 codes of 16 bits are 64 bytes, so that 32 tokens take two packets; of one code each they take one."""
-    model, text = tiny_gpt2(AstraConfig(groups=32, codewords=65536, site="kv")), random_text(64, 64, T=64)
+    model, text = tiny_gpt2(VQConfig(groups=32, codewords=65536, site="kv")), random_text(64, 64, T=64)
 
     def together(training: Training) -> bool:
         """Whether all codes of a message share their fate."""

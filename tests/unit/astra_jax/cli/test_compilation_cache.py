@@ -15,7 +15,7 @@ from PIL import Image
 import checkpoints
 from astra_jax.cli import compilation_cache
 from astra_jax.cli.compilation_cache import Programs
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 
 KEY = "jit_run-0123"
@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_made_is_not_told_of(home):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_second_start_of_a_verb_compiles_nothing(home, tiny_vit, tmp_path, devices):
-    model = tiny_vit(AstraConfig(groups=4, codewords=16), num_channels=3, num_labels=2)
+    model = tiny_vit(VQConfig(groups=4, codewords=16), num_channels=3, num_labels=2)
     size = {"size": {"height": 20, "width": 20}}
     checkpoint = checkpoints.Checkpoint("vit", model.config, model.astra, ("a", "b"), size, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", checkpoint)

@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from astra_jax.cli import environment, main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from tests.helpers import ROOT
 
-CODES = AstraConfig(groups=2, codewords=4)
+CODES = VQConfig(groups=2, codewords=4)
 NO_UTF8 = os.fsdecode(b"caf\xe9")
 # What JAX can be told that no program here is made for.
 STRANGE = {

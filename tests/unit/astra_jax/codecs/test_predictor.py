@@ -11,21 +11,24 @@ from flax import nnx
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.predictor import Known, Prediction, Predictor, around
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
+from astra_jax.codecs.predictor import Prediction, Predictor, around
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import pad
 from astra_jax.models.blocks import block_at
-from astra_jax.strategies.base import Noise, Single, Virtual
-from train.calibrate import capture, choose_widths, fit
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
+from train.calibrate import capture, choose
+from train.fit_codecs import fit
 from train.fit_predictor import regress, train_mlp
 from train.loop import Training, make_step, start
+from train.navq import NoiseAugmented
 
 RNG = np.random.default_rng(0)
 
 
 def predicted(x, y):
-    predictor = Predictor(AstraConfig(predictor="linear"), x.shape[1])
+    predictor = Predictor(VQConfig(predictor="linear"), x.shape[1])
     for name, value in regress(x, y).items():
         getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
     return np.asarray(predictor(jnp.asarray(x, jnp.float32), jnp.zeros_like))
@@ -58,7 +61,7 @@ def test_an_mlp_learns_what_is_not_linear_and_what_is_around():
     x, near = RNG.normal(size=(2, 6000, 4)) + 1
     y = x @ RNG.normal(size=(4, 4)) + np.abs(x) + near[:, ::-1] - 2
     seen, metric = np.concatenate([x, near], axis=1), np.diag([1.0, 2.0, 3.0, 4.0])
-    predictor = Predictor(AstraConfig(predictor="mlp", hidden_units=32), 4)
+    predictor = Predictor(VQConfig(predictor="mlp", hidden_units=32), 4)
     for name, value in train_mlp(32, seen[:5000], y[:5000], metric, jax.random.key(0)).items():
         getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
     p = predictor(jnp.asarray(x[5000:], jnp.float32), lambda _: jnp.asarray(near[5000:], jnp.float32))
@@ -71,12 +74,15 @@ def test_neighbours_are_captured_together(tiny_gpt2, random_text):
     model, text, S = tiny_gpt2(), random_text(24, 20, 3), 5
     found = capture(model, [text], 30, 0, "distributed", S).reshape(2, -1, S, 16)
     shards = model.shards(1, text)
-    exact = np.asarray(model(shards.scatter(model.to_tokens(text)), Single(shards, capture=True))[1])
+    exact = np.asarray(model(shards.scatter(model.to_tokens(text)), Single(shards, capture=True))[1].captured)
     places = [(b, s) for b, T in enumerate((24, 20)) for s in range(0, T - S + 1, S)]
     expected = np.stack([exact[:, b, s : s + S] for b, s in places], axis=1)
     assert found.shape[1] == 6 < len(places)
     distance = np.abs(found[:, :, None] - expected[:, None]).max((0, 3, 4))  # [found, expected]
     assert (distance.min(1) < 1e-5).all() and len(set(distance.argmin(1))) == 6
+
+
+KNOWN = ("known", "coded", "coded")
 
 
 def activations(L=3, M=2000, D=16):
@@ -90,13 +96,13 @@ def activations(L=3, M=2000, D=16):
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("codec", ["vq", pytest.param("nested-pq", marks=pytest.mark.slow)])
 def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind):
-    y, plain = activations(), AstraConfig(groups=2, codewords=16)
+    y, plain = activations(), VQConfig(groups=2, codewords=16)
 
     def errors(astra):
         base = tiny_gpt2(n_layer=3)
         source = checkpoints.Checkpoint("gpt2", base.config, None, None, None, {}, "float32", (), base)
         if codec == "nested-pq":
-            astra = choose_widths(source, astra, (2,), y, random_text(24), 0)
+            astra = choose(source, [astra], codec, y, random_text(24), 0)
         return [e.vector for e in fit(tiny_gpt2(astra, n_layer=3), y, 8, 0)]
 
     without, with_it = errors(plain), errors(dataclasses.replace(plain, predictor=kind))
@@ -107,7 +113,7 @@ def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
     """The errors that it reports are those of the closed loop over all blocks."""
-    y, astra = activations(), AstraConfig(groups=2, codewords=16, predictor=kind, side_info="token-ids")
+    y, astra = activations(), VQConfig(groups=2, codewords=16, predictor=kind, schedule=KNOWN)
     model, S = tiny_gpt2(astra, n_layer=3), 8
     errors = fit(model, y, 8, 0, S)
 
@@ -125,24 +131,23 @@ def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
         np.testing.assert_allclose(error, errors[block].vector, rtol=1e-4)
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_the_first_block(tiny_gpt2, known):
-    astra = AstraConfig(groups=4, codewords=16, predictor="linear")
-    codec = block_at(tiny_gpt2(astra).blocks, 0).attention.codec
-    vectors = jnp.ones((2, 3, 16))
-    expected = vectors if known else codec.predictor.bias[...]
-    np.testing.assert_array_equal(codec.predict(Known(vectors if known else None), jnp.zeros_like), expected)
+def test_before_the_first_block_only_the_mean_is_expected(tiny_gpt2):
+    y, model = activations(), tiny_gpt2(VQConfig(groups=2, codewords=16, predictor="linear"), n_layer=3)
+    fit(model, y, 2, 0)
+    expected = block_at(model.blocks, 0).attention.codec.predict(jnp.zeros((2, 16)), jnp.zeros_like)
+    np.testing.assert_allclose(expected, np.broadcast_to(y[0].mean(0), (2, 16)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "codec",
-    [{}, pytest.param(dict(codec="nested-pq", groups=2, widths=(8, 8), levels=(1, 1)), marks=pytest.mark.slow)],
+    [{}, pytest.param(dict(groups=2, widths=(8, 8), levels=(1, 1)), marks=pytest.mark.slow)],
     ids=["vq", "nested"],
 )
 def test_training_predicts_better(tiny_gpt2, random_text, codec, kind):
     """Weights of predictors learn from what they did not expect."""
-    astra = AstraConfig(**{"groups": 4, "codewords": 16, "predictor": kind, "side_info": "token-ids", **codec})
+    config = NestedPQConfig if codec else VQConfig
+    astra = config(**{"groups": 4, "codewords": 16, "predictor": kind, "schedule": KNOWN, **codec})
     model, text = tiny_gpt2(astra, n_layer=3), random_text(24, 20)
     predictor = nnx.state(model.codec.predictor)
     nnx.update(model.codec.predictor, jax.tree.map(lambda weights: 0.1 * weights, predictor))
@@ -163,7 +168,7 @@ def test_training_predicts_better(tiny_gpt2, random_text, codec, kind):
 
 @pytest.mark.slow
 def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
-    astra = AstraConfig(groups=4, codewords=16, predictor="linear", side_info="token-ids")
+    astra = VQConfig(groups=4, codewords=16, predictor="linear", schedule=KNOWN)
     model, text = tiny_gpt2(astra, n_layer=3), random_text(24, 20)
     shards = model.shards(4, text)
 
@@ -172,8 +177,9 @@ def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
     @jax.jit
     def gradients(trained):
         def run(trained):
-            noisy = Virtual(shards, Noise(jax.random.key(0), 1.0))
-            return nnx.merge(graphdef, *trained, codecs)(shards.scatter(model.to_tokens(text)), noisy)
+            noisy = NoiseAugmented.virtual(shards, key=jax.random.key(0))
+            output, reports = nnx.merge(graphdef, *trained, codecs)(shards.scatter(model.to_tokens(text)), noisy)
+            return output, reports.observed
 
         seen = run(trained)[1]
         of_task = jax.grad(lambda trained: jnp.mean(run(trained)[0] ** 2) + jnp.mean(run(trained)[1].commitment))(
@@ -192,14 +198,14 @@ def test_training_sees_noisy_estimates(tiny_gpt2, random_text):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(side_info="token-ids"), "side_info is token-ids, which only a predictor makes use of"),
+        (dict(schedule=("known",)), "schedule has a block that is known, which takes a predictor"),
         (dict(predictor="cubic"), "predictor is 'cubic'; it must be one of none, linear, mlp"),
         (dict(predictor="mlp", hidden_units=0), "hidden_units is 0; it must be a whole number of at least 1"),
     ],
 )
 def test_configurations_that_do_not_fit(unchecked, values, message):
     with pytest.raises(AstraError, match=message):
-        AstraConfig(**values)
+        VQConfig(**values)
 
 
 @pytest.mark.slow
@@ -221,7 +227,7 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
     codes, tuned = tmp_path / "codes", tmp_path / "tuned"
     rows = call(
         *("calibrate", tmp_path / "original", codes, *data, *few, "--codec", codec),
-        *("--predictor", predictor, "--side-info", "token-ids"),
+        *("--predictor", predictor, "--schedule", "known"),
     )["blocks"]
     assert rows[0]["of keys and values"] == 0 < rows[1]["of keys and values"] < 1
     call("finetune", codes, tuned, *data, "--steps", 2, "--groups", "1,4", "--batch-size", 4, "--length", 32)
@@ -265,7 +271,7 @@ def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_to
 
     blocks = call(
         *("calibrate", tmp_path / "original", codes, *data, "--groups", "4", "--codewords", "16"),
-        *("--predictor", predictor, "--side-info", "token-ids", "--class-token", class_token),
+        *("--predictor", predictor, "--schedule", "known", "--class-token", class_token),
     )["blocks"]
     assert blocks[0]["of keys and values"] == 0 < blocks[1]["of keys and values"] < 1
     call("finetune", codes, tuned, *data, "--steps", 2, "--batch-size", 4)
@@ -282,7 +288,7 @@ def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_to
     @nnx.jit
     def run(model, text):
         shards = model.shards(4, text)
-        return jax.nn.softmax(model(shards.scatter(model.to_tokens(text)), Virtual(shards))[0])
+        return jax.nn.softmax(model(shards.scatter(model.to_tokens(text)), Astra.virtual(shards))[0])
 
     probabilities = dict(zip(texts, run(tuned.model, text).tolist(), strict=False))
     for row in found:
@@ -295,7 +301,7 @@ def test_pictures_have_no_token_ids(tmp_path, tiny_vit, capsys):
     names = tuple(f"c{n}" for n in range(model.config.num_labels))
     source = checkpoints.Checkpoint("vit", model.config, None, names, {"size": 20}, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", source)
-    options = ["--data", str(tmp_path), "--predictor", "linear", "--side-info", "token-ids"]
+    options = ["--data", str(tmp_path), "--predictor", "linear", "--schedule", "known"]
     assert main(["calibrate", str(tmp_path / "vit"), str(tmp_path / "codes"), *options]) == 2
     said = capsys.readouterr().err
-    assert "--side-info token-ids is for texts; this is a vit: leave it out" in said and said.count("\n") == 1
+    assert "--schedule known: token ids are of texts; this is a vit: use auto" in said and said.count("\n") == 1

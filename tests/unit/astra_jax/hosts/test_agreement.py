@@ -81,7 +81,7 @@ def test_options_of_a_host_and_what_host_0_writes_may_be_others():
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "bfloat16"}, {"weights": "int8"}, {"strategy": "tp"}, {"groups": 8}, {"coded_blocks": 1},
+        {"dtype": "bfloat16"}, {"weights": "int8"}, {"strategy": "tp"}, {"groups": 8},
         {"devices": "2"}, {"fast_path": "off"},
         {"on_failure": "single"},
     ],

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astra_jax.models.attention import Source, attend, merge
+from astra_jax.models.attention import attend, merge
+from astra_jax.models.interface import Source
 
 B, S, R, H, J, E = 2, 3, 6, 4, 2, 5
 

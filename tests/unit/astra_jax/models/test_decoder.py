@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
@@ -80,7 +80,7 @@ def test_the_sizes_of_known_models_without_their_weights(family, config, paramet
 def test_what_is_quantized():
     """The block's input, or keys and values of the heads that there are."""
     for site, width in (("hidden", 4096), ("kv", 2 * 8 * 128)):
-        astra = AstraConfig(groups=32, codewords=16, site=site)
+        astra = VQConfig(groups=32, codewords=16, site=site)
         model = nnx.eval_shape(lambda astra=astra: Llama(LLAMA_3_8B, astra, rngs=nnx.Rngs(0)))
         assert model.codec.codebook.shape == (32, 32, 16, width // 32)
 
@@ -135,5 +135,5 @@ def test_the_greatest_length_is_split_where_no_text_is_given(tiny_gpt2, tiny_ber
     assert not tiny_bert().shards(3).causal
     split = tiny_bert(pooling="class").shards(4)  # the class token is not among the tokens
     assert (split.lengths, split.class_token) == ((15, 16, 16, 16), "distributed")
-    single = tiny_bert(AstraConfig(groups=4, codewords=16, class_token="single"), pooling="class")
+    single = tiny_bert(VQConfig(groups=4, codewords=16, class_token="single"), pooling="class")
     assert single.shards(4).class_token == "single"

@@ -10,14 +10,15 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import NestedPQConfig, VQConfig
 from astra_jax.mesh.sharding import make_mesh
-from astra_jax.models.attention import Folded, Source, attend, merge
+from astra_jax.models.attention import Folded, attend, merge
+from astra_jax.models.interface import Remote, Source
 from astra_jax.models.key_value_tables import fold, folding_pays
 from astra_jax.models.vit import ViTConfig
 from astra_jax.models.weight_quantization import dequantized, quantize_weights
 from astra_jax.serving.compile import place
-from astra_jax.strategies.base import Astra, Remote
+from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import SequenceParallel
 from checkpoints.tensor_maps import build
 from eval.cost.flops import flops
@@ -55,19 +56,19 @@ def same_sources(plain, fast, codes):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_the_tables_are_keys_and_values(request, always, family, groups):
-    model = request.getfixturevalue(family)(AstraConfig(groups=groups, codewords=16))
+    model = request.getfixturevalue(family)(VQConfig(groups=groups, codewords=16))
     plain, fast = block(model, 1), block(fold(model), 1)
     same_sources(plain, fast, random_codes(plain, 9))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_weights_have_the_tables_of_what_they_stand_for(tiny_vit, always, weights):
-    model = quantize_weights(tiny_vit(AstraConfig(groups=4, codewords=16)), weights)
+    model = quantize_weights(tiny_vit(VQConfig(groups=4, codewords=16)), weights)
     plain, fast = block(model), block(fold(model))
     same_sources(plain, fast, random_codes(plain, 5))
 
 
-ROTATED = AstraConfig(groups=3, codewords=16, codec="nested-pq", widths=(8, 2, 5), levels=(1, 2))
+ROTATED = NestedPQConfig(groups=3, codewords=16, widths=(8, 2, 5), levels=(1, 2))
 
 
 @pytest.mark.parametrize("site", ["hidden", "kv"])
@@ -91,18 +92,18 @@ def test_a_rotated_codec_without_tables_is_projected_from_its_axes(request, monk
 
 
 def test_at_site_kv_a_table_is_the_codebook(tiny_gpt2):
-    model = tiny_gpt2(AstraConfig(groups=1, codewords=16, site="kv"))
+    model = tiny_gpt2(VQConfig(groups=1, codewords=16, site="kv"))
     np.testing.assert_array_equal(fold(model).blocks.attention.folded[...], model.codec.codebook[...])
 
 
 def test_the_model_stays_as_it_is(tiny_vit, always):
-    model = tiny_vit(AstraConfig(groups=4, codewords=16))
+    model = tiny_vit(VQConfig(groups=4, codewords=16))
     assert isinstance(fold(model).blocks.attention.folded, Folded)
     assert model.blocks.attention.folded is None
 
 
 def test_shapes_stay_shapes(tiny_vit, always):
-    model = nnx.eval_shape(lambda: tiny_vit(AstraConfig(groups=4, codewords=16)))
+    model = nnx.eval_shape(lambda: tiny_vit(VQConfig(groups=4, codewords=16)))
     table = jax.tree.leaves(nnx.state(fold(model).blocks.attention)["folded"])[0]
     assert isinstance(table, jax.ShapeDtypeStruct) and table.shape == (2, 4, 16, 32)
 
@@ -111,9 +112,7 @@ def test_shapes_stay_shapes(tiny_vit, always):
 
 
 def vit_base(groups, site="hidden"):
-    return nnx.eval_shape(
-        lambda: build("vit", ViTConfig(), AstraConfig(groups=groups, site=site), jnp.dtype("float32"))
-    )
+    return nnx.eval_shape(lambda: build("vit", ViTConfig(), VQConfig(groups=groups, site=site), jnp.dtype("float32")))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +134,11 @@ def test_tables_are_made_where_they_pay(groups, site, platform, pays):
 
 
 def test_nothing_is_gained_at_site_kv_with_a_rotary_embedding(tiny_llama):
-    assert not folding_pays(tiny_llama(AstraConfig(groups=1, codewords=16, site="kv")), "cpu")
+    assert not folding_pays(tiny_llama(VQConfig(groups=1, codewords=16, site="kv")), "cpu")
 
 
 def test_only_astra_on_several_devices_uses_tables(tiny_vit, always):
-    model = tiny_vit(AstraConfig(groups=4, codewords=16))
+    model = tiny_vit(VQConfig(groups=4, codewords=16))
 
     def has_tables(N, make, fast_path=True):
         return "folded" in place(model, make_mesh(N), make, fast_path)[1]["blocks"]["attention"]
@@ -171,7 +170,7 @@ def test_counted_keys_are_as_good_as_repeated_ones(data):
 @pytest.mark.parametrize("site", ["hidden", "kv"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_codewords_are_counted_where_they_are_fewer_than_tokens(tiny_gpt2, always, site, masked):
-    model = tiny_gpt2(AstraConfig(groups=1, codewords=4, site=site))
+    model = tiny_gpt2(VQConfig(groups=1, codewords=4, site=site))
     plain, fast = block(model), block(fold(model))
     for R, keys in ((4, 4), (5, 4), (40, 4), (3, 3)):
         codes = random_codes(plain, R)
@@ -185,7 +184,7 @@ def test_codewords_are_counted_where_they_are_fewer_than_tokens(tiny_gpt2, alway
 
 
 def test_tokens_with_a_rotary_embedding_are_not_counted(tiny_llama, always):
-    model = tiny_llama(AstraConfig(groups=1, codewords=4))
+    model = tiny_llama(VQConfig(groups=1, codewords=4))
     plain, fast = block(model), block(fold(model))
     remote = Remote(random_codes(plain, 9), jnp.arange(9), None)
     expected, found = (a.remote_source(remote, "hidden", jnp.float32) for a in (plain, fast))
@@ -194,7 +193,7 @@ def test_tokens_with_a_rotary_embedding_are_not_counted(tiny_llama, always):
 
 def test_queries_that_see_different_tokens_do_not_count_codewords(tiny_gpt2, always):
     """As those of virtual shards."""
-    model = fold(tiny_gpt2(AstraConfig(groups=1, codewords=4)))
+    model = fold(tiny_gpt2(VQConfig(groups=1, codewords=4)))
     mask = jnp.asarray(np.random.default_rng(0).random((2, 3, 9)) < 0.5)
     source = block(model).remote_source(Remote(random_codes(block(model), 9), jnp.arange(9), mask), "hidden", "float32")
     assert source.key.shape[1] == 9 and source.times is None
@@ -205,7 +204,7 @@ def test_attention_to_remote_tokens_costs_the_same_for_any_number_of_them(monkey
     config = ViTConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, intermediate_size=64, patch_size=4)
 
     def operations(N, fast_path):
-        model = build("vit", dataclasses.replace(config, image_size=32 * N), AstraConfig(groups=1, codewords=64))
+        model = build("vit", dataclasses.replace(config, image_size=32 * N), VQConfig(groups=1, codewords=64))
         model = nnx.eval_shape(lambda: model)
         image = jax.ShapeDtypeStruct((1, 32 * N, 32 * N, 3), jnp.float32)
         mine = share(model, N * N, image, Astra.of, fast_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.blocks import block_at, scan_blocks
@@ -36,7 +36,7 @@ def test_a_config_that_cannot_be(wrong, message):
 
 def test_the_shapes_of_vit_base_without_its_weights():
     config = ViTConfig()
-    model = nnx.eval_shape(lambda: ViT(config, AstraConfig(), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: ViT(config, VQConfig(), rngs=nnx.Rngs(0)))
     sizes = {a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param))}
     assert 12 * 768 * 3072 in sizes
     assert sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param))) == 86_567_656

@@ -12,7 +12,7 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import dequantized, is_quantized, quantize_weights, weight_bytes
@@ -20,10 +20,11 @@ from astra_jax.serving import batch
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import TensorParallel
 
-ASTRA = AstraConfig(groups=4, codewords=16)
+ASTRA = VQConfig(groups=4, codewords=16)
 STEPS = {"int8": 127.5, "int4": 7.5}  # from 0 to the largest weight
 
 
@@ -46,7 +47,7 @@ def relative_error(a, b):
 @nnx.jit(static_argnums=2)
 def run(model, inputs, N):
     shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
-    out = model(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
+    out = model(shards.scatter(tokens), Astra.virtual(shards) if N > 1 else Single(shards))[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 

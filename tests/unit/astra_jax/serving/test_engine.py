@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax import AstraConfig, AstraError, Engine, make_mesh, parallelize
+from astra_jax import AstraError, Engine, make_mesh, parallelize
+from astra_jax.codecs.config import VQConfig
 from astra_jax.serving.engine import Event, TextOptions
 from astra_jax.serving.sampling import Sampling
 
-ASTRA = AstraConfig(groups=4, codewords=16)
+ASTRA = VQConfig(groups=4, codewords=16)
 
 
 def loaded(model, tokenizer_files=None, **fields):

@@ -10,15 +10,18 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
-from astra_jax.mesh.collectives import Alone
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import block_at
+from astra_jax.models.interface import Report
+from astra_jax.models.mask import Block
 from astra_jax.models.rotary import Rotary
-from astra_jax.strategies.base import Astra, Noise, Single, Virtual, need_codec
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra, need_codec
+from train.navq import NoiseAugmented
 
 B, D, H, J, E = 2, 8, 4, 2, 4
 LENGTHS = (3, 1, 2)
@@ -91,7 +94,7 @@ def slow_attention(module, shards, class_token, received, causal):
 
 def check_equations(random_module, split, site, losses, rotary=None):
     """Virtual shards of random inputs against `slow_attention`, in all slots that hold a token."""
-    astra, class_token = AstraConfig(groups=2, codewords=4, site=site), split.class_token
+    astra, class_token = VQConfig(groups=2, codewords=4, site=site), split.class_token
     options = dict(qkv_bias=True, rotary=rotary, astra=astra, dtype=jnp.float32)
     module = random_module(MixedPrecisionAttention, D, H, J, E, **options)
     rng = np.random.default_rng(0)
@@ -99,9 +102,9 @@ def check_equations(random_module, split, site, losses, rotary=None):
     shape = (2, B, split.N, *slots.shape[1:3])  # [block, sequence, receiver, sender, slot]
     received = rng.random(shape) < 0.5 if losses else np.ones(shape, bool)
 
-    strategy = Virtual(split, arrived=jnp.asarray(received.reshape(2, B, split.N, -1)) if losses else None)
-    out, carry, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), 1)
-    assert (carry, report) == ((), None)
+    strategy = Astra.virtual(split, arrived=jnp.asarray(received.reshape(2, B, split.N, -1)) if losses else None)
+    out, estimate, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), Block(1))
+    assert (estimate, report) == ((), Report())
     out = out.reshape(slots.shape)
     lengths = np.broadcast_to(split.lengths, (B, split.N))
     for b in range(B):
@@ -137,14 +140,14 @@ T = 12
 def run_cut(model, ids, lengths):
     """Logits [B,T,V] where every sequence has a split of its own."""
     shards = Shards(lengths, slots=T, causal=True)
-    return shards.gather(model(shards.scatter(ids), Virtual(shards))[0], T)
+    return shards.gather(model(shards.scatter(ids), Astra.virtual(shards))[0], T)
 
 
 @pytest.mark.parametrize(("family", "site"), [("tiny_gpt2", "hidden"), ("tiny_llama", "kv")])
 @given(cuts=st.lists(st.integers(0, T), min_size=2, max_size=2), t=st.integers(0, T - 1))
 def test_a_token_changes_what_follows_and_nothing_before(request, family, site, cuts, t):
     """In its own shard and, through codes, in all later ones, beginning at the border. Shards may be empty."""
-    model = request.getfixturevalue(family)(AstraConfig(groups=4, codewords=16, site=site))
+    model = request.getfixturevalue(family)(VQConfig(groups=4, codewords=16, site=site))
     lengths = np.diff([0, *sorted(cuts), T])
     ids = np.stack([np.arange(T), np.arange(T)])
     ids[1, t] += 20
@@ -156,12 +159,13 @@ def test_a_token_changes_what_follows_and_nothing_before(request, family, site, 
 @nnx.jit(static_argnums=2)
 def run_text(model, text, N):
     shards, tokens = model.shards(N, text), model.to_tokens(text)
-    out = model(shards.scatter(tokens), Virtual(shards))[0]
+    out = model(shards.scatter(tokens), Astra.virtual(shards))[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 
-CODES = AstraConfig(groups=4, codewords=16)
-IDS = AstraConfig(groups=4, codewords=16, predictor="linear", side_info="token-ids")
+CODES = VQConfig(groups=4, codewords=16)
+IDS = VQConfig(groups=4, codewords=16, predictor="linear", schedule=("known",))  # of one block
+TWO_BLOCKS = dataclasses.replace(IDS, schedule=("known", "coded"))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +174,8 @@ IDS = AstraConfig(groups=4, codewords=16, predictor="linear", side_info="token-i
         ("tiny_gpt2", {}, CODES),
         ("tiny_llama", {}, CODES),
         ("tiny_bert", {"pooling": "class"}, CODES),
-        ("tiny_bert", {"pooling": "class"}, IDS),
-        ("tiny_bert", {"pooling": "class"}, dataclasses.replace(IDS, class_token="single")),
+        ("tiny_bert", {"pooling": "class"}, TWO_BLOCKS),
+        ("tiny_bert", {"pooling": "class"}, dataclasses.replace(TWO_BLOCKS, class_token="single")),
     ],
     ids=str,
 )
@@ -208,44 +212,45 @@ def test_with_token_ids_one_block_loses_nothing(request, random_text, family, op
 
 @pytest.mark.parametrize("class_token", ["distributed", "single"])
 def test_one_virtual_shard_is_a_single_device(tiny_vit, rank_coded, class_token):
-    model, images = tiny_vit(AstraConfig(groups=4, codewords=16, class_token=class_token)), rank_coded(2)
+    model, images = tiny_vit(VQConfig(groups=4, codewords=16, class_token=class_token)), rank_coded(2)
     one = model.shards(1)
     alone, _ = run(model, images, Single(one), one)
-    np.testing.assert_allclose(run(model, images, Virtual(one), one)[0], alone, atol=1e-6)
+    np.testing.assert_allclose(run(model, images, Astra.virtual(one), one)[0], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize(("site", "groups"), [("hidden", 1), ("hidden", 4), ("kv", 2)])
 def test_with_a_perfect_codebook_virtual_shards_change_nothing(tiny_vit, rank_coded, site, groups):
     """Codewords are the very vectors that are quantized, found by capturing them on one device."""
-    model = tiny_vit(AstraConfig(groups=groups, codewords=32, site=site, class_token="single"))
+    model = tiny_vit(VQConfig(groups=groups, codewords=32, site=site, class_token="single"))
     images = rank_coded(1)
-    alone, inputs = run(model, images, Single(model.shards(1), capture=True), model.shards(1))
+    alone, reports = run(model, images, Single(model.shards(1), capture=True), model.shards(1))
+    inputs = reports.captured
     each = (block_at(model.blocks, n).attention.codec_input(inputs[n]) for n in range(len(inputs)))
     vectors = jnp.stack([*each])
     L, _, T, width = vectors.shape  # 1 + 25 vectors for 32 codewords: the last ones repeat
     codewords = jnp.pad(vectors[:, 0], [(0, 0), (0, 32 - T), (0, 0)], mode="edge")
     model.codec.codebook[...] = codewords.reshape(L, 32, groups, width // groups).swapaxes(1, 2)
     shards = model.shards(4)
-    np.testing.assert_allclose(run(model, images, Virtual(shards), shards)[0], alone, atol=2e-5)
+    np.testing.assert_allclose(run(model, images, Astra.virtual(shards), shards)[0], alone, atol=2e-5)
     model.codec.codebook[...] += 0.1
-    assert np.abs(run(model, images, Virtual(shards), shards)[0] - alone).max() > 1e-3
+    assert np.abs(run(model, images, Astra.virtual(shards), shards)[0] - alone).max() > 1e-3
 
 
 def test_training_reports_what_every_block_saw(tiny_vit, rank_coded):
-    model = tiny_vit(AstraConfig(groups=4, codewords=16))
+    model = tiny_vit(VQConfig(groups=4, codewords=16))
     shards = model.shards(4)
 
     @nnx.jit
     def run_noisy(model, key):
-        return model(shards.scatter(model.to_tokens(rank_coded(2))), Virtual(shards, noise=Noise(key, 1.0)))
+        return model(shards.scatter(model.to_tokens(rank_coded(2))), NoiseAugmented.virtual(shards, key=key))
 
     first, second = (run_noisy(model, jax.random.key(seed)) for seed in range(2))
     assert not np.array_equal(first[0], second[0])
-    assert first[1].count.shape == (2, 4, 16)
-    np.testing.assert_array_equal(first[1].count.sum(-1), 2 * 25)  # neither class tokens nor padding
+    assert first[1].observed.count.shape == (2, 4, 16)
+    np.testing.assert_array_equal(first[1].observed.count.sum(-1), 2 * 25)  # neither class tokens nor padding
     model.codec.residual_mean[...] *= 0
     model.codec.residual_var[...] *= 0
-    quiet = run(model, rank_coded(2), Virtual(shards), shards)[0]
+    quiet = run(model, rank_coded(2), Astra.virtual(shards), shards)[0]
     np.testing.assert_allclose(run_noisy(model, jax.random.key(0))[0], quiet, atol=1e-5)
 
 
@@ -255,9 +260,9 @@ def test_training_on_text_counts_the_tokens_of_every_sequence(tiny_gpt2, random_
     @nnx.jit
     def run_noisy(model, text):
         shards = model.shards(3, text)
-        return model(shards.scatter(model.to_tokens(text)), Virtual(shards, noise=Noise(jax.random.key(0), 1.0)))[1]
+        return model(shards.scatter(model.to_tokens(text)), NoiseAugmented.virtual(shards, key=jax.random.key(0)))[1]
 
-    seen = run_noisy(tiny_gpt2(AstraConfig(groups=4, codewords=16)), text)
+    seen = run_noisy(tiny_gpt2(VQConfig(groups=4, codewords=16)), text).observed
     np.testing.assert_array_equal(seen.count.sum(-1), 23 + 1 + 7)
     assert np.isfinite(seen.commitment).all()
 
@@ -265,7 +270,7 @@ def test_training_on_text_counts_the_tokens_of_every_sequence(tiny_gpt2, random_
 @pytest.mark.parametrize(("class_token", "slots"), [("distributed", 7), ("single", 8)])
 def test_wire_bits(tiny_vit, class_token, slots):
     """25 tokens on 4 devices are 7 slots, and one more where the class token is sent."""
-    model = tiny_vit(AstraConfig(groups=4, codewords=8, class_token=class_token))
+    model = tiny_vit(VQConfig(groups=4, codewords=8, class_token=class_token))
     shards = model.shards(4)
     expected = -(-slots * 4 * 3 // 8) * 8
     assert Astra(shards).wire_bits(model) == 2 * expected
@@ -273,10 +278,10 @@ def test_wire_bits(tiny_vit, class_token, slots):
 
 
 def test_one_of_n_runs_without_the_others(tiny_vit, rank_coded):
-    model = tiny_vit(AstraConfig(groups=4, codewords=8))
+    model = tiny_vit(VQConfig(groups=4, codewords=8))
     shards = model.shards(4)
     patches = model.to_tokens(rank_coded(2))[:, : shards.S]
-    logits, _ = nnx.jit(lambda model, patches: model(patches, Astra(shards, peers=Alone(4))))(model, patches)
+    logits, _ = nnx.jit(lambda model, patches: model(patches, Astra(shards).alone(4)))(model, patches)
     assert logits.shape == (2, 5)
     assert np.isfinite(logits).all()
 
@@ -287,6 +292,6 @@ def test_without_codebooks_there_is_one_device(tiny_vit, rank_coded):
     with pytest.raises(
         AstraError, match="has no codebooks, so it runs on one device only: run `astra calibrate` first"
     ):
-        model(shards.scatter(model.to_tokens(rank_coded(1))), Virtual(shards))
+        model(shards.scatter(model.to_tokens(rank_coded(1))), Astra.virtual(shards))
     with pytest.raises(AstraError, match="no codebooks"):
         need_codec(None)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.models.vit import ViTConfig
 from eval.cost.encoding import encoding, floor_percent, measure, one_block
 
-CODEC = AstraConfig(groups=1, codewords=16)
+CODEC = VQConfig(groups=1, codewords=16)
 T, N = 96, 4
 
 

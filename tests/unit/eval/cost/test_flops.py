@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.mesh.collectives import Alone
+from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import DATA, SEQ, Shards, make_mesh
 from astra_jax.models.vit import ViTBlock, ViTConfig
-from astra_jax.strategies.base import Astra, Single
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 from eval.cost.flops import flops
 
 MATMUL = 2 * 5 * 7 * 3  # [5,7] @ [7,3]
@@ -92,7 +92,7 @@ def test_one_device_counts():
 
 def block_flops(G, strategy, slots):
     """Of a ViT-Base block whose weights are shapes, for one sequence on this device."""
-    astra = AstraConfig(groups=G) if G else None
+    astra = VQConfig(groups=G) if G else None
     block = nnx.eval_shape(lambda: ViTBlock(ViTConfig(), astra, jnp.float32, nnx.Rngs(0)))
     graphdef, state = nnx.split(block)
     return flops(lambda state, x: nnx.merge(graphdef, state)(x, strategy, (), 0)[0], state, shape(1, slots, 768))
@@ -110,7 +110,7 @@ def test_a_block_of_vit_base_on_one_device():
 def test_a_block_of_vit_base_on_one_device_of_four(G):
     """Without encoding 6.24 GFLOP (ALGORITHMS 1.2): K and V of R remote tokens are 4 R D^2. Encoding is 2 K D S."""
     T, S, D, K = 1024, 256, 768, 1024
-    found = block_flops(G, Astra(Shards.split(T, 4), peers=Alone(4)), S)
+    found = block_flops(G, Astra(Shards.split(T, 4)).alone(4), S)
     without_encoding = 24 * S * D**2 + 4 * (T - S) * D**2 + 4 * S * T * D
     assert found == without_encoding + 2 * K * D * S
     assert round(without_encoding / 1e9, 2) == 6.24

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.serving.compile import STRATEGIES
 from eval.cost.cost import check_split
@@ -122,7 +122,7 @@ def test_a_model_of_text_takes_what_its_positions_allow():
 
 
 def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_bert):
-    vit = saved(tmp_path / "vit", "vit", tiny_vit(AstraConfig(4, 16)), AstraConfig(4, 16))
+    vit = saved(tmp_path / "vit", "vit", tiny_vit(VQConfig(4, 16)), VQConfig(4, 16))
     work = opened(vit)
     assert work.T == 25 and opened(vit, 25).T == 25 and work.astra.codewords == 16 and work.astra.site == "hidden"
     assert opened(vit, site="kv").astra.site == "kv"
@@ -149,8 +149,8 @@ def test_what_is_nothing():
 
 def test_weights_of_a_checkpoint_with_other_codebooks(tmp_path, tiny_vit):
     """The weights are the checkpoint's, the codebooks random ones of another G."""
-    model = tiny_vit(AstraConfig(4, 16))
-    work = opened(saved(tmp_path / "vit", "vit", model, AstraConfig(4, 16)))
+    model = tiny_vit(VQConfig(4, 16))
+    work = opened(saved(tmp_path / "vit", "vit", model, VQConfig(4, 16)))
     found = work.model(work.weights(), 2)
     assert found.blocks.attention.codec.groups == 2
     for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (found, model)), strict=True):

@@ -132,7 +132,8 @@ def test_ragged_shards_send_the_same_slots():
 def test_blocks_that_send_nothing_have_no_packets(silent):
     """The others lose what they would lose if they were all there are."""
     shards, loss = Shards.split(12, 3), PacketLoss(0.5, burst=3.0, packet=4)
-    found = arrived(loss, shards, 16, 3, 2, np.random.default_rng(0), silent)
+    schedule = ("known",) * silent + ("coded",) * (3 - silent)
+    found = arrived(loss, shards, 16, 3, 2, np.random.default_rng(0), schedule)
     assert found.shape == (3, 2, 3, 12) and found[:silent].all()
     if silent < 3:
         others = arrived(loss, shards, 16, 3 - silent, 2, np.random.default_rng(0))

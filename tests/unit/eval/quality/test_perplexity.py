@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import pad
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import parallelize
-from astra_jax.strategies.base import Single, Virtual
+from astra_jax.strategies.base import Single
+from astra_jax.strategies.coded import Astra
 from eval.datasets.windows import bucketed, even_strides, run_batches, windows
 from eval.quality.perplexity import NextTokenLoss, perplexity
 from tests.helpers import SHARED
@@ -26,7 +27,7 @@ LIMIT = 48
 @pytest.fixture(scope="module")
 def model(tiny_gpt2):
     """A language model with codebooks."""
-    return tiny_gpt2(AstraConfig(4, 16), n_positions=LIMIT)
+    return tiny_gpt2(VQConfig(4, 16), n_positions=LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def virtual(model):
         @jax.jit
         def run(text):
             tokens, shards = loss.to_tokens(text), loss.shards(N, text)
-            out = loss(shards.scatter(tokens), Virtual(shards) if N > 1 else Single(shards))[0]
+            out = loss(shards.scatter(tokens), Astra.virtual(shards) if N > 1 else Single(shards))[0]
             return shards.gather(out, tokens.shape[1])
 
         return run

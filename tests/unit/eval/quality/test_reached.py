@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from astra_jax.codecs.config import AstraConfig, from_dict
+from astra_jax.codecs.config import VQConfig, config_of
 from astra_jax.errors import AstraError
 from eval.quality.reached import Quality, read_quality
 from tests.helpers.evaluated import ORIGINAL, coded, evaluated, nested
@@ -22,16 +22,16 @@ NESTED = [ORIGINAL, nested(4, 1, 91.0), nested(4, 4, 92.4)]
 
 def test_what_eval_wrote(tmp_path):
     quality = read_quality(evaluated(tmp_path / "eval.json", ROWS), None)
-    assert quality == Quality("accuracy %", 92.5, {(4, 1): 89.0, (4, 16): 91.5}, AstraConfig(32))
+    assert quality == Quality("accuracy %", 92.5, {(4, 1): 89.0, (4, 16): 91.5}, VQConfig(32))
     assert quality.within(1.0) == {(4, 16)} and quality.within(0.9) == set()
     assert quality.of(None, 2) == 92.5 and quality.of(1, 4) == 89.0 and quality.of(1, 2) is None
 
 
 def test_what_is_reached_is_that_of_the_codes_that_are_planned(tmp_path):
     both = evaluated(tmp_path / "both.json", [*ROWS, *NESTED[1:]])
-    found = read_quality(both, AstraConfig())
+    found = read_quality(both, VQConfig())
     assert found.reached == {(4, 1): 89.0, (4, 16): 91.5} and found.others == 2
-    codes = from_dict(AstraConfig, NESTED[2]["astra"], "")
+    codes = config_of(NESTED[2]["astra"], "")
     found = read_quality(both, codes.with_groups(2))
     assert found.reached == {(4, 1): 91.0, (4, 4): 92.4} and found.others == 4 and found.codes == codes
     assert read_quality(evaluated(tmp_path / "nested.json", NESTED), None).codes == codes
@@ -45,11 +45,11 @@ def test_what_is_reached_is_that_of_the_codes_that_are_planned(tmp_path):
             None,
             "is of codes made as vq, K=1024, site hidden; nested-pq.mlp.* one kind can be",
         ),
-        (NESTED, AstraConfig(), "is of codes made as nested-pq.mlp, .* and codes are planned as vq, K=1024, site hid"),
-        (ROWS, AstraConfig(site="kv"), "made as vq, K=1024, site hidden, and codes are planned as vq, K=1024, site kv"),
-        (ROWS, AstraConfig(class_token="single"), "planned as vq, K=1024, site hidden, a single class token: plan for"),
+        (NESTED, VQConfig(), "is of codes made as nested-pq.mlp, .* and codes are planned as vq, K=1024, site hid"),
+        (ROWS, VQConfig(site="kv"), "made as vq, K=1024, site hidden, and codes are planned as vq, K=1024, site kv"),
+        (ROWS, VQConfig(class_token="single"), "planned as vq, K=1024, site hidden, a single class token: plan for"),
         ([ORIGINAL, {"N": 4, "G": 1, "accuracy %": 3}], None, "does not say how its codes are made: run astra eval"),
-        ([ORIGINAL, coded(4, 1, 3.0) | {"astra": {"colour": 1}}], None, "unknown ..colour"),
+        ([ORIGINAL, coded(4, 1, 3.0) | {"astra": {"codec": "vq", "colour": 1}}], None, "unknown ..colour"),
     ],
 )
 def test_what_other_codes_reach_is_not_taken_for_these(tmp_path, rows, planned, message):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
 from eval.cost.encoding import one_block
@@ -43,7 +43,7 @@ DOCS = ROOT / "docs" / "performance.md"
 SINGLE, G1, G1_PLAIN, SP, TP = ("single", "astra G=1", "astra G=1 plain", "sp", "tp")
 SECONDS = {SINGLE: 6.0, G1: 1.5, G1_PLAIN: 2.0, SP: 24.0, TP: 96.0}
 VIT = ViTConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=32, num_labels=2)
-CODEC = AstraConfig(groups=1, codewords=16)
+CODEC = VQConfig(groups=1, codewords=16)
 
 
 def measured(strategy, slower):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.report import Report
 from eval.service import passes, service
@@ -29,7 +29,7 @@ def told(service, request):
 def test_programs_of_a_worker_have_a_limit(gpt2s, monkeypatch):
     """Every number of inputs has a program: a worker that stays up for years keeps the last ones."""
     monkeypatch.setattr(passes, "MOST_PROGRAMS", 2)
-    folder = gpt2s(small=AstraConfig(groups=4, codewords=16))
+    folder = gpt2s(small=VQConfig(groups=4, codewords=16))
     small = Service(Setup(folder / "small", devices="2"))
     request = lambda B: Request(prompts=("w1 w2 w3",) * B, wishes=Wishes(max_new_tokens=3))  # noqa: E731
     (first,) = told(small, request(1))["texts"]

@@ -8,10 +8,11 @@ import pytest
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
-from astra_jax.strategies.base import Astra, Message
+from astra_jax.strategies.base import Message
+from astra_jax.strategies.coded import Astra
 from eval.cost.cost import Cost, check_speeds, cost, device_flops, predicted_messages, share_flops
 from eval.cost.presets import PRESETS
 from eval.cost.workload import ONE, Setting, Workload, open_workload
@@ -90,7 +91,7 @@ def test_the_whole_way(tmp_path, tiny, capsys):
 
 def test_a_checkpoint_with_a_profile(tmp_path, profile, tiny_bert):
     """A BERT with codebooks of its own and a class token: nothing is measured, and G is another."""
-    astra = AstraConfig(4, 16)
+    astra = VQConfig(4, 16)
     model = tiny_bert(astra, pooling="class")
     checkpoints.save(
         tmp_path / "bert", checkpoints.Checkpoint("bert", model.config, astra, None, None, {}, "float32", (), model)
@@ -124,7 +125,7 @@ def test_codecs_beside_each_other(tmp_path, tiny, profile):
 @pytest.fixture
 def four_codewords(tmp_path, tiny_vit):
     """A checkpoint that is worth folding: a ViT of width 32, 25 tokens and four codewords."""
-    astra = AstraConfig(1, 4)
+    astra = VQConfig(1, 4)
     model = tiny_vit(astra, hidden_size=32)
     checkpoints.save(
         tmp_path / "vit", checkpoints.Checkpoint("vit", model.config, astra, None, {}, {}, "float32", (), model)
@@ -155,7 +156,7 @@ def test_unequal_devices_that_count_codewords_do_what_even_splits_do(tiny):
     """2 of 64 tokens are what one device of 32 has, which is none of the splits that tell it. The other device saves
     4 R D^2 per block for 2 remote tokens, and has 63 queries meet 4 codewords instead."""
     work = opened("tiny", 64)
-    work = dataclasses.replace(work, astra=AstraConfig(1, 4), config=dataclasses.replace(work.config, hidden_size=32))
+    work = dataclasses.replace(work, astra=VQConfig(1, 4), config=dataclasses.replace(work.config, hidden_size=32))
     way = Setting("astra", 2, groups=1)
     slow, fast = device_flops(work, way, (1.0, 31.0))
     assert slow == pytest.approx(share_flops(work, way, 32), rel=1e-9)

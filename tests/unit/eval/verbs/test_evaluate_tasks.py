@@ -18,17 +18,17 @@ from scipy import stats
 import checkpoints
 from astra_jax import make_mesh, parallelize
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text, pad
-from astra_jax.strategies.base import Virtual
+from astra_jax.strategies.coded import Astra
 from eval.network.packet_loss import PacketLoss, arrived
 from eval.quality.perplexity import NextTokenLoss, perplexity
 from eval.quality.similarity import correlations
 
 WORDS = [f"w{i}" for i in range(25)]
 LIMIT, D, L = 32, 16, 2
-CODES = AstraConfig(groups=4, codewords=16)  # 16 bits per token and block
+CODES = VQConfig(groups=4, codewords=16)  # 16 bits per token and block
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
@@ -197,7 +197,7 @@ def test_perplexity_under_packet_loss(place):
     @nnx.jit
     def lossy(model: NextTokenLoss, text: Text, there: jax.Array) -> jax.Array:
         shards = model.shards(4, text)
-        out = model(shards.scatter(model.to_tokens(text)), Virtual(shards, arrived=there))[0]
+        out = model(shards.scatter(model.to_tokens(text)), Astra.virtual(shards, arrived=there))[0]
         return shards.gather(out, text.ids.shape[1])
 
     for seed, one in enumerate(found["seeds"]):

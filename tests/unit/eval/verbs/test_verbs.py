@@ -19,6 +19,7 @@ from astra_jax.inputs.images import decode_image
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.strategies import base
+from astra_jax.strategies.coded import Astra
 from checkpoints.huggingface import write_folder
 from eval.network.packet_loss import arrived
 
@@ -164,7 +165,7 @@ def test_packet_loss_is_a_program_run_many_times(done, place, monkeypatch):
     def spy(real, kept):
         return lambda *args, **options: kept.append(real(*args, **options)) or kept[-1]
 
-    monkeypatch.setattr("eval.quality.ways.Virtual", spy(base.Virtual, traced))
+    monkeypatch.setattr(Astra, "virtual", spy(Astra.virtual, traced))
     monkeypatch.setattr("eval.quality.ways.arrived", spy(arrived, drawn))
     arguments = "{place}/tuned --batch-size 7 --packet-loss 0.6 --burst 3 --packet 2 --seeds 3"
     found = evaluate(place, f"{arguments} --plot {place}/lossy.svg")
@@ -185,7 +186,9 @@ def test_tokens_in_proportion_to_speed(done, place):
     model, split = checkpoint.model, Shards((5, 5, 3, 3), "distributed")
     files = sorted((place / "pictures" / "test").glob("*/*.png"))
     images = jnp.asarray(checkpoint.processor([decode_image(path) for path in files]))
-    classify = nnx.jit(lambda model, images: model(split.scatter(model.to_tokens(images)), base.Virtual(split))[0])
+    classify = nnx.jit(
+        lambda model, images: model(split.scatter(model.to_tokens(images)), base.Astra.virtual(split))[0]
+    )
     right = [
         checkpoint.labels[i] == path.parent.name
         for i, path in zip(np.argmax(classify(model, images), -1), files, strict=True)

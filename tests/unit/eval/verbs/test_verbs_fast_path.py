@@ -10,13 +10,13 @@ from PIL import Image
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import VQConfig
 from astra_jax.models.key_value_tables import fold
 from eval.cost.traffic import messages
 from eval.service.service import Service, Setup
 from eval.verbs import worker
 
-ASTRA = AstraConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
+ASTRA = VQConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from astra_jax.inputs.token_batches import Text
 from astra_jax.strategies.base import Single
 from eval import plots
 from eval.verbs import evaluate
-from train.recipes.accuracy_per_bit import Args, groups_of, main
+from train.recipes.accuracy_per_bit import Args, main
 
 WORDS = 46  # with the tokenizer's four special ones the vocabulary of the tiny models
 LENGTH = 32
@@ -189,31 +188,6 @@ def test_a_second_run_does_nothing_again(rows, args, monkeypatch):
     fewer = json.loads(again.json.read_text())["rows"]
     # One device, nothing of others; two of vq; two of nested-pq.
     assert len(fewer) == 2 + 2 + 2 and all(row in rows for row in fewer)
-
-
-@pytest.mark.parametrize(
-    ("family", "coded_blocks", "groups"),
-    [
-        ("vit", None, (1, 2, 3, 8)),
-        ("vit", 4, (1, 2, 3, 8)),
-        ("vit", 2, (2, 4, 6)),  # 16 there are not
-        ("vit", 3, (4,)),  # 4 / 3, 8 / 3 and 32 / 3 there are not
-        ("gpt2", 4, (1, 2, 3, 8)),
-        ("gpt2", 2, (3, 6)),  # token ids say the first block: one for three
-    ],
-)
-def test_fewer_blocks_have_more_groups(monkeypatch, args, family, coded_blocks, groups):
-    kind = "images" if family == "vit" else "text"
-    described = SimpleNamespace(family=family, config=SimpleNamespace(num_hidden_layers=4, input_kind=kind))
-    monkeypatch.setattr(checkpoints, "read_meta", lambda _: described)
-    assert groups_of(coded_blocks, "mlp", dataclasses.replace(args, groups=(8, 1, 3, 2))) == groups
-
-
-def test_blocks_that_cannot_send_codes(args):
-    """The first of two is said by token ids."""
-    for k in (1, 3):
-        with pytest.raises(AstraError, match=f"--coded-blocks has {k}; give numbers from 2 to 2"):
-            main(dataclasses.replace(args, coded_blocks=(2, k)))
 
 
 def test_an_interrupted_run_goes_on(rows, args, monkeypatch):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import checkpoints
-from astra_jax import AstraConfig, make_mesh
+from astra_jax import make_mesh
+from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from checkpoints import lock
 from eval.datasets.sources import reading
@@ -84,7 +85,7 @@ def test_finetuning_into_the_checkpoint_itself_is_refused(tmp_path):
 @pytest.fixture
 def place(gpt2s):
     """A checkpoint, and one that was calibrated from it."""
-    place = gpt2s(original=None, other=AstraConfig(groups=2, codewords=8))
+    place = gpt2s(original=None, other=VQConfig(groups=2, codewords=8))
     original = checkpoints.load(place / "original")
     made = {"verb": "calibrate", "checkpoint_sha256": original.digest}
     checkpoints.save(place / "calibrated", dataclasses.replace(original, history=(made,)))
@@ -107,7 +108,7 @@ def test_recipes_keep_what_was_made_of_the_same_checkpoint(place, monkeypatch):
 
 def test_finetuned_checkpoints_are_known_by_what_they_were_made_of(place, monkeypatch):
     options = finetune.Args(checkpoint=place / "original", out=place / "calibrated", data="none")
-    made = {name: getattr(options, name) for name in ("augment", "flip", "length", "coded_blocks")}
+    made = {name: getattr(options, name) for name in ("augment", "flip", "length")}
     made |= {**options.source(), **dataclasses.asdict(options.training)}
     now = checkpoints.read_meta(place / "original").digest
     step = {**made, "checkpoint": "elsewhere", "checkpoint_sha256": now}

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import checkpoints
 from astra_jax.cli.main import main
-from astra_jax.codecs.config import AstraConfig, doubling
-from astra_jax.codecs.predictor import Known
-from astra_jax.codecs.quantizer import RotatedQuantizer, padded, unpadded
+from astra_jax.codecs.axes import axis_bits, candidates, codeword_spread, pack, principal_axes
+from astra_jax.codecs.config import NestedPQConfig, VQConfig, doubling
+from astra_jax.codecs.nested import NestedQuantizer, padded, unpadded
 from astra_jax.errors import AstraError
 from astra_jax.models.blocks import block_at
-from train.axes import axis_bits, codeword_spread, key_value_metric, pack, principal_axes
-from train.calibrate import choose_widths, distance, fit, head_input
+from train.calibrate import axis_variances, choose, distance, head_input
+from train.fit_codecs import fit, key_value_metric
 from train.kmeans import kmeans
 
 RNG = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_all_axes_give_the_vector_back_and_the_first_ones_the_best_linear_estima
 
 @pytest.mark.parametrize("site", ["hidden", "kv"])
 def test_the_metric_is_the_error_of_keys_and_values(tiny_llama, site):
-    attention = block_at(tiny_llama(AstraConfig(groups=2, codewords=16, site=site)).blocks, 0).attention
+    attention = block_at(tiny_llama(VQConfig(groups=2, codewords=16, site=site)).blocks, 0).attention
     metric = key_value_metric(attention)
     e = RNG.normal(size=len(metric)).astype(np.float32)
     key_value = [e] if site == "kv" else [e @ layer.kernel[...] for layer in (attention.k, attention.v)]
@@ -147,11 +147,12 @@ def fitted(tiny_gpt2, random_text):
     """Two tiny models with codes for the same activations: one level, and as the paper does; and their errors."""
     y = np.stack([skewed(W=16, seed=seed) for seed in range(2)]).astype(np.float32)
     y = y / y.std()
-    plain = tiny_gpt2(AstraConfig(groups=4, codewords=16))
+    plain = tiny_gpt2(VQConfig(groups=4, codewords=16))
     source = checkpoints.Checkpoint("gpt2", plain.config, None, None, None, {}, "float32", (), tiny_gpt2())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.axes.SPREADS", (1.0,))  # activations that are not the model's do not tell which is best
-        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (4,), y, random_text(24, 20), 0)
+        patch.setattr("astra_jax.codecs.axes.SPREADS", (1.0,))
+        (widths,) = candidates(axis_variances(source, plain.astra, y), (4,), 16)
+    astra = NestedPQConfig.of(plain.astra, widths, (4,))
     made = checkpoints.with_codebooks(source, astra)
     errors = [fit(model, y, 8, 0) for model in (made.model, plain)]
     return made, astra, y, errors
@@ -165,7 +166,7 @@ def test_keys_and_values_are_closer_than_with_equal_groups(fitted):
 def test_the_codec_is_as_its_configuration_says(fitted):
     made, astra, *_ = fitted
     assert astra.codec == "nested-pq" and astra.levels == (4,) and len(astra.widths) == 4 and sum(astra.widths) <= 16
-    assert made.astra == astra and isinstance(made.model.codec, RotatedQuantizer)
+    assert made.astra == astra and isinstance(made.model.codec, NestedQuantizer)
     assert made.model.codec.wire_bits(6) == 6 * 4 * 4
 
 
@@ -195,30 +196,24 @@ def test_the_first_groups_are_a_coarser_code(fitted, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(codec="nested-pq", groups=2), "widths is \\[\\]; codec nested-pq with 2 groups has 2"),
-        (dict(groups=2, widths=(1, 1)), "codec vq with 2 groups has 0"),
-        (dict(codec="nested-pq", groups=1, widths=(0,)), "each a whole number of at least 1"),
-        (dict(codec="lattice"), "codec is 'lattice'; it must be one of vq, nested-pq"),
+        (dict(groups=2), "widths is \\(\\); 2 groups have one for each"),
+        (dict(groups=1, widths=(0,), levels=(1,)), "whole numbers of at least 1"),
+        (dict(groups=2, widths=(1, 1), levels=(1,)), "levels is \\(1,\\); 2 groups have as many together"),
+        (dict(groups=1, widths=1), "widths is 1; 1 groups have one for each"),
+        (dict(groups=1, widths=(1,), levels="a"), "levels is 'a'; 1 groups have as many together"),
     ],
 )
 def test_configurations_that_do_not_fit(unchecked, values, message):
     with pytest.raises(AstraError, match=message):
-        AstraConfig(**values)
+        NestedPQConfig(**values)
 
 
 def test_axes_that_do_not_fit_the_width():
-    astra = AstraConfig(groups=2, codec="nested-pq", widths=(8, 9), levels=(2,))
+    astra = NestedPQConfig(groups=2, widths=(8, 9), levels=(2,))
     with pytest.raises(AstraError, match="17 axes together, more than the quantized width 16"):
-        RotatedQuantizer(astra, 16)
+        NestedQuantizer(astra, 16)
     with pytest.raises(AstraError, match="groups is 3; these codes have 2"):
         astra.with_groups(3)
-
-
-def test_levels_that_do_not_add_up(unchecked):
-    with pytest.raises(AstraError, match="levels is \\[1\\]; those of codec nested-pq with 2 groups have 2 together"):
-        AstraConfig(codec="nested-pq", groups=2, widths=(1, 1), levels=(1,))
-    with pytest.raises(AstraError, match="those of codec vq with 2 groups have 0 together"):
-        AstraConfig(groups=2, levels=(1, 1))
 
 
 def test_training_leaves_axes_as_they_are_and_moves_codewords(fitted):
@@ -236,7 +231,7 @@ def test_training_leaves_axes_as_they_are_and_moves_codewords(fitted):
 
 def test_the_distance_to_one_device(tiny_gpt2, random_text):
     """Nothing where all codewords are exact, and more where they are further off."""
-    text, model = random_text(24, 20), tiny_gpt2(AstraConfig(groups=4, codewords=16))
+    text, model = random_text(24, 20), tiny_gpt2(VQConfig(groups=4, codewords=16))
     found = [distance(head_input(model, text, 1), head_input(model, text, N)) for N in (1, 4)]
     assert found[0] == 0 < found[1]
 
@@ -251,8 +246,8 @@ def nested(tiny_gpt2, random_text):
     y = y / y.std()
     source = checkpoints.Checkpoint("gpt2", tiny_gpt2().config, None, None, None, {}, "float32", (), tiny_gpt2())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.axes.SPREADS", (1.0,))
-        astra = choose_widths(source, AstraConfig(groups=4, codewords=16), (1, 1, 2), y, random_text(24, 20), 0)
+        patch.setattr("astra_jax.codecs.axes.SPREADS", (1.0,))
+        astra = choose(source, [VQConfig(groups=4, codewords=16)], "nested-pq", y, random_text(24, 20), 0)
     made = checkpoints.with_codebooks(source, astra)
     fit(made.model, y, 8, 0)
     return made, y
@@ -315,7 +310,7 @@ def test_a_predictor_serves_all_numbers_of_levels(nested, monkeypatch):
         model = checkpoints.with_codebooks(made, astra).model
         fit(model, y, 8, 0)
         first, second = (block_at(model.blocks, number).attention.codec for number in (0, 1))
-        p = first.predict(Known(None), jnp.asarray)
+        p = first.predict(jnp.zeros((1, 16)), jnp.asarray)
         estimate = p + first.decode(first.encode(jnp.asarray(y[0]) - p), jnp.asarray(1))
         p = second.predict(estimate, jnp.asarray)
         estimate = p + second.decode(second.encode(jnp.asarray(y[1]) - p), jnp.asarray(1))
@@ -335,7 +330,7 @@ def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
     source = dataclasses.replace(
-        made, astra=None, model=checkpoints.with_codebooks(made, AstraConfig(groups=1)).model, history=()
+        made, astra=None, model=checkpoints.with_codebooks(made, VQConfig(groups=1)).model, history=()
     )
     plain = checkpoints.tensor_maps.build("gpt2", made.config)
     plain = checkpoints.tensor_maps.with_state(plain, checkpoints.tensor_maps.flat_state(source.model, nnx.Param))

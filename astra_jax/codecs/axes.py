@@ -1,11 +1,11 @@
-"""The axes of a `nested-pq` codec: which errors matter, along which axes tokens differ, who gets the bits.
+"""The axes of nested codes: which errors matter, along which axes tokens differ, who gets the bits.
 
 What counts is the error of keys and values (our choice; that a quantizer should minimise the error of what its vectors
 are used for is the idea of ScaNN, 1908.10396). In whitened axes of that metric, ordered by variance, bits are given out
 by reverse water-filling, as rate-distortion theory has it for Gaussian vectors.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -23,19 +23,6 @@ class Axes(NamedTuple):
     analysis: Float[np.ndarray, "W W"]
     synthesis: Float[np.ndarray, "W W"]
     variance: Float[np.ndarray, "W"]
-
-
-def key_value_metric(attention: Any) -> Float[np.ndarray, "W W"]:
-    """M: what an error e of a block's quantized vector costs, `|e Wk|^2 + |e Wv|^2 = e M e^T`; at site `kv` it is one
-    of keys and values already.
-
-    Args:
-      attention: of one block.
-    """
-    if attention.site == "kv":
-        return np.eye(2 * attention.J * attention.E)
-    k, v = (np.asarray(layer.kernel[...], np.float64) for layer in (attention.k, attention.v))
-    return k @ k.T + v @ v.T
 
 
 def principal_axes(y: Float[np.ndarray, "M W"], metric: Float[np.ndarray, "W W"]) -> Axes:

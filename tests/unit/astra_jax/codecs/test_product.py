@@ -8,21 +8,22 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax.codecs import quantizer
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.quantizer import Observation, VectorQuantizer, usage
+from astra_jax.codecs import product
+from astra_jax.codecs.base import Observation, usage
+from astra_jax.codecs.config import VQConfig
+from astra_jax.codecs.product import VectorQuantizer
 
 B, S, D = 2, 5, 8
 KEY = jax.random.key(0)
 
-nearest, dense_nearest = jax.jit(quantizer.nearest), jax.jit(quantizer._dense_nearest)
+nearest, dense_nearest = jax.jit(product.nearest), jax.jit(product._dense_nearest)
 encode, decode = nnx.jit(VectorQuantizer.encode), nnx.jit(VectorQuantizer.decode)
 observe = nnx.jit(VectorQuantizer.observe)
 
 
 def make(G=4, K=16, width=D, seed=0):
     """A quantizer with random codewords and residual statistics."""
-    vq = VectorQuantizer(AstraConfig(groups=G, codewords=K), width)
+    vq = VectorQuantizer(VQConfig(groups=G, codewords=K), width)
     rng = np.random.default_rng(seed)
     vq.codebook[...] = jnp.asarray(rng.normal(size=vq.codebook.shape), jnp.float32)
     vq.residual_mean[...] = jnp.asarray(rng.normal(size=width), jnp.float32)

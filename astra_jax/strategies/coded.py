@@ -1,0 +1,164 @@
+"""ASTRA (paper section 3): in every block the shards exchange integer codes, and attention sees others through them.
+
+The exchange is written once. How codes travel is the transport's (`strategies/transport.py`), what they mean the
+codec's (`astra_jax/codecs`), and what training does to them is injected by it (`train/navq.py`).
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from astra_jax.codecs.base import Quantizer
+from astra_jax.codecs.predictor import around
+from astra_jax.errors import AstraError
+from astra_jax.mesh.sharding import Shards
+from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
+from astra_jax.models.mask import Block
+from astra_jax.strategies.base import Message, SplitTokens
+from astra_jax.strategies.transport import Delivery, Virtual
+
+Lost = Literal["masked", "predicted"]
+
+
+class Heard(NamedTuple):
+    """What attention is told of remote tokens, and what the block reports."""
+
+    content: Content
+    report: Report
+
+
+def need_codec(codec: Quantizer | None) -> Quantizer:
+    """The codec, or an AstraError that says how to get one."""
+    if codec is None:
+        raise AstraError("this checkpoint has no codebooks, so it runs on one device only: run `astra calibrate` first")
+    return codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Astra(SplitTokens):
+    """ASTRA's mathematics, on a mesh or on one device.
+
+    Attributes:
+      shards, transport: see `SplitTokens`.
+      lost: what becomes of a token in a block in which its code did not arrive (our choice: the paper does not say what
+        stands in for it). `masked` takes it out of that block's softmax. `predicted` puts there what the receiver
+        expected of it; without a predictor it is masked all the same.
+
+    With a predictor and losses every shard has its own estimates of all tokens. A token's codes are about what its own
+    shard expects, which does not hear of losses; others add them to what they expect. Attention gets N copies of every
+    token, as each shard has it, of which a query sees one: that takes N times as long.
+    """
+
+    lost: Lost = "predicted"
+
+    coded = True
+    folds = True
+
+    @classmethod
+    def of(cls, model: Any, N: int, inputs: Any = None) -> "Astra":
+        need_codec(model.codec)
+        return cls(model.shards(N, inputs))
+
+    @classmethod
+    def virtual(
+        cls,
+        shards: Shards,
+        arrived: Bool[Array, "L B N slots"] | None = None,
+        groups: Int[Array, ""] | None = None,
+        **options: Any,
+    ) -> "Astra":
+        """The same on one device with N virtual shards: the reference of every other way, and what training and
+        evaluation on one device use for any N. Every query meets every token twice, once as a local and once as a
+        remote one, and masks pick the right one.
+
+        Args:
+          arrived: which codes arrive: of every slot, in every block, at every receiving shard; None for all.
+          groups: how many groups of codes are used; None for all.
+          options: other attributes.
+        """
+        return cls(shards, Virtual.of(shards, arrived, groups), **options)
+
+    def messages(self, model: Any) -> list[Message]:
+        codec, kinds, first = need_codec(model.codec), model.astra.kinds(model.config.num_hidden_layers), []
+        if "known" in kinds:
+            ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
+            first = [Message("all-gather", ids, 1, in_blocks=False)]
+        coded = kinds.count("coded")
+        codes = [Message("all-gather", codec.wire_bits(self.shards.sent_slots), coded)] if coded else []
+        return [*first, *codes, *self._pooled(model)]
+
+    def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
+        """The estimate [N,B,S,W] before the first block: 0, or what token ids say, which are sent once."""
+        if codec is None or codec.predictor is None:
+            return ()
+        N, B, S, W = self.shards.N, x.shape[0], self.shards.sent_slots, codec.predictor.bias.shape[-1]
+        nothing = self.transport.nothing((N, B, S, W))
+        if known is None:
+            return nothing
+        ids = self.transport.gather(self.sent(known.ids).astype(_id_dtype(known.vocabulary))).reshape(N * B, S)
+        position = jnp.moveaxis(jnp.broadcast_to(self.sent_tokens().position, (B, N, S)), 1, 0).reshape(N * B, S)
+        vectors = known.vectors_of(ids.astype(jnp.int32), position)
+        return nothing + jax.lax.stop_gradient(vectors).astype(jnp.float32).reshape(N, B, S, W)
+
+    def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
+        """What every shard is expected to have, codes of how it differs, and what these make of it."""
+        codec, mine = need_codec(codec), self.sent(y)
+        expected = estimate if block.kind == "known" else codec.predict(estimate, self.around)
+        p, delivery = jax.lax.stop_gradient(expected), None
+        if block.kind == "coded":
+            z = codec.encode(mine - self.own(p))
+            delivery = self.transport.deliver(codec, z, block)
+        estimate = codec.update(p, *(delivery or (None, None)))
+        content, report = self.heard(codec, mine, expected, delivery, estimate, block)
+        return Exchanged(self.remote(content, block, self._there(codec, delivery)), estimate, report)
+
+    def heard(
+        self,
+        codec: Quantizer,
+        mine: Float[Array, "M B S W"],
+        expected: Any,
+        delivery: Delivery | None,
+        estimate: Any,
+        block: Block,
+    ) -> Heard:
+        """What attention gets: with a predictor the estimates, else codes, or where only some came what these say.
+
+        Args:
+          mine: what the codec quantizes of the shards that are here.
+          expected: p, with gradients.
+          delivery: what arrived; None in a block in which nothing is sent.
+          estimate: of all tokens after that.
+        """
+        if codec.predictor is not None:
+            return Heard(Estimates(estimate), Report())
+        assert delivery is not None  # only a predictor makes do without
+        if delivery.groups is None or jnp.ndim(delivery.groups):  # lost tokens are masked, the others whole
+            return Heard(Codes(delivery.codes), Report())
+        return Heard(Estimates(codec.decode(delivery.codes, delivery.groups)), Report())
+
+    def own(self, p: Any) -> Any:
+        """What the shards that are here expect of their own tokens; 0 without a predictor."""
+        return self.transport.own(p) if jnp.ndim(p) else p
+
+    def around(self, estimate: Float[Array, "*N N B S W"]) -> Float[Array, "*N N B S W"]:
+        """What is around every token in its shard (`codecs.predictor.around`)."""
+        tokens = self.sent_tokens()
+        there = jnp.asarray(tokens.valid & tokens.sent)
+        there = jnp.broadcast_to(there, (estimate.shape[-3], *there.shape[-2:])).swapaxes(0, 1)
+        return around(estimate, there, self.shards.causal)
+
+    def _there(self, codec: Quantizer, delivery: Delivery | None) -> Bool[Array, "N N B S"] | None:
+        """Which tokens each receiver can make use of; None for all."""
+        if delivery is None or jnp.ndim(delivery.groups if delivery.groups is not None else 0) == 0:
+            return None
+        if codec.predictor is not None and self.lost == "predicted":
+            return None
+        return jnp.asarray(delivery.groups) > 0
+
+
+def _id_dtype(vocabulary: int) -> Any:
+    """What token ids are sent as."""
+    return jnp.dtype(jnp.uint16 if vocabulary <= 2**16 else jnp.uint32)

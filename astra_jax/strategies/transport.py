@@ -1,0 +1,148 @@
+"""How codes travel between the N shards, and which of these are here. The exchange itself is in `strategies/coded.py`.
+
+`Mesh` has one shard on each device, under `jax.shard_map`; `Virtual` has all of them on one device, and is the
+reference that every other way is tested against.
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
+
+from astra_jax.codecs.base import Groups, Quantizer
+from astra_jax.mesh.collectives import Alone, Peers
+from astra_jax.mesh.sharding import SEQ, Shards, Table
+from astra_jax.models.mask import Block
+
+
+class Delivery(NamedTuple):
+    """What arrived of one block's codes, in the order of the shards that sent them.
+
+    Attributes:
+      codes: of every shard.
+      groups: how many leading groups arrived, of every token or of each, where shards differ in what they got also for
+        every receiver [N,N,B,S]; 0 for a token that is lost. None for all of all.
+    """
+
+    codes: UInt16[Array, "N B S G"]
+    groups: Groups | None = None
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """What an exchange asks of a way in which codes travel. M of the N shards are here: one, or all."""
+
+    on_devices: ClassVar[bool]  # whether every shard has a device of its own
+
+    def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
+        """What a table of all slots says of those that are here."""
+
+    def own(self, x: Shaped[Array, "*N N B S W"]) -> Shaped[Array, "M B S W"]:
+        """What the shards that are here know of their own tokens."""
+
+    def senders(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "senders *shape"]:
+        """Of what is known of every shard, what attention sees."""
+
+    def gather(self, x: Shaped[Array, "M *shape"]) -> Shaped[Array, "N *shape"]:
+        """What every shard has."""
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
+        """Sends the codes of the shards that are here, and receives those of all."""
+
+    def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The sum over all devices of what each has."""
+
+    def nothing(self, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+        """Zeros that every device has alike."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """One shard on each device along a mesh axis, under `jax.shard_map`: codes are gathered bit-packed.
+
+    Attributes:
+      peers: the devices; `Alone` for one whose peers are missing, to time and to count.
+    """
+
+    peers: Peers | Alone = Peers(SEQ)
+
+    on_devices: ClassVar[bool] = True
+
+    def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Array, "*B S"]:
+        return jnp.take(jnp.asarray(table), self.peers.index(), axis=-2)
+
+    def own(self, x: Shaped[Array, "N B S W"]) -> Shaped[Array, "1 B S W"]:
+        return jnp.take(x, self.peers.index(), axis=0)[None]
+
+    def senders(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "others *shape"]:
+        return jnp.take(jnp.asarray(x), self.peers.others(), axis=0)
+
+    def gather(self, x: Shaped[Array, "1 *shape"]) -> Shaped[Array, "N *shape"]:
+        return self.peers.gather(x[0])
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block) -> Delivery:
+        return Delivery(codec.unpack(self.peers.gather(codec.pack(z[0])), z.shape[2]))
+
+    def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return self.peers.total(x)
+
+    def nothing(self, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+        return self.peers.alike(jnp.zeros(shape, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Virtual:
+    """All N shards on one device; nothing is sent.
+
+    Attributes:
+      groups: m, how many groups of codes are used; None for all.
+      arrived: which codes arrive [L, receiver N, sender N, B, S]; None for all. What a shard sends itself does.
+    """
+
+    groups: Int[Array, ""] | None = None
+    arrived: Bool[Array, "L N N B S"] | None = None
+
+    on_devices: ClassVar[bool] = False
+
+    @classmethod
+    def of(
+        cls,
+        shards: Shards,
+        arrived: Bool[Array, "L B N slots"] | None = None,
+        groups: Int[Array, ""] | None = None,
+    ) -> "Virtual":
+        """With losses as `eval.network.packet_loss.arrived` draws them: of every slot [N * S] at every receiver."""
+        if arrived is None:
+            return cls(groups)
+        L, B, N, _ = arrived.shape
+        there = jnp.asarray(arrived).reshape(L, B, N, N, -1)[..., shards.home_slots :]
+        there = there | np.eye(N, dtype=bool)[:, :, None]
+        return cls(groups, jnp.moveaxis(there, 1, 3))
+
+    def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
+        return table.reshape(*table.shape[:-2], -1)
+
+    def own(self, x: Shaped[Array, "*N N B S W"]) -> Shaped[Array, "N B S W"]:
+        every = np.arange(x.shape[0])
+        return x if x.ndim == 4 else x[every, every]
+
+    def senders(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "N *shape"]:
+        return x
+
+    def gather(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "N *shape"]:
+        return x
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block) -> Delivery:
+        if self.arrived is None:
+            return Delivery(z, self.groups)
+        groups = codec.groups if self.groups is None else self.groups
+        return Delivery(z, jnp.where(self.arrived[block.number], groups, 0))
+
+    def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return x
+
+    def nothing(self, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+        """Also for every receiver, where these differ in what they get."""
+        return jnp.zeros(shape if self.arrived is None else (shape[0], *shape), jnp.float32)

@@ -1,0 +1,66 @@
+"""Noise-Augmented Quantization (paper section 3.2): what training does to an exchange, and what it learns from it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from astra_jax.codecs.base import Quantizer
+from astra_jax.models.interface import Estimates, Report
+from astra_jax.models.mask import Block
+from astra_jax.strategies.coded import Astra, Heard
+from astra_jax.strategies.transport import Delivery, Virtual
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseAugmented(Astra):
+    """ASTRA on virtual shards as training runs it: remote tokens are noisy estimates with straight-through gradients,
+    and every block reports a `codecs.base.Observation`.
+
+    Attributes:
+      key: what the noise is drawn from.
+      strength: lambda of the noise; the paper's best is 1.
+    """
+
+    key: Key[Array, ""] = dataclasses.field(kw_only=True)
+    strength: float = dataclasses.field(default=1.0, kw_only=True)
+
+    folds = False
+
+    def heard(
+        self,
+        codec: Quantizer,
+        mine: Float[Array, "N B S W"],
+        expected: Any,
+        delivery: Delivery | None,
+        estimate: Any,
+        block: Block,
+    ) -> Heard:
+        noise_key, revive_key = jax.random.split(jax.random.fold_in(self.key, block.number))
+        p = jax.lax.stop_gradient(expected)
+        rest = mine - self.own(p)
+        z = codec.encode(rest) if delivery is None else delivery.codes
+        match block.kind:
+            case "coded":
+                assert isinstance(self.transport, Virtual)
+                said = codec.straight_through(rest, z, noise_key, self.strength, self.transport.groups)
+            case "known":
+                said = rest
+            case _:
+                said = jnp.zeros_like(rest)
+        N, B, S, W = mine.shape
+        sent = self._sent(N, B, S)
+        seen = codec.observe(rest.reshape(N * B, S, W), z.reshape(N * B, S, -1), revive_key, sent.reshape(N * B, S))
+        if codec.predictor is not None:
+            unexpected = jnp.sum((jax.lax.stop_gradient(mine) - self.own(expected)) ** 2, axis=-1)
+            seen = seen._replace(surprise=jnp.mean(unexpected, where=sent))
+        if delivery is not None and jnp.ndim(delivery.groups if delivery.groups is not None else 0):
+            said = jnp.where(jnp.asarray(delivery.groups)[..., None] > 0, said, 0)
+        return Heard(Estimates(p + said), Report(observed=seen))
+
+    def _sent(self, N: int, B: int, S: int) -> Bool[Array, "N B S"]:
+        """Which slots hold a token that is sent."""
+        tokens = self.sent_tokens()
+        return jnp.broadcast_to(jnp.asarray(tokens.valid & tokens.sent), (B, N, S)).swapaxes(0, 1)
