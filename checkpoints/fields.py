@@ -117,3 +117,16 @@ def generation_settings(content: Mapping[str, Any]) -> list[str]:
         for name, value in content.items()
         if name not in _NO_CHOICE.split() and value not in (None, False, _AS_USUAL.get(name))
     ]
+
+
+def eos_ids(generation: Mapping[str, Any] | None, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a text, by a generation_config.json or else a config.json (`Checkpoint.eos_ids`)."""
+    ids = (generation or {}).get("eos_token_id")
+    ids = hf_config.get("eos_token_id") if ids is None else ids
+    found = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if any(isinstance(id, bool) or not isinstance(id, int) or not -1 <= id < 2**31 for id in found):
+        raise AstraError(
+            f"eos_token_id is {ids!r}; it must be the number of a token, or a list of them: correct it in "
+            "generation_config.json or config.json, and convert the model again"
+        )
+    return tuple(found)

@@ -34,6 +34,7 @@ from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8, write_atomically, writing
 from astra_jax.inputs.images import ImageProcessor
 from astra_jax.inputs.tokenizer import FILES, Tokenizer
+from checkpoints.fields import eos_ids
 from checkpoints.files import is_empty, is_foreign, quiet, read_json
 from checkpoints.lock import alone, waiting
 from checkpoints.problems import Problem, problem_of
@@ -131,15 +132,7 @@ class Checkpoint:
         Raises:
           AstraError: what the configuration says is no number of a token, nor a list of them.
         """
-        ids = (self.generation or {}).get("eos_token_id")
-        ids = self.hf_config.get("eos_token_id") if ids is None else ids
-        found = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if any(isinstance(id, bool) or not isinstance(id, int) or not -1 <= id < 2**31 for id in found):
-            raise AstraError(
-                f"eos_token_id is {ids!r}; it must be the number of a token, or a list of them: correct it in "
-                "generation_config.json or config.json, and convert the model again"
-            )
-        return tuple(found)
+        return eos_ids(self.generation, self.hf_config)
 
 
 def save(path: Path | str, checkpoint: Checkpoint, parts: Iterable[Part] | None = None) -> None:

@@ -274,6 +274,12 @@ def membership() -> Membership | None:
     return _membership
 
 
+def need(needed: bool) -> None:
+    """On host 0: whether the others are needed from now on (`Lifeline.need`)."""
+    if _membership is not None:
+        _membership.lifeline.need(needed)
+
+
 def again() -> Again | None:
     """What happened where this program began anew without a host that is gone; None where it did not."""
     return _again

@@ -216,7 +216,7 @@ class Engine:
         passing: Passing = at_once,
     ):
         self.checkpoint, self.mesh, self.model, self._passing = checkpoint, mesh, checkpoint.model, passing
-        self.make, self.fast_path = make, fast_path
+        self.make = make
         self.input_kind: InputKind = checkpoint.config.input_kind
         self.task: str = getattr(checkpoint.config, "task", "classification")
         if self.task == "causal-lm":

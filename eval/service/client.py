@@ -9,13 +9,13 @@ from pathlib import Path
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.connection import Line
-from astra_jax.hosts.heartbeat import MOST_BYTES
 from astra_jax.hosts.options import parse_address
 from eval.service.messages import AskAgain, Done, Failed, Message, unpack
 from eval.service.requests import Request, packed
 
 START_SECONDS = 60.0  # for workers that begin anew
 SILENCE_SECONDS = 24 * 3600.0  # a request may wait for others, and for a slow link
+MOST_ANSWER_BYTES = 1 << 28  # of one message
 REQUEST_SECONDS = 30.0  # for a whole request to come, on one machine
 
 
@@ -89,7 +89,7 @@ def call(path: Path, coordinator: str, deadline: float) -> Line:
 def _heard(line: Line) -> Generator[Message, None, AskAgain | None]:
     """What the worker says, and at the end why it has to be asked again; None where it is done."""
     while True:
-        message = line.receive(SILENCE_SECONDS, MOST_BYTES)
+        message = line.receive(SILENCE_SECONDS, MOST_ANSWER_BYTES)
         said = unpack(message.get("kind"), message.get("body", b""))
         if isinstance(said, Failed):
             raise AstraError(said.why)

@@ -58,5 +58,5 @@ class Passes:
             return result
         (result, passed), all_told = runtime.agreed(lambda: observe(call), True, lambda found: told(found[1]))
         self.hosts, self.seconds = list(map(heard, all_told)), passed.seconds
-        self.here.lifeline.need(False)
+        runtime.need(False)
         return result

@@ -33,6 +33,7 @@ from astra_jax.models.weight_quantization import Weights, quantize_weights, weig
 from astra_jax.serving.compile import STRATEGIES, shardings
 from astra_jax.serving.engine import Classes, Engine
 from astra_jax.serving.generate import ends_of
+from eval.cost.timing import share
 from eval.quality.similarity import similarities
 from eval.service.host_times import TimeTable, sent_bytes
 from eval.service.messages import (
@@ -142,15 +143,16 @@ class Service:
             self.checkpoint = dataclasses.replace(self.checkpoint, model=model)
             self.notes.append(Quantized(weight_bytes(model), before))
         self.passes = Passes()
-        self.engine = Engine(self.checkpoint, mesh, make=make, fast_path=setup.fast_path == "on", passing=self.passes)
-        self.times = TimeTable(self.engine)
+        fast_path = setup.fast_path == "on"
+        self.engine = Engine(self.checkpoint, mesh, make=make, fast_path=fast_path, passing=self.passes)
+        self.times = TimeTable(self.engine, partial(share, fast_path=fast_path))
 
     @property
     def N(self) -> int:
         """Devices over the tokens."""
         return int(self.engine.mesh.shape[SEQ])
 
-    def shrink(self, request: Request) -> Request:
+    def smaller(self, request: Request) -> Request:
         """The same request in fewer bytes, where pictures are larger than what the model reads of them.
 
         Raises:
@@ -160,15 +162,15 @@ class Service:
             raise AstraError(f"{self.name} is another checkpoint now than was loaded: start the workers again")
         if self.checkpoint.config.input_kind != "images":  # `encode` says so
             return request
-        return dataclasses.replace(request, files=tuple(map(self._shrink, request.files, request.names)))
+        return dataclasses.replace(request, files=tuple(map(self._smaller, request.files, request.names)))
 
-    def _shrink(self, file: bytes, name: str) -> bytes:
+    def _smaller(self, file: bytes, name: str) -> bytes:
         processor, image = self.checkpoint.processor, decode_image(file, name)
         if processor is None or processor.crop_size:  # what is cut out would be resized again
             return file
-        smaller = io.BytesIO()
-        Image.fromarray(processor.resize([image])[0].squeeze()).save(smaller, "PNG")
-        return min(file, smaller.getvalue(), key=len)
+        small = io.BytesIO()
+        Image.fromarray(processor.resize([image])[0].squeeze()).save(small, "PNG")
+        return min(file, small.getvalue(), key=len)
 
     def encode(self, request: Request) -> Any:
         """What the model reads. Raises AstraError for what it does not take."""

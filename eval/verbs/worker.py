@@ -157,7 +157,7 @@ def _answer(service: Service, checkpoint: Path, client: _Client) -> None:
     try:
         if asked.get("checkpoint") != str(checkpoint.resolve()):
             raise AstraError(f"the workers have loaded {checkpoint.resolve()}: ask for it, or start others")
-        request = service.shrink(unpacked(asked.get("body", b"")))
+        request = service.smaller(unpacked(asked.get("body", b"")))
         inputs = service.encode(request)
         if here:
             body = packed(request)

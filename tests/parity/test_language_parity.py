@@ -22,9 +22,8 @@ import checkpoints
 from astra_jax.inputs.token_batches import Text, longest
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
-from astra_jax.serving.batch import tokens
+from astra_jax.serving import batch as batches
 from astra_jax.serving.generate import Generator
-from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
 from checkpoints.tensor_maps import FAMILIES, config_class, flat_state, model_tensors
@@ -440,9 +439,8 @@ def test_greedy_text_from_the_cache(name: str, tmp_path: Path, randomised: Any) 
     )[0, 11:].tolist()
     assert len(expected) == 64 and len(set(expected)) > 8
     generator = Generator(huggingface.read(str(tmp_path)).model, make_mesh(1))
-    padded = np.pad(prompt, [(0, 0), (0, 21)])
-    steps = tokens(generator, Text(padded, np.array([11], np.int32)), 64, Sampling())
-    assert [int(step[0]) for step in steps] == expected
+    padded = Text(np.pad(prompt, [(0, 0), (0, 21)]), np.array([11], np.int32))
+    assert [int(step[0]) for step in batches.tokens(generator, padded, 64, batches.Sampling())] == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
@@ -508,6 +506,6 @@ def test_a_trained_llama(tmp_path: Path, close: Any) -> None:
     text = Text(np.array([ids], np.int32), np.array([len(ids)], np.int32))
     with torch.no_grad():
         close(run(checkpoint.model, text), theirs(torch.tensor([ids])).logits, 1e-4)
-    steps = tokens(Generator(checkpoint.model, make_mesh(1)), text, 24, Sampling())
+    steps = batches.tokens(Generator(checkpoint.model, make_mesh(1)), text, 24, batches.Sampling())
     story = checkpoint.tokenizer.decode(ids + [int(step[0]) for step in steps])
     assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play")

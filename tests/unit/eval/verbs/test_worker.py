@@ -35,7 +35,7 @@ class Loaded:
         self.go, self.answered, self.said = threading.Event(), [], 0
         self.go.set()
 
-    def shrink(self, request):
+    def smaller(self, request):
         return request
 
     def encode(self, request):

@@ -143,13 +143,13 @@ def test_results_are_kept_for_the_same_bytes_and_options(place, monkeypatch):
 def test_workers_say_that_the_checkpoint_is_another_one_now(place):
     path = place / "original"
     engine = SimpleNamespace(name=str(path), checkpoint=checkpoints.load(path))
-    assert Service.shrink(engine, Request(prompts=("w1",))) == Request(prompts=("w1",))
+    assert Service.smaller(engine, Request(prompts=("w1",))) == Request(prompts=("w1",))
     change(path)
     with pytest.raises(AstraError, match="original is another checkpoint now than was loaded: start the workers again"):
-        Service.shrink(engine, Request(prompts=("w1",)))
+        Service.smaller(engine, Request(prompts=("w1",)))
     shutil.rmtree(path)
     with pytest.raises(AstraError, match="there is no such checkpoint"):
-        Service.shrink(engine, Request(prompts=("w1",)))
+        Service.smaller(engine, Request(prompts=("w1",)))
 
 
 @pytest.mark.parametrize(
