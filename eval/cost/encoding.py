@@ -24,6 +24,7 @@ from astra_jax.cli.arguments import Integers, parse
 from astra_jax.cli.main import guarded
 from astra_jax.codecs.config import AstraConfig, VQConfig
 from astra_jax.mesh.sharding import Shards
+from astra_jax.models import mask
 from astra_jax.models.blocks import block_at
 from astra_jax.models.key_value_tables import fold
 from astra_jax.models.vit import ViTConfig
@@ -67,7 +68,7 @@ class Block(NamedTuple):
 
     def run(self, state: Any, x: Array) -> Array:
         """[1,slots,D] -> [1,slots,D]."""
-        return nnx.merge(self.graphdef, state)(x, self.strategy, (), 0)[0]
+        return nnx.merge(self.graphdef, state)(x, self.strategy, (), mask.Block(0))[0]
 
     def call(self) -> Callable[[], Array]:
         """What computes the share, to be timed."""

@@ -234,7 +234,7 @@ def test_every_module_and_the_output(name: str, tmp_path: Path, randomised: Any,
                 module = getattr(module, attribute)
             out = seen[base + expected][1]
             out = out if third is None else out.chunk(3, dim=-1)[third]
-            more = {"attention": (strategy, (), number), "": (strategy, (), number)}
+            more = {"attention": (strategy, (), Block(number)), "": (strategy, (), Block(number))}
             more |= {"attention.o": (strategy,), "mlp": (strategy,)}  # whose outputs a strategy may have to add up
             mine = module(jnp_of(seen[base + given][0]), *more.get(path, ()))
             close(mine[0] if isinstance(mine, tuple) else mine, out)

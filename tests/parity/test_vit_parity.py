@@ -15,6 +15,7 @@ from transformers import ViTForImageClassification
 
 import checkpoints
 from astra_jax.models.blocks import block_at
+from astra_jax.models.mask import Block
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
@@ -90,11 +91,11 @@ def test_every_module_and_the_logits(name: str, tmp_path: Path, make_torch: Any,
             for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
                 close(getattr(block.attention, mine)(y), getattr(layer.attention, other)(normed))
             close(block.attention.o(y, strategy), layer.attention.o_proj(normed))
-            close(block.attention(y, strategy, (), number)[0], layer.attention(normed)[0])
+            close(block.attention(y, strategy, (), Block(number))[0], layer.attention(normed)[0])
             close(block.mlp(y, strategy), layer.mlp(normed))
             output = layer(exactly(x))
             output = output[0] if isinstance(output, tuple) else output
-            close(block(x, strategy, (), number)[0], output)
+            close(block(x, strategy, (), Block(number))[0], output)
             x = rounded(output)
         close(ours.norm(x), theirs.vit.layernorm(exactly(x)))
         expected = theirs(to_torch(images).double()).logits

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from astra_jax.codecs.config import NestedPQConfig, VQConfig
 from astra_jax.mesh.sharding import make_mesh
-from astra_jax.models.attention import Folded, attend, merge
-from astra_jax.models.interface import Remote, Source
+from astra_jax.models.attention import Folded, Readout, attend, merge
+from astra_jax.models.interface import Codes, Remote, Source
 from astra_jax.models.key_value_tables import fold, folding_pays
 from astra_jax.models.vit import ViTConfig
 from astra_jax.models.weight_quantization import dequantized, quantize_weights
@@ -46,8 +46,8 @@ def random_codes(attention, R, B=2):
 
 
 def same_sources(plain, fast, codes):
-    for expected, found in zip(*(a.remote_key_value(codes, a.site) for a in (plain, fast)), strict=True):
-        np.testing.assert_allclose(found, expected, **EXACT)
+    expected, found = (a.remote_key_value(Codes(codes)) for a in (plain, fast))
+    np.testing.assert_allclose(found, expected, **EXACT)
 
 
 # Tables
@@ -76,7 +76,7 @@ ROTATED = NestedPQConfig(groups=3, codewords=16, widths=(8, 2, 5), levels=(1, 2)
 def test_rows_of_the_tables_of_a_rotated_codec(request, always, family, site):
     model = request.getfixturevalue(family)(dataclasses.replace(ROTATED, site=site))
     plain, fast = block(model, 1), block(fold(model), 1)
-    assert fast.folded is not None
+    assert isinstance(fast.tables, Folded)
     same_sources(plain, fast, random_codes(plain, 9))
 
 
@@ -85,7 +85,7 @@ def test_a_rotated_codec_without_tables_is_projected_from_its_axes(request, monk
     monkeypatch.setattr("astra_jax.models.key_value_tables.folding_pays", lambda *_: False)
     model = request.getfixturevalue(family)(ROTATED)
     plain, fast = block(model, 1), block(fold(model), 1)
-    assert fast.readout is not None and fast.folded is None
+    assert isinstance(fast.tables, Readout)
     same_sources(plain, fast, random_codes(plain, 9))
     at_kv = request.getfixturevalue(family)(dataclasses.replace(ROTATED, site="kv"))
     assert fold(at_kv) is at_kv  # what codes stand for there are keys and values already
@@ -93,18 +93,18 @@ def test_a_rotated_codec_without_tables_is_projected_from_its_axes(request, monk
 
 def test_at_site_kv_a_table_is_the_codebook(tiny_gpt2):
     model = tiny_gpt2(VQConfig(groups=1, codewords=16, site="kv"))
-    np.testing.assert_array_equal(fold(model).blocks.attention.folded[...], model.codec.codebook[...])
+    np.testing.assert_array_equal(fold(model).blocks.attention.tables[...], model.codec.codebook[...])
 
 
 def test_the_model_stays_as_it_is(tiny_vit, always):
     model = tiny_vit(VQConfig(groups=4, codewords=16))
-    assert isinstance(fold(model).blocks.attention.folded, Folded)
-    assert model.blocks.attention.folded is None
+    assert isinstance(fold(model).blocks.attention.tables, Folded)
+    assert model.blocks.attention.tables is None
 
 
 def test_shapes_stay_shapes(tiny_vit, always):
     model = nnx.eval_shape(lambda: tiny_vit(VQConfig(groups=4, codewords=16)))
-    table = jax.tree.leaves(nnx.state(fold(model).blocks.attention)["folded"])[0]
+    table = jax.tree.leaves(nnx.state(fold(model).blocks.attention)["tables"])[0]
     assert isinstance(table, jax.ShapeDtypeStruct) and table.shape == (2, 4, 16, 32)
 
 
@@ -175,9 +175,9 @@ def test_codewords_are_counted_where_they_are_fewer_than_tokens(tiny_gpt2, alway
     for R, keys in ((4, 4), (5, 4), (40, 4), (3, 3)):
         codes = random_codes(plain, R)
         mask = jnp.asarray(np.random.default_rng(R).random((2, 1, R)) < 0.5) if masked else None
-        remote = Remote(codes, jnp.arange(R), mask)
+        remote = Remote(Codes(codes), jnp.arange(R), mask)
         query = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, plain.H, plain.E)), jnp.float32)
-        sources = [a.remote_source(remote, site, jnp.float32) for a in (plain, fast)]
+        sources = [a.remote_source(remote, jnp.float32) for a in (plain, fast)]
         assert sources[0].key.shape[1] == R and sources[1].key.shape[1] == keys
         expected, found = (merge([attend(query, source)]) for source in sources)
         np.testing.assert_allclose(found, expected, **EXACT)
@@ -186,8 +186,8 @@ def test_codewords_are_counted_where_they_are_fewer_than_tokens(tiny_gpt2, alway
 def test_tokens_with_a_rotary_embedding_are_not_counted(tiny_llama, always):
     model = tiny_llama(VQConfig(groups=1, codewords=4))
     plain, fast = block(model), block(fold(model))
-    remote = Remote(random_codes(plain, 9), jnp.arange(9), None)
-    expected, found = (a.remote_source(remote, "hidden", jnp.float32) for a in (plain, fast))
+    remote = Remote(Codes(random_codes(plain, 9)), jnp.arange(9), None)
+    expected, found = (a.remote_source(remote, jnp.float32) for a in (plain, fast))
     np.testing.assert_allclose(found.key, expected.key, **EXACT)
 
 
@@ -195,7 +195,7 @@ def test_queries_that_see_different_tokens_do_not_count_codewords(tiny_gpt2, alw
     """As those of virtual shards."""
     model = fold(tiny_gpt2(VQConfig(groups=1, codewords=4)))
     mask = jnp.asarray(np.random.default_rng(0).random((2, 3, 9)) < 0.5)
-    source = block(model).remote_source(Remote(random_codes(block(model), 9), jnp.arange(9), mask), "hidden", "float32")
+    source = block(model).remote_source(Remote(Codes(random_codes(block(model), 9)), jnp.arange(9), mask), "float32")
     assert source.key.shape[1] == 9 and source.times is None
 
 

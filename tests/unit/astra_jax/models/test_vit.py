@@ -12,6 +12,7 @@ from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.blocks import block_at, scan_blocks
+from astra_jax.models.mask import Block
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.strategies.base import Single
 
@@ -59,7 +60,7 @@ def test_a_stack_of_blocks_is_its_blocks_one_after_the_other(tiny_vit):
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     single = Single(Shards((5,), "distributed"))
     expected = x
-    one_block = nnx.jit(lambda block, x: block(x, single, (), 0)[0])
+    one_block = nnx.jit(lambda block, x: block(x, single, (), Block(0))[0])
     for index in range(2):
         expected = one_block(block_at(model.blocks, index), expected)
     stack = nnx.jit(lambda blocks, x: scan_blocks(blocks, x, single)[0])

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import DATA, SEQ, Shards, make_mesh
+from astra_jax.models.mask import Block
 from astra_jax.models.vit import ViTBlock, ViTConfig
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra
@@ -95,7 +96,7 @@ def block_flops(G, strategy, slots):
     astra = VQConfig(groups=G) if G else None
     block = nnx.eval_shape(lambda: ViTBlock(ViTConfig(), astra, jnp.float32, nnx.Rngs(0)))
     graphdef, state = nnx.split(block)
-    return flops(lambda state, x: nnx.merge(graphdef, state)(x, strategy, (), 0)[0], state, shape(1, slots, 768))
+    return flops(lambda state, x: nnx.merge(graphdef, state)(x, strategy, (), Block(0))[0], state, shape(1, slots, 768))
 
 
 def test_a_block_of_vit_base_on_one_device():
