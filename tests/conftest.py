@@ -1,5 +1,6 @@
 """What every test runs under: eight CPU devices, no network, exact matmuls, the same examples every time."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -11,6 +12,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Half of compiling is to make machine code fast, which tiny programs need not be. The optimized HLO stays the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Two thirds of the rest is saved by compiling a program in one piece, without MLIR where XLA has its older emitters.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import gc
 import signal

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 import checkpoints
 from checkpoints import huggingface
 from checkpoints.tensor_maps import build, flat_state, with_state
-from tests.helpers.folders import ASTRA, NUMBERED, VIT, described
+from tests.helpers.folders import ASTRA, NUMBERED, VIT, described, drawn
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def checkpoint() -> checkpoints.Checkpoint:
         labels=("cat", "dog", "emu"),
         preprocessing={"size": {"height": 8, "width": 8}},
         history=({"verb": "convert", "source": "somewhere"},),
-        model=build("vit", VIT, abstract=False),
+        model=drawn("vit", VIT),
     )
 
 
@@ -37,9 +36,9 @@ def folder(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> Path:
 def calibrated(checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     """With codebooks that are not zero."""
     with_codebooks = checkpoints.with_codebooks(checkpoint, ASTRA)
-    codec = with_codebooks.model.codec
-    codec.codebook[...] = jax.random.normal(jax.random.key(0), codec.codebook[...].shape)
-    codec.count[...] = jax.random.uniform(jax.random.key(1), codec.count[...].shape)
+    codec, rng = with_codebooks.model.codec, np.random.default_rng(1)
+    codec.codebook[...] = jnp.asarray(rng.normal(size=codec.codebook[...].shape), jnp.float32)
+    codec.count[...] = jnp.asarray(rng.uniform(size=codec.count[...].shape), jnp.float32)
     return with_codebooks
 
 

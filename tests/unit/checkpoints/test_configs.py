@@ -18,8 +18,9 @@ from astra_jax.serving.engine import classes
 from checkpoints import Checkpoint, configs, fields
 from checkpoints.configs import config_from_hf
 from checkpoints.problems import problem_of
-from checkpoints.tensor_maps import FAMILIES, build
+from checkpoints.tensor_maps import FAMILIES
 from eval.service.service import class_rows
+from tests.helpers.folders import drawn
 
 # config.json files as they are published, but for long lists of labels.
 BERT = {
@@ -282,7 +283,7 @@ def test_models_that_do_not_say_one_class_are_shown_and_calibrated_but_not_judge
         vocab_size=32, n_positions=32, n_embd=16, n_layer=1, n_head=2, task="classification", num_labels=labels
     )
     names, hf_config = tuple("abc"[:labels]), {"model_type": "gpt2", "problem_type": problem}
-    model = build("gpt2", config, abstract=False)
+    model = drawn("gpt2", config)
     saved = Checkpoint(
         "gpt2", config, None, names, None, hf_config, "float32", (), model, None, word_tokenizer(28, special=True)
     )
