@@ -23,7 +23,8 @@ from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
 from train.data import Augment, sequences, text_batches, train_batches
-from train.loop import Batch, Training, train
+from train.loop import Training, train
+from train.objective import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

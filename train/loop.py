@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +21,23 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.predictor import Prediction
 from astra_jax.errors import AstraError
-from astra_jax.files import in_utf8, write_atomically, writing
-from astra_jax.hosts.agreement import fingerprint
+from astra_jax.files import in_utf8
 from astra_jax.mesh.sharding import DATA, Shards
 from astra_jax.report import progress
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra, need_codec
-from checkpoints.files import quiet
 from checkpoints.lock import alone
-from checkpoints.store import DAMAGED
-from checkpoints.streaming import digest
 from eval.network.packet_loss import PacketLoss, arrived
-from eval.quality.perplexity import NextTokenLoss
 from train.navq import NoiseAugmented
+from train.objective import Batch, distances, predicts, run_task, teach
+from train.state import LOCK, Journal, TrainState, first_batch, occupied, restore, save
 
-LOCK = ".train.lock"  # in the folder that is trained into
 BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
 
 
@@ -136,20 +132,6 @@ class Training:
         return self.distillation > 0 or self.hidden > 0
 
 
-# "input": images [B,h,w,c] or `Text`; "label": classes [B], where the task has any; "arrived": which codes arrive
-# [B,L,N,slots], where packets are lost.
-Batch = dict[str, Any]
-
-
-class TrainState(NamedTuple):
-    """All that changes from step to step; random keys are functions of the step."""
-
-    params: Any
-    codecs: Any
-    optimizer: Any
-    step: Int[Array, ""]
-
-
 def optimizer(training: Training) -> optax.GradientTransformation:
     """AdamW behind gradient clipping, warm-up and cosine, and accumulation."""
     decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: "kernel" in jax.tree_util.keystr(path))
@@ -181,99 +163,6 @@ def start(model: Any, training: Training) -> tuple[Any, TrainState]:
         return TrainState(params, codecs, () if frozen else optimizer(training).init(params), jnp.int32(0))
 
     return graphdef, fresh(params, codecs)
-
-
-def class_loss(
-    logits: Float[Array, "B C"], labels: Int[Array, "B"], smoothing: float
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Cross-entropy with label smoothing, in nats, and accuracy."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
-    return optax.softmax_cross_entropy(logits, targets).mean(), {"accuracy": accuracy}
-
-
-def token_loss(
-    losses: Float[Array, "B slots"], lengths: Int[Array, "B"], strategy: Any
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The mean loss of a token that has a predecessor, in nats, and its exponential, the perplexity."""
-    mean = mean_of(losses, predicts(lengths, strategy))
-    return mean, {"perplexity": jnp.exp(mean)}
-
-
-def predicts(lengths: Int[Array, "B"], strategy: Any) -> Bool[Array, "B slots"]:
-    """Which slots hold a token whose successor is known: all but the last of a sequence."""
-    tokens = strategy.tokens()
-    return tokens.valid & (tokens.position + 1 < lengths[:, None])
-
-
-def mean_of(values: Float[Array, "*rows"], counts: Bool[Array, "*rows"]) -> Float[Array, ""]:
-    """The mean of the values that count."""
-    return jnp.sum(jnp.where(counts, values, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
-
-
-class Final(NamedTuple):
-    """What a model comes to: what its head reads, for every slot or pooled, and what the head makes of it."""
-
-    features: Float[Array, "*rows D"]
-    logits: Float[Array, "*rows _"]
-
-
-class Watched(nnx.Module):
-    """A model that reports, before what its strategy does, its `Final`. So a head is run once for all who ask."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def to_tokens(self, inputs: Any) -> Any:
-        return self.model.to_tokens(inputs)
-
-    def __call__(self, tokens: Any, strategy: Any) -> tuple[Float[Array, "*rows _"], tuple[Final, Any]]:
-        features, reports = self.model.features(tokens, strategy)
-        logits = self.model.logits(features)
-        return logits, (Final(features, logits), reports)
-
-
-def run_task(
-    model: Any, batch: Batch, strategy: Single | Astra, smoothing: float
-) -> tuple[Float[Array, ""], dict[str, Array], Final, Any]:
-    """The loss of a model, its measures, what it comes to, and the strategy's reports."""
-    watched = NextTokenLoss(Watched(model)) if model.per_token else Watched(model)
-    output, (final, reports) = watched(strategy.shards.scatter(watched.to_tokens(batch["input"])), strategy)
-    if model.per_token:
-        return *token_loss(output, batch["input"].lengths, strategy), final, reports.observed
-    return *class_loss(output, batch["label"], smoothing), final, reports.observed
-
-
-def teach(teacher: Any, inputs: Any, shards: Shards) -> Final:
-    """What a teacher comes to on one device; of every token, where the head reads each, in the slots of `shards`."""
-    single = Single.of(teacher, 1, inputs)
-    features, _ = teacher.features(single.shards.scatter(teacher.to_tokens(inputs)), single)
-    if teacher.per_token:
-        features = shards.scatter(features)  # before the head: states are narrower than logits
-    return Final(features, teacher.logits(features))
-
-
-def distances(
-    ours: Final, theirs: Final, counts: Bool[Array, "*rows"], valid: Bool[Array, "*rows"]
-) -> dict[str, Float[Array, ""]]:
-    """How far a model is from its teacher.
-
-    Args:
-      counts: the rows that the task's loss counts.
-      valid: the rows that are there at all.
-
-    Returns:
-      `kl`: the mean over the rows that count of KL(teacher || ours) in nats. `hidden`: of all that are there, the mean
-      square of the difference of features over that of the teacher's, as `train.calibrate.distance` has it.
-    """
-    kl = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(ours.logits), jax.nn.log_softmax(theirs.logits))
-
-    a, b = ours.features.astype(jnp.float32), theirs.features.astype(jnp.float32)
-
-    def squares(x: Float[Array, "*rows D"]) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(valid[..., None], x**2, 0.0))
-
-    return {"kl": mean_of(kl, counts), "hidden": squares(a - b) / jnp.maximum(squares(b), 1e-12)}
 
 
 def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -421,22 +310,6 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-class Journal:
-    """Metrics of every step as JSON lines, beside the checkpoint. A resumed run continues where its state was saved."""
-
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text(encoding="utf8").splitlines() if step and path.exists() else []
-        # A killed run may have logged steps beyond its last saved state, and half a line.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        self.file = path.open("a", encoding="utf8")
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Appends one line."""
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-
-
 def train(
     model: Any,
     training: Training,
@@ -480,7 +353,7 @@ def train(
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
     teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": _first(data)}))
+    settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": first_batch(data)}))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
         alone(out / LOCK, occupied(out)),
@@ -510,74 +383,3 @@ def train(
             if manager.latest_step() != done:
                 save(manager, state, data, settings, out)
     return nnx.merge(graphdef, state.params, state.codecs), done
-
-
-def _first(data: Any) -> str:
-    """A hash of the first batch, which other data under the same name change: their number does, too, as batches are
-    drawn from all of them."""
-    begin = data.get_state()
-    found = fingerprint(next(data))
-    data.set_state(begin)
-    return found
-
-
-def occupied(out: Path) -> Callable[[str], None]:
-    """For `checkpoints.lock.alone`: says who trains into a folder."""
-
-    def busy(who: str) -> None:
-        raise AstraError(f"{out}: {who} is training into it: wait for it, or choose another folder")
-
-    return busy
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict, out: Path) -> None:
-    """Saves the state, the position in the data and the settings. Raises AstraError if the disk is full."""
-    leaves = _leaves(state)
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(leaves),
-        data=ocp.args.JsonSave(data.get_state()),
-        settings=ocp.args.JsonSave(settings | {"state_sha256": _digest(leaves)}),
-    )
-    with writing(out), quiet():
-        manager.save(int(state.step), args=items)
-        manager.wait_until_finished()
-
-
-def _leaves(state: TrainState) -> dict[str, Any]:
-    """The arrays of a state, numbered: Orbax then needs to know nothing of modules and optimizers."""
-    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-
-
-def _digest(leaves: dict[str, Any]) -> str:
-    return digest({name: np.asarray(leaf) for name, leaf in leaves.items()})
-
-
-def restore(manager: ocp.CheckpointManager, state: TrainState, data: Any, settings: dict, out: Path) -> TrainState:
-    """The latest saved state; puts `data` back to its position.
-
-    Raises:
-      AstraError: the settings are not the same, or the state is damaged.
-    """
-    step = manager.latest_step()
-    saved = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(_leaves(state)), data=ocp.args.JsonRestore(), settings=ocp.args.JsonRestore()
-        ),
-    )
-    # What an earlier version had no setting for was as it is by default.
-    before = json.loads(json.dumps(dataclasses.asdict(Training()))) | saved["settings"]
-    # A checkpoint is known by its bytes, wherever it is; an earlier version compared its path.
-    unknown = {"checkpoint" if before.get("checkpoint_sha256") else "checkpoint_sha256"}
-    unknown |= {"first_batch"} - before.keys()
-    differing = sorted(k for k in settings if k not in unknown and settings[k] != before.get(k))
-    if differing == ["first_batch"]:
-        raise AstraError(f"{out} holds a run on other data under the same name: restore them, or choose another folder")
-    if differing:
-        values = ", ".join(f"{k} was {before.get(k)}, now {settings[k]}" for k in differing)
-        raise AstraError(f"{out} holds a run with other settings ({values}): repeat those, or choose another folder")
-    if "state_sha256" in before and before["state_sha256"] != _digest(saved["state"]):
-        where = out / "train" / str(step)
-        raise AstraError(f"{where}: {DAMAGED.split(':')[0]}: remove that folder to go on from the state before it")
-    data.set_state(saved["data"])
-    return jax.tree.unflatten(jax.tree.structure(state), [saved["state"][k] for k in sorted(saved["state"])])

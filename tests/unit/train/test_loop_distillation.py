@@ -19,21 +19,8 @@ from astra_jax.codecs.config import VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from astra_jax.strategies.base import Single
-from train.loop import (
-    Batch,
-    Final,
-    Training,
-    distances,
-    draw_packet_loss,
-    make_step,
-    move_cuts,
-    run_task,
-    start,
-    step_key,
-    strategy_of,
-    train,
-    with_room,
-)
+from train.loop import Training, draw_packet_loss, make_step, move_cuts, start, step_key, strategy_of, train, with_room
+from train.objective import Batch, Final, distances, run_task
 
 CODES = VQConfig(groups=1, codewords=64)
 

@@ -21,7 +21,7 @@ from eval.service.requests import Request
 from eval.service.service import Service
 from eval.verbs import evaluate
 from tests.helpers.training import Batches, leaves, make_model
-from train import calibrate, finetune, loop
+from train import calibrate, finetune, loop, state
 from train.loop import Training
 from train.recipes import resumable
 
@@ -45,20 +45,13 @@ def test_training_goes_on_from_the_same_bytes_wherever_they_are(trained):
         fit(trained, checkpoint="here", checkpoint_sha256="b2")
 
 
-def test_training_of_an_earlier_version_is_known_by_the_path(tmp_path):
-    fit(tmp_path, checkpoint="here")
-    assert fit(tmp_path, checkpoint="here", checkpoint_sha256="a1")[1] == 4
-    with pytest.raises(AstraError, match=r"other settings \(checkpoint was here, now there\)"):
-        fit(tmp_path, checkpoint="there", checkpoint_sha256="a1")
-
-
 def test_a_damaged_state_is_named_and_the_one_before_is_as_good(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     expected, _ = fit(tmp_path / "run", checkpoint="here", checkpoint_sha256="a1")
-    restored = loop._digest
+    restored = state._digest
     with pytest.MonkeyPatch.context() as patch:
         flipped = lambda state: restored({k: np.asarray(v).copy() * 2 for k, v in state.items()})  # noqa: E731
-        patch.setattr(loop, "_digest", flipped)
+        patch.setattr(state, "_digest", flipped)
         with pytest.raises(AstraError, match=r"train/4: is not as it was written .*: remove that folder to go on"):
             fit(tmp_path / "run", checkpoint="here", checkpoint_sha256="a1")
     shutil.rmtree(tmp_path / "run" / "train" / "4")
@@ -68,13 +61,13 @@ def test_a_damaged_state_is_named_and_the_one_before_is_as_good(trained, tmp_pat
 
 def test_two_trainings_into_one_folder(trained):
     with (
-        lock.alone(trained / loop.LOCK, pytest.fail),
+        lock.alone(trained / state.LOCK, pytest.fail),
         pytest.raises(AstraError, match=rf"{trained}: process \d+ on host .* is training into it: wait for it, or"),
     ):
         fit(trained, checkpoint="here", checkpoint_sha256="a1")
-    (trained / loop.LOCK).write_text("process 1 on host gone")  # as a killed process leaves it
+    (trained / state.LOCK).write_text("process 1 on host gone")  # as a killed process leaves it
     fit(trained, checkpoint="here", checkpoint_sha256="a1")
-    assert not (trained / loop.LOCK).exists()
+    assert not (trained / state.LOCK).exists()
 
 
 def test_finetuning_into_the_checkpoint_itself_is_refused(tmp_path):
