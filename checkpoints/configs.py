@@ -12,10 +12,10 @@ from typing import Any, get_args
 from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
 from astra_jax.models.rotary import ROPE_TYPES, Rotary
+from checkpoints.description import Checkpoint
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
 from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
-from checkpoints.store import Checkpoint
 from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class
 
 CONFIG = "config.json"

@@ -23,8 +23,8 @@ import checkpoints
 from astra_jax.inputs.tokenizer import own_class
 from astra_jax.report import Report, progress
 from checkpoints import huggingface
+from checkpoints.description import Checkpoint
 from checkpoints.info import parameters
-from checkpoints.store import Checkpoint
 from checkpoints.tensor_maps import classifies
 
 

@@ -23,11 +23,11 @@ from astra_jax.errors import AstraError
 from astra_jax.files import is_disk_full, replacing, write_atomically, writing
 from astra_jax.inputs.tokenizer import FILES
 from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields
+from checkpoints.description import META, Checkpoint
 from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
 from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
-from checkpoints.store import META, Checkpoint
 from checkpoints.streaming import Part, assemble, part_name
 from checkpoints.tensor_maps import (
     FAMILIES,

@@ -21,7 +21,7 @@ from astra_jax.codecs.base import usage
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.report import Report
 from checkpoints.configs import rotary_to_hf
-from checkpoints.store import Checkpoint
+from checkpoints.description import Checkpoint
 from checkpoints.tensor_maps import build
 
 

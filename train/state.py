@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically, writing
 from astra_jax.hosts.agreement import fingerprint
+from checkpoints.description import DAMAGED
 from checkpoints.files import quiet
-from checkpoints.store import DAMAGED
 from checkpoints.streaming import digest
 
 LOCK = ".train.lock"  # in the folder that is trained into

@@ -9,8 +9,8 @@ from typing import Any
 import checkpoints
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
+from checkpoints.description import META
 from checkpoints.files import read_json
-from checkpoints.store import META
 from eval.verbs import evaluate
 from train import calibrate, finetune
 

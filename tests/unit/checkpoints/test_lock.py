@@ -148,12 +148,12 @@ def test_what_is_saved_over_while_it_is_read_is_said(
     make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints.save(tmp_path, make(5))
-    read = store._read_parts
+    read = store.read_parts
 
     def late(*args: Any) -> Any:
         checkpoints.save(tmp_path, make(9))
         return read(*args)
 
-    monkeypatch.setattr(store, "_read_parts", late)
+    monkeypatch.setattr(store, "read_parts", late)
     with pytest.raises(AstraError, match="was saved over while it was read: repeat the command"):
         checkpoints.load(tmp_path)

@@ -25,7 +25,7 @@ from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import shardings
 from astra_jax.strategies.rivals import TensorParallel
-from checkpoints import huggingface, store
+from checkpoints import description, huggingface, store
 from checkpoints.info import parameters
 from checkpoints.streaming import cut
 from checkpoints.tensor_maps import flat_state
@@ -156,6 +156,7 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({"format": 99}, "upgrade astra-jax"),
+        ({"format": 2}, "convert the model again"),
         ({"format": None}, "damaged"),
         ({"weights": "../weights-0001"}, "must be the name"),
         ({"weights": "/weights-0001"}, "must be the name"),
@@ -181,8 +182,16 @@ def test_a_description_that_does_not_fit(
 ) -> None:
     checkpoints.save(tmp_path, calibrated)
     meta = json.loads((tmp_path / "astra.json").read_text()) | changes
-    (tmp_path / "astra.json").write_text(json.dumps(store.sealed(meta)))
+    (tmp_path / "astra.json").write_text(json.dumps(description.sealed(meta)))
     assert expected in refused(tmp_path)
+
+
+def test_a_description_without_its_digest(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, calibrated)
+    meta = json.loads((tmp_path / "astra.json").read_text())
+    del meta["sha256"]
+    (tmp_path / "astra.json").write_text(json.dumps(meta))
+    assert "sha256 is missing or of the wrong type" in refused(tmp_path)
 
 
 def test_damaged_weights(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> None:
@@ -278,21 +287,6 @@ def test_a_conversion_that_fails_leaves_the_old_checkpoint(calibrated: checkpoin
     with pytest.raises(AstraError, match="^no$"):
         checkpoints.save(tmp_path, calibrated, half())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["astra.json", "weights-0001"]
-    assert same(checkpoints.load(tmp_path).model, calibrated.model)
-
-
-def test_checkpoints_of_format_1_are_read(calibrated: checkpoints.Checkpoint, tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, calibrated)
-    meta = json.loads((tmp_path / "astra.json").read_text())
-    shutil.rmtree(tmp_path / "weights-0001")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "weights-0001", nnx.to_pure_dict(nnx.state(calibrated.model)))
-    del meta["generation"]
-    (tmp_path / "astra.json").write_text(json.dumps(meta | {"format": 1}))
-    loaded = checkpoints.load(tmp_path)
-    assert same(loaded.model, calibrated.model) and loaded.generation is None
-    checkpoints.save(tmp_path, loaded)
-    assert json.loads((tmp_path / "astra.json").read_text())["format"] == 3
     assert same(checkpoints.load(tmp_path).model, calibrated.model)
 
 

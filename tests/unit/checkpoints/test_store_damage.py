@@ -272,23 +272,3 @@ def test_a_checkpoint_is_known_by_its_bytes(make: Callable[[int], checkpoints.Ch
         checkpoints.save(tmp_path / "a", other)
         digests.add(checkpoints.read_meta(tmp_path / "a").digest)
     assert len(digests) == 4
-
-
-def test_checkpoints_of_format_2_are_read(make: Callable[[int], checkpoints.Checkpoint], tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, make(5))
-    meta = json.loads((tmp_path / "astra.json").read_text())
-    for name in ("parts", "files", "sha256", "tokenizer"):
-        del meta[name]
-    (tmp_path / "astra.json").write_text(json.dumps(meta | {"format": 2}))
-    (tmp_path / "tokenizer-0001").rename(tmp_path / "tokenizer")
-    assert is_whole(tmp_path, make(5)) and checkpoints.read_meta(tmp_path).digest is None
-    with pytest.raises(AstraError, match="^no$"):
-        checkpoints.save(tmp_path, make(9), raising(AstraError("no")))
-    assert is_whole(tmp_path, make(5))
-    checkpoints.save(tmp_path, make(9))
-    assert is_whole(tmp_path, make(9)) and names(tmp_path) == ["astra.json", "tokenizer-0002", "weights-0002"]
-
-
-def raising(error: Exception) -> Iterator[Any]:
-    yield from ()
-    raise error
