@@ -30,7 +30,7 @@ import tyro
 import checkpoints
 from astra_jax.cli.arguments import Integers, Numbers, Texts, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import ClassToken, Codec, Site, VQConfig, codec_and_predictor
+from astra_jax.codecs.config import ClassToken, Codec, Site, codec_and_predictor
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
@@ -125,19 +125,24 @@ def is_text(args: Args) -> bool:
 
 
 def check(args: Args) -> None:
-    """Raises AstraError, before any work, for options that do not fit, or do not fit what OUT already has."""
+    """Raises AstraError, before any work, for options that do not fit."""
     for name in ("codecs", "groups", "devices", "class_tokens", "noise"):
         if not getattr(args, name):
             raise AstraError(f"--{name.replace('_', '-')} is an empty list: leave the option out for the default")
     for name in args.codecs:
         codec_and_predictor(name)
-    for class_token, noise in itertools.product(args.class_tokens, args.noise):
-        VQConfig(class_token=cast(ClassToken, class_token))
+    if unknown := set(args.class_tokens) - set(get_args(ClassToken)):
+        raise AstraError(f"--class-tokens has {min(unknown)!r}; give distributed, single, or both")
+    for noise in args.noise:
         Training(noise=noise)
     if args.plot:
         plots.check_plot(args.plot)
     if args.markdown:
         around_marks(args.markdown, args.original.name, COMMAND)
+
+
+def open_folder(args: Args) -> None:
+    """Makes OUT, or raises AstraError if what it has was made with other options."""
     decisive = {name: value for name, value in vars(args).items() if name not in FREE}
     now = json.loads(json.dumps(decisive | {"original": str(args.original.resolve())}))
     kept = args.out / "options.json"
@@ -332,6 +337,7 @@ def main(args: Args) -> None:
     """Runs the recipe."""
     report, metric = Report("accuracy-per-bit", args.json), metric_of(args)
     check(args)
+    open_folder(args)
     rows = controls(args)
     for codec, class_token in dict.fromkeys(itertools.product(args.codecs, args.class_tokens)):
         rows += coded(codec, class_token, args)

@@ -121,15 +121,15 @@ def test_a_kill_between_weights_and_json_leaves_the_old_checkpoint(
         patch.setattr(store, "write_atomically", raiser(Killed()))
         with pytest.raises(Killed):
             checkpoints.save(tmp_path, checkpoints.with_codebooks(calibrated, ASTRA))
-    (tmp_path / ".weights-0009").mkdir()
+    (tmp_path / "weights-0002").mkdir()
     assert same(checkpoints.load(tmp_path).model, calibrated.model)
     checkpoints.save(tmp_path, calibrated)
-    assert weights_of(tmp_path) == ["weights-0002"]  # what raised on its way out was tidied up
+    assert weights_of(tmp_path) == ["weights-0003"]  # what was left is gone
     assert same(checkpoints.load(tmp_path).model, calibrated.model)
 
 
 def test_a_first_save_that_was_killed_can_be_repeated(checkpoint: checkpoints.Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / ".weights-0001").mkdir()
+    (tmp_path / "weights-0001").mkdir()
     (tmp_path / ".astra.json.123").write_text("{")
     checkpoints.save(tmp_path, checkpoint)
     assert same(checkpoints.load(tmp_path).model, checkpoint.model)

@@ -107,8 +107,8 @@ def test_a_kill_leaves_the_old_checkpoint_or_the_new_one(
                 yield name, {p.partition("/")[2]: arrays[p] for p in arrays if p.startswith(f"{name}/")}
 
     # Every other operation, and none of Orbax; all are in the slow test.
-    monkeypatch.setattr(store, "_write_parts", in_one_operation)
-    monkeypatch.setattr(store, "_read_parts", from_one)
+    monkeypatch.setattr(store, "write_parts", in_one_operation)
+    monkeypatch.setattr(store, "read_parts", from_one)
     found = kills(killer, make, tmp_path, 2)
     assert found["old"] >= 4 and found["new"] >= 2, found
 

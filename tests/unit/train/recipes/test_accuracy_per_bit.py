@@ -233,7 +233,7 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         ({"seed": 1}, "out was made otherwise .seed was 0, now 1.: .*another folder"),
         ({"codecs": ("vq", "pq")}, "try vq, nested-pq"),
         ({"groups": ()}, "--groups is an empty list"),
-        ({"class_tokens": ("double",)}, "class_token is 'double'; it must be one of distributed, single"),
+        ({"class_tokens": ("double",)}, "--class-tokens has 'double'; give distributed, single"),
         ({"noise": (-1.0,)}, "noise is -1"),
         ({"plot": Path("plot.jpg")}, "write a .png or a .svg"),
         ({"original": Path("nowhere")}, "nowhere"),
