@@ -35,7 +35,7 @@ from astra_jax.strategies.coded import Astra, need_codec
 from checkpoints.lock import alone
 from eval.network.packet_loss import PacketLoss, arrived
 from train.navq import NoiseAugmented
-from train.objective import Batch, distances, predicts, run_task, teach
+from train.objective import Batch, distances, has_successor, run_task, teach
 from train.state import LOCK, Journal, TrainState, first_batch, occupied, restore, save
 
 BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
@@ -184,7 +184,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
             theirs = teach(nnx.merge(graphdef, teacher, codecs), batch["input"], strategy.shards)
             counts = valid = jnp.ones(len(final.features), bool)
             if model.per_token:
-                counts, valid = predicts(batch["input"].lengths, strategy), jnp.asarray(strategy.tokens().valid)
+                counts, valid = has_successor(batch["input"].lengths, strategy), jnp.asarray(strategy.tokens().valid)
             far = distances(final, theirs, counts, valid)
             total = total + training.distillation * far["kl"] + training.hidden * far["hidden"]
             measures = {**measures, **far}

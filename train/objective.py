@@ -31,11 +31,11 @@ def token_loss(
     losses: Float[Array, "B slots"], lengths: Int[Array, "B"], strategy: Any
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The mean loss of a token that has a predecessor, in nats, and its exponential, the perplexity."""
-    mean = mean_of(losses, predicts(lengths, strategy))
+    mean = mean_of(losses, has_successor(lengths, strategy))
     return mean, {"perplexity": jnp.exp(mean)}
 
 
-def predicts(lengths: Int[Array, "B"], strategy: Any) -> Bool[Array, "B slots"]:
+def has_successor(lengths: Int[Array, "B"], strategy: Any) -> Bool[Array, "B slots"]:
     """Which slots hold a token whose successor is known: all but the last of a sequence."""
     tokens = strategy.tokens()
     return tokens.valid & (tokens.position + 1 < lengths[:, None])
