@@ -186,35 +186,43 @@ class Lifeline:
 
     def _watch(self, other: int) -> None:
         while not self._over.is_set():
-            try:
-                message = self._lines[other].receive(self.patience, MOST_BYTES if self.host else MOST_TOLD)
-            except TimeoutError:
-                silent = f"has given no sign of life for {self.patience:.3g} s: is its link cut?"
-                message = {"lost": f"host {other} {silent}"}
-            except OSError:
-                message = {"lost": f"host {other} {GONE}"}
-            if "failed" in message:
-                why = f"host {other} ended with an error: {str(message['failed'])[:1000]}"
-                message = {"lost" if message.get("fault") else "gone": why}
-            if "done" in message:
-                self._done[other].set()
-                return  # nothing more comes from there, and that its connection ends is as it should be
-            elif "read" in message:
+            message = self._next(other)
+            if "read" in message:
                 self._compare(other, str(message["read"])[:200])
             elif "request" in message:
                 self.requests.put(message.get("body", b""))
             elif "told" in message:
                 self._told[other].put(message.get("body", b""))
-            elif "again" in message:
-                self._over.set()
-                self.again(str(message.get("why")), int(message["again"]), int(message["host"]))
+            elif self._ends(other, message):
                 return
-            elif "gone" in message:
-                self._fail(str(message["gone"]), a_fault=False)
-                return
-            elif "lost" in message:
-                self._lose(other, message["lost"])
-                return
+
+    def _next(self, other: int) -> dict[str, Any]:
+        """The next message of a host; `lost` where it is gone, or `gone` where it ended all by an error of its own."""
+        try:
+            message = self._lines[other].receive(self.patience, MOST_BYTES if self.host else MOST_TOLD)
+        except TimeoutError:
+            return {"lost": f"host {other} has given no sign of life for {self.patience:.3g} s: is its link cut?"}
+        except OSError:
+            return {"lost": f"host {other} {GONE}"}
+        if "failed" in message:
+            why = f"host {other} ended with an error: {str(message['failed'])[:1000]}"
+            return {"lost" if message.get("fault") else "gone": why}
+        return message
+
+    def _ends(self, other: int, message: dict[str, Any]) -> bool:
+        """Whether nothing more is to be heard of a host after this message, on which it acts."""
+        if "done" in message:  # that its connection ends now is as it should be
+            self._done[other].set()
+        elif "again" in message:
+            self._over.set()
+            self.again(str(message.get("why")), int(message["again"]), int(message["host"]))
+        elif "gone" in message:
+            self._fail(str(message["gone"]), a_fault=False)
+        elif "lost" in message:
+            self._lose(other, message["lost"])
+        else:
+            return False
+        return True
 
     def _lose(self, other: int, message: str) -> None:
         with self._lock:

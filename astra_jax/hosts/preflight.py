@@ -26,6 +26,7 @@ from typing import Any
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import Same, digest, settings, versions
 from astra_jax.hosts.connection import Line
+from astra_jax.hosts.findings import Findings, Pair, Way
 from astra_jax.hosts.options import Hosts, check, own_address, parse_address
 from astra_jax.hosts.rendezvous import (
     CONNECT_SECONDS,
@@ -61,84 +62,6 @@ _ENOUGH = 64_000  # bytes: where fewer arrive in time, losses distort the rate
 _STRETCH = 4  # times as long as it should take is the longest to wait for enough
 _VERDICTS = ("end", "go", "again")
 _WARM_UP = 1 / 3  # of the time: TCP starts slowly, and a shaped link lets the first bytes pass at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """One direction between two hosts.
-
-    Attributes:
-      source, target: numbers of the hosts; the source connects and sends.
-      round_trip: seconds of one byte there and back, the median of `PINGS`.
-      rate: bits per second that arrived at the target.
-      failure: why there is no round trip or rate; empty where all went well.
-    """
-
-    source: int
-    target: int
-    round_trip: float | None = None
-    rate: float | None = None
-    failure: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two hosts, in both directions."""
-
-    there: Way
-    back: Way
-
-    @property
-    def round_trip(self) -> float | None:
-        """Seconds: the shorter of both, as either may have waited for what was sent before it."""
-        return min((way.round_trip for way in (self.there, self.back) if way.round_trip), default=None)
-
-    @property
-    def failure(self) -> str:
-        """What went wrong; empty where all went well."""
-        return "; ".join(way.failure for way in (self.there, self.back) if way.failure)
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """What host 0 found; the other hosts learn of the problems alone.
-
-    Attributes:
-      hosts: those that came, by number.
-      pairs: of these, the lower number first.
-      notes: what is unusual, and no problem.
-      problems: what to fix, each in a sentence.
-    """
-
-    hosts: tuple[About, ...] = ()
-    pairs: tuple[Pair, ...] = ()
-    notes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-
-    @property
-    def slowest(self) -> Way | None:
-        """The way with the lowest rate; None where none was measured."""
-        ways = [way for pair in self.pairs for way in (pair.there, pair.back) if way.rate]
-        return min(ways, key=lambda way: way.rate or 0.0, default=None)
-
-    @property
-    def round_trip(self) -> float:
-        """The longest of all pairs, in seconds; 0 where none was measured."""
-        return max((pair.round_trip or 0.0 for pair in self.pairs), default=0.0)
-
-
-def pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The table of pairs: what was measured, or why not."""
-    return [
-        {
-            "hosts": f"{pair.there.source} - {pair.there.target}",
-            "round trip ms": 1e3 * pair.round_trip if pair.round_trip else None,
-            "Mbps there": pair.there.rate / 1e6 if pair.there.rate else None,
-            "Mbps back": pair.back.rate / 1e6 if pair.back.rate else None,
-            "problem": pair.failure or "-",
-        }
-        for pair in pairs
-    ]
 
 
 def check_hosts(hosts: Hosts, checkpoints: Sequence[Path] = (), rate_seconds: float = RATE_SECONDS) -> Findings:

@@ -45,6 +45,24 @@ _KNOWN = frozenset(
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
+def _check_steps(given: dict[str, Any]) -> None:
+    """Raises AstraError where a `preprocessor_config.json` asks for a step that is not done here, or may do so."""
+    for key, value in given.items():
+        if key.startswith("do_") and value and key not in _SWITCHES:
+            raise AstraError(f"{CONFIG_FILE}: {key} is {value!r}; this step is not supported: set it to false")
+    unknown = [f"{k} {v!r}"[:80] for k, v in given.items() if not k.startswith("do_") and k not in _KNOWN]
+    if unknown:
+        raise AstraError(
+            f"{CONFIG_FILE}: has {', '.join(unknown)}, which is not known here and might change the result: remove "
+            "it if it does not"
+        )
+    if not given.get("default_to_square", True):
+        raise AstraError(f"{CONFIG_FILE}: default_to_square is false; only squares are supported: give size in full")
+    for key in _SWITCHES:
+        if not isinstance(given.get(key, False), bool):
+            raise AstraError(f"{CONFIG_FILE}: {key} is {given[key]!r}; it must be true or false")
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
     """Resize, crop the centre, rescale, normalise: each step as in Hugging Face's Pillow image processors.
@@ -131,23 +149,7 @@ class ImageProcessor:
         if family is None:
             raise AstraError(f"{CONFIG_FILE}: image_processor_type is {kind!r}; only ViT's and DeiT's are supported")
         given = _DEFAULTS[family[1]] | {key: value for key, value in values.items() if value is not None}
-        for key, value in given.items():
-            if key.startswith("do_") and value and key not in _SWITCHES:
-                raise AstraError(f"{CONFIG_FILE}: {key} is {value!r}; this step is not supported: set it to false")
-        unknown = [f"{k} {v!r}"[:80] for k, v in given.items() if not k.startswith("do_") and k not in _KNOWN]
-        if unknown:
-            raise AstraError(
-                f"{CONFIG_FILE}: has {', '.join(unknown)}, which is not known here and might change the result: remove "
-                "it if it does not"
-            )
-        if not given.get("default_to_square", True):
-            raise AstraError(
-                f"{CONFIG_FILE}: default_to_square is false; only squares are supported: give size in full"
-            )
-        for key in _SWITCHES:
-            if not isinstance(given.get(key, False), bool):
-                raise AstraError(f"{CONFIG_FILE}: {key} is {given[key]!r}; it must be true or false")
-
+        _check_steps(given)
         if isinstance(given["resample"], bool) or given["resample"] not in list(Image.Resampling):
             allowed = ", ".join(f"{filter.value} ({filter.name.lower()})" for filter in sorted(Image.Resampling))
             raise AstraError(f"{CONFIG_FILE}: resample is {given['resample']!r}; it must be one of {allowed}")

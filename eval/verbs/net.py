@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from astra_jax.errors import AstraError
+from astra_jax.hosts.findings import Findings, pair_rows
 from astra_jax.hosts.options import Hosts, detect
-from astra_jax.hosts.preflight import RATE_SECONDS, Findings, check_hosts, pair_rows
+from astra_jax.hosts.preflight import RATE_SECONDS, check_hosts
 from astra_jax.hosts.rendezvous import About
 from astra_jax.report import Report, be_quiet
 from eval.cost.advice import Option, candidates, reached_here, reason, usual_groups

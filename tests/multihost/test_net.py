@@ -19,8 +19,9 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import preflight, rendezvous
 from astra_jax.hosts.agreement import SOURCE, settings
 from astra_jax.hosts.connection import Line
+from astra_jax.hosts.findings import Findings
 from astra_jax.hosts.options import Hosts
-from astra_jax.hosts.preflight import Findings, check_hosts, gather, take_part
+from astra_jax.hosts.preflight import check_hosts, gather, take_part
 from eval.cost import advice
 from eval.cost.workload import open_workload
 from eval.network.model import Link

@@ -10,8 +10,9 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import preflight, rendezvous
 from astra_jax.hosts.agreement import digest
 from astra_jax.hosts.connection import Line
+from astra_jax.hosts.findings import Findings, Pair, Way, pair_rows
 from astra_jax.hosts.options import Hosts
-from astra_jax.hosts.preflight import Findings, Pair, Way, check_hosts, pair_rows
+from astra_jax.hosts.preflight import check_hosts
 from astra_jax.hosts.rendezvous import About
 from eval.verbs import net
 from tests.helpers.hosts import HELLO
