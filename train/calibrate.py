@@ -183,7 +183,7 @@ def schedules(astra: VQConfig, schedule: Schedule, L: int, codec: Codec, width: 
     shares = (1, 2, 4) if "auto" in schedule else (1,)
     for first in dict.fromkeys(-(-coded // share) for share in shares):
         groups = astra.groups * coded // first
-        if codec == "vq":
+        if codec == "vq" and groups != astra.groups:
             groups = max(g for g in range(1, groups + 1) if width % g == 0)
         kinds = before + CODED * first + predicted * (coded - first)
         found.append(dataclasses.replace(astra, groups=groups, schedule=() if kinds == CODED * L else kinds))

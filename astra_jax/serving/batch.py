@@ -51,7 +51,12 @@ class Batch:
     @property
     def free(self) -> int:
         """How many texts more can enter."""
-        return self._each * self._devices - len(self._in)
+        return self._each * self._devices - len(self._busy)
+
+    @property
+    def _busy(self) -> set[int]:
+        """Rows that are in, or whose only token nobody was told yet."""
+        return {*self._in, *(token.row for token in self._drawn)}
 
     @property
     def memory(self) -> Memory:
@@ -125,7 +130,7 @@ class Batch:
     def _places(self, count: int) -> list[int]:
         """Free rows for so many texts, on each device as many as on the others where that can be."""
         free = [
-            [row for row in range(device * self._each, (device + 1) * self._each) if row not in self._in]
+            [row for row in range(device * self._each, (device + 1) * self._each) if row not in self._busy]
             for device in range(self._devices)
         ]
         return [max(free, key=len).pop(0) for _ in range(count)]

@@ -73,7 +73,7 @@ def test_a_text_goes_on_in_the_same_way(request, random_text, family):
 def test_the_same_codes_cross_the_link(tiny_vit, rank_coded, astra):
     model, mesh = tiny_vit(astra), make_mesh(4)
     fast, plain = (parallelize(model, mesh, fast_path=fast_path) for fast_path in (True, False))
-    assert "folded" in fast.state["blocks"]["attention"] and "folded" not in plain.state["blocks"]["attention"]
+    assert "tables" in fast.state["blocks"]["attention"] and "tables" not in plain.state["blocks"]["attention"]
     found = [collectives_in(program.lower(rank_coded(1)).compile().as_text()) for program in (fast, plain)]
     assert found[0] == found[1] and len(found[0]) == 2
 

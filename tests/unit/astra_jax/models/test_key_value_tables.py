@@ -141,7 +141,7 @@ def test_only_astra_on_several_devices_uses_tables(tiny_vit, always):
     model = tiny_vit(VQConfig(groups=4, codewords=16))
 
     def has_tables(N, make, fast_path=True):
-        return "folded" in place(model, make_mesh(N), make, fast_path)[1]["blocks"]["attention"]
+        return "tables" in place(model, make_mesh(N), make, fast_path)[1]["blocks"]["attention"]
 
     assert has_tables(2, Astra.of)
     assert not has_tables(2, Astra.of, fast_path=False)

@@ -63,8 +63,8 @@ def test_a_stack_of_blocks_is_its_blocks_one_after_the_other(tiny_vit):
     one_block = nnx.jit(lambda block, x: block(x, single, (), Block(0))[0])
     for index in range(2):
         expected = one_block(block_at(model.blocks, index), expected)
-    stack = nnx.jit(lambda blocks, x: scan_blocks(blocks, x, single)[0])
-    np.testing.assert_allclose(stack(model.blocks, x), expected, atol=1e-5)
+    stack = nnx.jit(lambda model, x: scan_blocks(model, x, single)[0])
+    np.testing.assert_allclose(stack(model, x), expected, atol=1e-5)
 
 
 def test_activations_may_be_bfloat16_while_weights_and_logits_stay_float32(tiny_vit, rank_coded):

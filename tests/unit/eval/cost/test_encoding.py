@@ -18,7 +18,7 @@ def config():
 
 def test_the_fast_path_of_a_block_gives_what_the_plain_one_gives(config):
     fast, plain = (one_block(config, T, N, CODEC, fast_path) for fast_path in (True, False))
-    assert "folded" in fast.state["attention"] and "folded" not in plain.state["attention"]
+    assert "tables" in fast.state["attention"] and "tables" not in plain.state["attention"]
     assert fast.x.shape == (1, 1 + T // N, 64)
     np.testing.assert_allclose(fast.call()(), plain.call()(), rtol=1e-5, atol=1e-5)
     assert encoding(fast)().shape == (1, T // N, 1)

@@ -18,7 +18,6 @@ from astra_jax.cli.main import main
 from astra_jax.inputs.images import decode_image
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.vit import ViT, ViTConfig
-from astra_jax.strategies import base
 from astra_jax.strategies.coded import Astra
 from checkpoints.huggingface import write_folder
 from eval.network.packet_loss import arrived
@@ -169,7 +168,7 @@ def test_packet_loss_is_a_program_run_many_times(done, place, monkeypatch):
     monkeypatch.setattr("eval.quality.ways.arrived", spy(arrived, drawn))
     arguments = "{place}/tuned --batch-size 7 --packet-loss 0.6 --burst 3 --packet 2 --seeds 3"
     found = evaluate(place, f"{arguments} --plot {place}/lossy.svg")
-    assert len(traced) == 1 and traced[0].arrived.shape == (2, 7, 4, 4 * 5)
+    assert len(traced) == 1 and traced[0].transport.arrived.shape == (2, 4, 4, 7, 4)
     assert len(drawn) == 3 * 3 == len({there.tobytes() for there in drawn})
     assert abs(np.mean([there.mean() for there in drawn]) - (1 - 0.6 * 12 / 20)) < 0.05  # 12 of 20 slots are on a link
     assert found["packet_loss"] == {"rate": 0.6, "burst": 3.0, "packet": 2}
@@ -186,9 +185,7 @@ def test_tokens_in_proportion_to_speed(done, place):
     model, split = checkpoint.model, Shards((5, 5, 3, 3), "distributed")
     files = sorted((place / "pictures" / "test").glob("*/*.png"))
     images = jnp.asarray(checkpoint.processor([decode_image(path) for path in files]))
-    classify = nnx.jit(
-        lambda model, images: model(split.scatter(model.to_tokens(images)), base.Astra.virtual(split))[0]
-    )
+    classify = nnx.jit(lambda model, images: model(split.scatter(model.to_tokens(images)), Astra.virtual(split))[0])
     right = [
         checkpoint.labels[i] == path.parent.name
         for i, path in zip(np.argmax(classify(model, images), -1), files, strict=True)

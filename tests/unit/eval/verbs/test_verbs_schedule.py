@@ -56,7 +56,7 @@ def test_token_ids_alone(place):
     """10 tokens of 16 bits, once; and in block 1 nothing is lost, as nothing is sent."""
     (row,) = evaluate(place, str(place / "ids"))
     assert [row[key] for key in ("G", "bits", "ratio", "bytes")] == [4, 0, None, 20]
-    (lossy,) = evaluate(place, str(place / "ids"), "--loss", "0.9", "--seeds", "1")
+    (lossy,) = evaluate(place, str(place / "ids"), "--packet-loss", "0.9", "--seeds", "1")
     assert lossy["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
     assert compression(VQConfig(2, predictor="mlp", schedule=("known", "predicted")), 16, 2) == {
         "bits per token and block": 0,
