@@ -116,7 +116,7 @@ def test_the_cache_grows_where_a_longer_prompt_enters(made, mesh):
 def test_more_texts_than_there_is_room_for(made):
     batch = Batch(made(1, 1), 2)
     batch.enter(pad([[1], [2]], 64), [2, 2], [Sampling()] * 2)
-    with pytest.raises(AstraError, match="1 texts cannot enter where 0 have room: wait until others leave"):
+    with pytest.raises(AstraError, match="1 texts cannot enter where 0 have room: wait until others are done"):
         batch.enter(pad([[3]], 64), [2], [Sampling()])
     batch.leave(0)
     assert batch.enter(pad([[3]], 64), [2], [Sampling()]) == [0]
