@@ -151,7 +151,7 @@ def _sizes(D: int, HE: int, JE: int, config: Any) -> dict[str, int]:
 
 
 def vit_sizes(config: Any) -> dict[str, int]:
-    """Lengths of the axes in `VIT`: the letters of DESIGN section 2; T counts the class token."""
+    """Lengths of the axes in `VIT`: the letters of docs/guide.md; T counts the class token."""
     D, P = config.hidden_size, config.patch_size
     more = {"T": 1 + config.num_patches, "channel": config.num_channels, "row": P, "column": P}
     return _sizes(D, D, D, config) | more

@@ -167,7 +167,8 @@ def check_schedule(args: Args) -> None:
 
 
 def schedules(astra: VQConfig, schedule: Schedule, L: int, codec: Codec, width: int) -> list[VQConfig]:
-    """The configurations that `--schedule` lets calibration choose from: all take as many bits (our choice).
+    """The configurations that `--schedule` lets calibration choose from: all take as many bits, or where the groups of
+    `vq` have to divide the width a little fewer (our choice).
 
     Of `auto` all blocks are coded, or the first half of them with twice as many groups, or a quarter with four times.
 

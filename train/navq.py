@@ -56,7 +56,7 @@ class NoiseAugmented(Astra):
         if codec.predictor is not None:
             unexpected = jnp.sum((jax.lax.stop_gradient(mine) - self.own(expected)) ** 2, axis=-1)
             seen = seen._replace(surprise=jnp.mean(unexpected, where=sent))
-        if delivery is not None and jnp.ndim(delivery.groups if delivery.groups is not None else 0):
+        if delivery is not None and delivery.by_token:
             said = jnp.where(jnp.asarray(delivery.groups)[..., None] > 0, said, 0)
         return Heard(Estimates(p + said), Report(observed=seen))
 

@@ -36,6 +36,8 @@ class NestedQuantizer(Quantizer):
     first, of one group, is as good a code as its bits allow. codecs/axes.py finds A, B and the widths.
     """
 
+    rotates = True
+
     def __init__(self, config: NestedPQConfig, width: int):
         super().__init__(config)
         self.widths = config.level_widths
@@ -48,8 +50,6 @@ class NestedQuantizer(Quantizer):
         parts = [(VQConfig(groups=len(w), codewords=config.codewords), len(w) * max(w)) for w in self.widths]
         # By names, not by numbers, which are no part of a path in a checkpoint.
         self.of_level = nnx.Dict({str(number): VectorQuantizer(*part) for number, part in enumerate(parts)})
-
-    rotates = True
 
     @property
     def levels(self) -> list[VectorQuantizer]:

@@ -80,7 +80,7 @@ class VectorQuantizer(Quantizer):
         return y.reshape(*y.shape[:-1], self.groups, -1)
 
     def encode(self, y: Float[Array, "*tokens W"]) -> UInt16[Array, "*tokens G"]:
-        """z = argmin_k ||y_g - C[g,k]|| (DESIGN: codes)."""
+        """z = argmin_k ||y_g - C[g,k]|| per group (paper section 3)."""
         y = self.in_groups(y)
         return nearest(y.reshape(-1, *y.shape[-2:]), self.codebook[...]).reshape(y.shape[:-1]).astype(jnp.uint16)
 

@@ -3,7 +3,7 @@
 The longer shards are last, so that the end of every prompt is in the last shard. After prefill its device already has
 what decoding needs (paper section 3): keys and values of its own tokens in full precision, and the codes of all others,
 which it received block by block. So nothing crosses the link after the first token. The cache keeps remote tokens as
-codes; every step decodes them anew (DESIGN section 3).
+codes; every step decodes them anew.
 
 Texts that are decoded together are the rows of one state, which is donated from step to step. A row is written into it
 whole (`enter`), and what another row has is never looked at, so that a text is the same in whatever company.

@@ -135,7 +135,7 @@ class Astra(SplitTokens):
         if codec.predictor is not None:
             return Heard(Estimates(estimate), Report())
         assert delivery is not None  # only a predictor makes do without
-        if delivery.groups is None or jnp.ndim(delivery.groups):  # lost tokens are masked, the others whole
+        if delivery.groups is None or delivery.by_token:  # lost tokens are masked, the others whole
             return Heard(Codes(delivery.codes), Report())
         return Heard(Estimates(codec.decode(delivery.codes, delivery.groups)), Report())
 
@@ -152,7 +152,7 @@ class Astra(SplitTokens):
 
     def _there(self, codec: Quantizer, delivery: Delivery | None) -> Bool[Array, "N N B S"] | None:
         """Which tokens each receiver can make use of; None for all."""
-        if delivery is None or jnp.ndim(delivery.groups if delivery.groups is not None else 0) == 0:
+        if delivery is None or not delivery.by_token:
             return None
         if codec.predictor is not None and self.lost == "predicted":
             return None

@@ -29,6 +29,11 @@ class Delivery(NamedTuple):
     codes: UInt16[Array, "N B S G"]
     groups: Groups | None = None
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens differ in how many groups of them arrived, so that some may be lost."""
+        return self.groups is not None and jnp.ndim(self.groups) > 0
+
 
 @runtime_checkable
 class Transport(Protocol):

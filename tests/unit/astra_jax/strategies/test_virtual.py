@@ -50,7 +50,7 @@ def turn(x, position, theta):
 
 
 def slow_attention(module, shards, class_token, received, causal):
-    """DESIGN section 3, query by query and key by key, in float64.
+    """The equations of the paper's section 3, query by query and key by key, in float64.
 
     Args:
       shards: one list per device of vectors [D], its class token first.
