@@ -166,7 +166,7 @@ Codec = Literal["vq", "nested-pq"]  # the same names, for command lines
 def config_of(values: dict[str, Any], where: str) -> AstraConfig:
     """The configuration that `as_dict` gave. Raises AstraError if it is none, and says `where`."""
     name = values.get("codec")
-    if name not in CONFIGS:
+    if not isinstance(name, str) or name not in CONFIGS:
         raise AstraError(f"{where}: codec is {name!r}; it must be one of {', '.join(CONFIGS)}: calibrate it again")
     return from_dict(CONFIGS[name], {field: value for field, value in values.items() if field != "codec"}, where)
 

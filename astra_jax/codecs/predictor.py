@@ -56,7 +56,7 @@ class Predictor(nnx.Module):
     """
 
     def __init__(self, config: AstraConfig, width: int):
-        mlp, units = config.predictor == "mlp", config.hidden_units
+        mlp, units, self.width = config.predictor == "mlp", config.hidden_units, width
 
         def zeros(*shape: int) -> Prediction:
             return Prediction(jnp.zeros(shape, jnp.float32))

@@ -94,7 +94,7 @@ class Astra(SplitTokens):
         """The estimate [N,B,S,W] before the first block: 0, or what token ids say, which are sent once."""
         if codec is None or codec.predictor is None:
             return ()
-        N, B, S, W = self.shards.N, x.shape[0], self.shards.sent_slots, codec.predictor.bias.shape[-1]
+        N, B, S, W = self.shards.N, x.shape[0], self.shards.sent_slots, codec.predictor.width
         nothing = self.transport.nothing((N, B, S, W))
         if known is None:
             return nothing

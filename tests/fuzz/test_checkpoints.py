@@ -88,6 +88,9 @@ def read_config(folder):
     return family, content, *configs.config_from_hf(family, content, folder, derived)
 
 
+NONE_IS_0 = ("original_max_position_embeddings", "mscale", "mscale_all_dim")
+
+
 def in_range(config):
     """Whether all numbers of a configuration make sense by themselves."""
     for field in dataclasses.fields(config):
@@ -97,7 +100,7 @@ def in_range(config):
         elif "eps" in field.name:
             assert 0 <= value <= 1, field.name
         elif isinstance(value, int) and field.name != "type_vocab_size":
-            assert 0 < value < 2**31 or (value == 0 and field.name == "original_max_position_embeddings"), field.name
+            assert 0 < value < 2**31 or (value == 0 and field.name in NONE_IS_0), field.name
         elif isinstance(value, float):
             assert 0 <= value <= 1e15, field.name
         elif dataclasses.is_dataclass(value):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_jax.codecs.config import VQConfig
-from astra_jax.serving.sampling import Sampling
+from astra_jax.serving.sampling import Draws, Sampling
 from eval.cost.device_profile import read_profile
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import match
@@ -145,8 +145,8 @@ def test_requests(content):
     assert wishes.max_new_tokens is None or type(wishes.max_new_tokens) is int
     assert 0 <= sampling.temperature < math.inf and 0 < sampling.top_p <= 1
     assert type(sampling.top_k) is int and sampling.top_k >= 0
-    assert all(0 <= number < 2**31 for number in sampling.numbers), "beyond what is computed with"
     assert type(sampling.seed) is int and 0 <= sampling.seed < 2**32
+    assert all(np.isfinite(numbers).all() and (numbers >= 0).all() for numbers in Draws.of([sampling]))
     assert unpacked(packed(request)) == request
 
 

@@ -50,9 +50,8 @@ def test_it_is_the_same_model_as_on_virtual_shards(request, rank_coded, random_t
     check(three_blocks(request, family, astra), inputs, N)
 
 
-@pytest.mark.slow
 def test_weights_in_an_array_for_each_block_do_not_matter(request, monkeypatch, random_text):
-    model, text = three_blocks(request, "tiny_gpt2", of(MLP, *TWO)), random_text(24)
+    model, text = three_blocks(request, "tiny_gpt2", of(MLP, *IDS_AND_ONE)), random_text(24)
     stacked = parallelize(model, make_mesh(3))(text)
     monkeypatch.setattr("astra_jax.models.blocks.LEAST_UNSTACKED", 0)
     np.testing.assert_allclose(parallelize(model, make_mesh(3))(text), stacked, rtol=1e-5, atol=1e-5)
@@ -131,7 +130,9 @@ def test_what_is_sent(request, random_text, family, astra, codes, ids):
 
 @pytest.mark.parametrize("astra", [of(MLP, *FIRST), pytest.param(of(MLP, *IDS), marks=pytest.mark.slow)], ids=str)
 def test_text_goes_on_from_estimates(tiny_gpt2, random_text, astra):
+    """Tokens of a seed by whose rounding errors no logit changes by more: a random model has some that are 100 times as
+    sensitive as the rest."""
     model, text = tiny_gpt2(astra, n_layer=3), random_text(23, 1, 2, 7)
     generator = Generator(model, make_mesh(4))
-    new = tokens(generator, text, Sampling(temperature=3.0))
+    new = tokens(generator, text, Sampling(temperature=3.0, seed=2))
     np.testing.assert_allclose(decode(generator, text, new), recompute(model, text, new, 4), rtol=1e-5, atol=1e-5)

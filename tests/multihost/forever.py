@@ -19,7 +19,7 @@ from tests.multihost.one_host import inputs_for
 def run() -> None:
     """Runs a model without end."""
     coordinator, hosts, host, path = sys.argv[1:5]
-    mesh = open_mesh(None, Hosts(coordinator, int(hosts), int(host), patience=5.0))
+    mesh = open_mesh(None, Hosts(coordinator, int(hosts), int(host), start_seconds=20.0, patience=5.0))
     checkpoint = checkpoints.load(path, shardings=lambda model: shardings(model, mesh))
     program, inputs = parallelize(checkpoint.model, mesh), inputs_for(checkpoint)
     while True:

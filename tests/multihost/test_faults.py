@@ -33,7 +33,7 @@ def hosts(request, saved):
 def last_words(process):
     """Seconds until a process ended, its exit code, and the last line of what it complained of."""
     start = time.monotonic()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     return time.monotonic() - start, process.returncode, err.splitlines()[-1]
 
 
