@@ -17,7 +17,7 @@ from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.registry import make_codec
 from astra_jax.models.interface import Codes, Content, Estimates, Inputs, Kept, Remote, Report, Source, Strategy
-from astra_jax.models.layers import RowLinear
+from astra_jax.models.layers import ColumnLinear, RowLinear
 from astra_jax.models.mask import Block
 from astra_jax.models.rotary import Rotary
 
@@ -166,9 +166,9 @@ class MixedPrecisionAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.H, self.J, self.E, self.rotary = H, J, E, rotary
-        self.q = nnx.Linear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.k = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.v = nnx.Linear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.q = ColumnLinear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.k = ColumnLinear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = ColumnLinear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
         self.site = astra.site if astra else None
         self.codec = make_codec(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None

@@ -29,9 +29,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+# What the axes of a block's weights are, said where a weight is made, for strategies that split them: the hidden width,
+# or what is within a layer and comes in whole parts, heads and columns of the MLP. A stack has one more axis in front.
+HIDDEN, INNER = "hidden", "inner"
+OF_HIDDEN, OF_INNER = {"axes": (HIDDEN,)}, {"axes": (INNER,)}
+
+
+def axis_of(weight: nnx.Variable, name: str) -> int:
+    """Which axis of a weight, counted from the last, is called that; 0 for none."""
+    axes = weight.get_metadata().get("axes", ())
+    return axes.index(name) - len(axes) if name in axes else 0
+
+
 # flax by default takes the variance as E[x^2] - E[x]^2, which in float32 is wrong where the mean is far larger than the
 # deviation: by 4e-3 of the output at a hundred times.
-LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
+LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False, scale_metadata=OF_HIDDEN, bias_metadata=OF_HIDDEN)
+RMSNorm = partial(nnx.RMSNorm, scale_metadata=OF_HIDDEN)
 
 
 def check_activation(field: str, name: str) -> None:
@@ -79,8 +92,21 @@ def check_divides(config: Any, whole: str, part: str) -> None:
         )
 
 
+class ColumnLinear(nnx.Linear):
+    """A linear layer that reads the hidden state. Some columns of its kernel may be here, and the rest elsewhere."""
+
+    def __init__(self, inputs: int, outputs: int, **options: Any):
+        axes = {"axes": (HIDDEN, INNER)}
+        super().__init__(inputs, outputs, kernel_metadata=axes, bias_metadata=OF_INNER, **options)
+
+
 class RowLinear(nnx.Linear):
-    """A linear layer of whose kernel some rows may be here and the rest elsewhere: the strategy adds up the parts."""
+    """A linear layer that writes to the hidden state. Some rows of its kernel may be here, and the rest elsewhere: the
+    strategy adds up the parts."""
+
+    def __init__(self, inputs: int, outputs: int, **options: Any):
+        axes = {"axes": (INNER, HIDDEN)}
+        super().__init__(inputs, outputs, kernel_metadata=axes, bias_metadata=OF_HIDDEN, **options)
 
     def __call__(  # type: ignore[override]  # a strategy where Flax has a sharding
         self, x: Float[Array, "B S rows"], strategy: Any
@@ -95,7 +121,7 @@ class MLP(nnx.Module):
     """[B,S,D] -> [B,S,F] -> [B,S,D] with an activation between."""
 
     def __init__(self, D: int, F: int, activation: str, *, dtype: Any, rngs: nnx.Rngs):
-        self.up = nnx.Linear(D, F, dtype=dtype, rngs=rngs)
+        self.up = ColumnLinear(D, F, dtype=dtype, rngs=rngs)
         self.down = RowLinear(F, D, dtype=dtype, rngs=rngs)
         self.activation = activation
 
@@ -107,8 +133,8 @@ class GatedMLP(nnx.Module):
     """[B,S,D] -> [B,S,D]: `down(activation(gate(x)) * up(x))`, F wide inside."""
 
     def __init__(self, D: int, F: int, activation: str, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.gate = ColumnLinear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.up = ColumnLinear(D, F, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.down = RowLinear(F, D, use_bias=use_bias, dtype=dtype, rngs=rngs)
         self.activation = activation
 

@@ -14,7 +14,7 @@ from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.decoder import Decoder, Task
 from astra_jax.models.interface import Report, Strategy
-from astra_jax.models.layers import GatedMLP, check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.layers import GatedMLP, RMSNorm, check_activation, check_choice, check_divides, check_numbers
 from astra_jax.models.mask import Block
 from astra_jax.models.rotary import Rotary
 
@@ -74,7 +74,7 @@ class LlamaBlock(nnx.Module):
 
     def __init__(self, config: LlamaConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
         D, H, J, E, eps = config.hidden_size, config.num_attention_heads, config.J, config.E, config.rms_norm_eps
-        self.norm1 = nnx.RMSNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm1 = RMSNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         self.attention = MixedPrecisionAttention(
             *(D, H, J, E),
             qkv_bias=config.attention_bias,
@@ -84,7 +84,7 @@ class LlamaBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm2 = nnx.RMSNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.norm2 = RMSNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         F, act, bias = config.intermediate_size, config.hidden_act, config.mlp_bias
         self.mlp = GatedMLP(D, F, act, use_bias=bias, dtype=dtype, rngs=rngs)
 
@@ -117,7 +117,7 @@ class Llama(Decoder):
         D, init = config.hidden_size, nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = stack_blocks(lambda r: LlamaBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
-        self.norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(D, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.add_head(dtype, rngs)
 
     def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:

@@ -4,12 +4,13 @@ Sequence parallelism as in Voltage, tensor parallelism as in Megatron, and block
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from astra_jax.codecs.base import Quantizer
@@ -18,6 +19,7 @@ from astra_jax.errors import AstraError
 from astra_jax.mesh.collectives import Alone, Peers
 from astra_jax.mesh.sharding import SEQ, Shards
 from astra_jax.models.interface import Exchanged, Inputs, Report, Step
+from astra_jax.models.layers import HIDDEN, INNER, axis_of
 from astra_jax.models.mask import Block
 from astra_jax.strategies.base import Message, Sharded, SplitTokens, hidden_bits
 from astra_jax.strategies.transport import Mesh
@@ -49,36 +51,17 @@ def one_class_token(shards: Shards) -> Shards:
     return dataclasses.replace(shards, class_token="single" if shards.class_token else None)
 
 
-# The layers of a block that read the hidden state, and those that write to it.
-READERS, WRITERS = {"q", "k", "v", "up", "gate"}, {"o", "down"}
+def split_axes(state: Any, name: str) -> Any:
+    """Which axis of every array in a state, counted from the last, is called that where its weight is made; 0 for none.
 
-
-def heads_axis(names: Sequence[str]) -> int:
-    """Which axis of a weight, counted from the last, Megatron splits: heads and columns of the MLP. 0 for none.
-
-    Args:
-      names: the weight's path in the model.
+    What has length 1 there, as scales of quantized weights, is whole.
     """
-    if READERS & {*names}:
-        return -1
-    return -2 if WRITERS & {*names} and "bias" not in names else 0
 
+    def one(weight: nnx.Variable) -> Any:
+        axis = axis_of(weight, name)
+        return jax.tree.map(lambda a: axis if axis and a.shape[axis] > 1 else 0, weight)
 
-def width_axis(names: Sequence[str]) -> int:
-    """Which axis of a block's weight, counted from the last, is the hidden width: DeTransformer's split. 0 for none."""
-    if READERS & {*names}:
-        return -2 if "bias" not in names else 0
-    return 0 if "codec" in names else -1
-
-
-def split_axes(axis_of: Callable[[Sequence[str]], int], state: Any) -> Any:
-    """`axis_of(path)` of every array in a state. What has length 1 there, as scales of quantized weights, is whole."""
-
-    def one(path: Any, array: Any) -> int:
-        axis = axis_of([str(getattr(key, "key", getattr(key, "name", ""))) for key in path])
-        return axis if axis and array.shape[axis] > 1 else 0
-
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree.map(one, state, is_leaf=lambda a: isinstance(a, nnx.Variable))
 
 
 def part_size(array: Any, axis: int, N: int) -> int:
@@ -138,7 +121,7 @@ class TensorParallel(Sharded):
         return [Message("all-reduce", slots * hidden_bits(model), 2 * model.config.num_hidden_layers)]
 
     def weight_axes(self, state: Any) -> Any:
-        return split_axes(heads_axis, state)
+        return split_axes(state, INNER)
 
     def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.peers.total(x)
@@ -196,7 +179,7 @@ class BlockParallel(Sharded):
 
         def sub_block(x: Array, number: Array) -> tuple[Array, None]:
             whole = weights_of(number)
-            mine = jax.tree.map(partial(part, n=n, N=N), whole, split_axes(width_axis, whole))
+            mine = jax.tree.map(partial(part, n=n, N=N), whole, split_axes(whole, HIDDEN))
             return step(self, "coded", (x, ()), (mine, number))[0][0], None
 
         def group(carry: Any, numbers: Array) -> tuple[Any, Any]:
