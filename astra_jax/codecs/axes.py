@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import brentq
 
 from astra_jax.errors import AstraError
 
@@ -44,8 +43,8 @@ def principal_axes(y: Float[np.ndarray, "M W"], metric: Float[np.ndarray, "W W"]
 def axis_bits(variance: Float[np.ndarray, "W"], total: float) -> Float[np.ndarray, "W"]:
     """Reverse water-filling: `max(0, log2(variance / level) / 2)` of every axis, with the level that gives `total`."""
     logs = np.log2(np.maximum(variance, 1e-12 * variance.max())) / 2
-    low, high = logs.min() - total / len(logs) - 1, logs.max()
-    level = brentq(lambda level: np.maximum(logs - level, 0).sum() - total, low, high, xtol=1e-14)
+    # With the n greatest above the level, what they have above it is their sum less n levels; any other n gives less.
+    level = ((np.cumsum(np.sort(logs)[::-1]) - total) / np.arange(1, len(logs) + 1)).max()
     return np.maximum(logs - level, 0)
 
 
