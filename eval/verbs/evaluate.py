@@ -281,7 +281,7 @@ def measure(
     bits = astra.mean_bits(config.num_hidden_layers) if astra else None
     return {
         "checkpoint": path.name,
-        "astra": dataclasses.asdict(astra) if astra else None,
+        "astra": astra.as_dict() if astra else None,
         "strategy": way.strategy,
         "N": way.N,
         "G": astra.groups if astra else None,

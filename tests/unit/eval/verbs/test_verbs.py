@@ -21,6 +21,7 @@ from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.strategies.coded import Astra
 from checkpoints.huggingface import write_folder
 from eval.network.packet_loss import arrived
+from eval.quality.reached import read_quality
 
 CLASSES = ("black", "dark", "light", "white")
 CONFIG = ViTConfig(
@@ -107,6 +108,13 @@ def test_eval_compares_the_original_with_four_devices(done, place):
     assert tuned["bits"] == 16 and tuned["bytes"] == 2 * 4 * 16 // 8 + 4 * 16
     assert tuned["10mbit"] == pytest.approx(tuned["compute ms"] + 1e3 * 8 * tuned["bytes"] / 10e6)
     assert (place / "plot.png").stat().st_size > 10_000
+
+
+def test_plan_reads_what_eval_wrote(done, place):
+    astra, rows = checkpoints.read_meta(place / "tuned").astra, done["eval"]["rows"]
+    quality = read_quality(place / "eval.json", astra)
+    assert quality.codes == astra and quality.others == 0
+    assert quality.reached == {(4, 4): min(row["accuracy %"] for row in rows if row["N"] == 4)}
 
 
 def test_eval_says_what_the_model_says(done, place):
