@@ -23,7 +23,7 @@ from astra_jax.report import Report
 from eval import plots
 from eval.network.lab import Lab
 from eval.network.model import parse_rate
-from eval.reports.paper import insert, markdown
+from eval.reports.tables import insert, markdown
 
 HOSTS, CPU = 4, 0.4  # of a core each, which leaves a fifth of two cores to the links between them
 STRATEGIES, GROUPS = "single,astra,sp,tp", "1,16,32"
@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     report.table("exchanges", "exchanges", exchanges)
     report.say(agreement(rows))
     if args.markdown:
-        parts = {"passes": markdown(rows), "exchanges": markdown(exchanges), "agreement": agreement(rows)}
+        parts = {"passes": f"{markdown(rows)}\n\n{agreement(rows)}", "exchanges": markdown(exchanges)}
         for name, text in parts.items():
             insert(args.markdown, name, text, "make lab")
         plot = args.markdown.with_suffix(".png")

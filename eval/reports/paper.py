@@ -14,17 +14,15 @@ from typing import Any
 
 from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
-from astra_jax.errors import AstraError
-from astra_jax.files import write_output
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.report import Report
 from eval.cost.cost import share_flops
 from eval.cost.traffic import messages
 from eval.cost.workload import Setting, Workload, open_workload
 from eval.network.model import Link, exchange_seconds, parse_rate
+from eval.reports.tables import insert, markdown
 
 N, T = 4, 1024  # the paper's setting
-MARK = "<!-- {} of `{}` -->"
 
 ONE, SP, TP = Setting("single", 1), Setting("sp", N), Setting("tp", N)
 BP = Setting("bp-ag", N, exchanges=1)
@@ -153,39 +151,6 @@ def llama() -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def insert(path: Path, name: str, text: str, command: str = "make paper") -> None:
-    """Puts a text between a command's two marks of that name in a file. Raises AstraError where they are not there."""
-    before, after = around_marks(path, name, command)
-    write_output(path, f"{before}{text}\n{after}")
-
-
-def around_marks(path: Path, name: str, command: str) -> tuple[str, str]:
-    """What a file has up to the first of a command's two marks of that name, and from the second on.
-
-    Raises:
-      AstraError: the marks are not there, or no file that can be read is.
-    """
-    start, end = MARK.format(name, command) + "\n", MARK.format(f"end of {name}", command)
-    try:
-        before, found, rest = path.read_text(encoding="utf8").partition(start)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AstraError(f"{path}: cannot be read ({error}): give a file with marks to put a table between") from error
-    _, ended, after = rest.partition(end)
-    if not (found and ended):
-        raise AstraError(f"{path}: has no lines {start.strip()} and {end} to put a table between: write them")
-    return before + start, end + after
-
-
 def main(args: Args) -> None:
     """Prints the tables."""
     report = Report("paper", args.json)
@@ -215,7 +180,7 @@ def main(args: Args) -> None:
     )
     if args.markdown:
         for name, rows in tables.items():
-            insert(args.markdown, name, markdown(rows))
+            insert(args.markdown, name, markdown(rows), "make paper")
         report.say(f"tables: {args.markdown}")
     report.close()
 

@@ -12,12 +12,9 @@ compare numbers with it. Where torch is missing, its table says so.
 """
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -49,9 +46,7 @@ from eval.cost.encoding import Block, one_block
 from eval.cost.timing import wall_seconds
 from eval.cost.workload import open_workload
 from eval.reports.lab import CPU, HOSTS, kept_in, measurement, rows_of
-from eval.reports.paper import insert, markdown
-
-Rows = list[dict[str, Any]]
+from eval.reports.tables import Rows, insert, markdown
 
 RATE = "10mbit"
 EIGHT, LITTLE_CPU = 8, 0.2
@@ -97,19 +92,6 @@ def config_of(args: Args) -> ViTConfig:
     if not isinstance(config, ViTConfig):
         raise AstraError(f"--model {args.model}: is no ViT: try vit-base")
     return config
-
-
-def machine(args: Args) -> Rows:
-    """What it was measured on, and with which versions."""
-
-    def measure() -> Rows:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-        cores = len(os.sched_getaffinity(0))
-        cpu = found[1] if found else platform.machine()
-        return [{"CPU": cpu, "cores": cores, "Python": platform.python_version(), **versions}]
-
-    return kept(args.folder / "machine.json", measure)
 
 
 def in_lab(args: Args, hosts: int, cpu: float, model: str, **options: Any) -> Rows:
@@ -327,7 +309,6 @@ def start_rows(pairs: list[tuple[float, float]]) -> Rows:
 
 # Name of a table -> its title, and what measures its rows.
 SECTIONS: dict[str, tuple[str, Callable[[Args], Rows]]] = {
-    "machine": ("measured on", machine),
     "hosts": (f"{HOSTS} hosts with {CPU} of a core each, {RATE}", hosts),
     "slower": (f"{HOSTS} hosts with {LITTLE_CPU} of a core each, {RATE}", slower),
     "eight": (f"{EIGHT} hosts with {LITTLE_CPU} of a core each, {RATE}", eight),

@@ -37,7 +37,7 @@ from astra_jax.report import Report, say
 from eval import plots
 from eval.datasets.labelled import DataArgs
 from eval.quality.tasks import METRICS, task_of
-from eval.reports.paper import around_marks, insert, markdown
+from eval.reports.tables import around_marks, insert, markdown
 from eval.verbs import evaluate
 from train import calibrate, finetune
 from train.loop import Training

@@ -1,8 +1,9 @@
 """The paper's latency figures from our operations, bits, and one fitted speed."""
 
+import re
+
 import pytest
 
-from astra_jax.errors import AstraError
 from eval.cost.cost import share_flops
 from eval.cost.workload import open_workload
 from eval.reports.paper import (
@@ -17,7 +18,6 @@ from eval.reports.paper import (
     Args,
     Model,
     fit,
-    insert,
     main,
     ratios,
 )
@@ -70,15 +70,5 @@ def test_the_page_holds_what_the_command_writes(tmp_path):
     copy = tmp_path / "paper.md"
     copy.write_text(DOCS.read_text())
     main(Args(markdown=copy))
-    assert copy.read_text() == DOCS.read_text()
-
-
-def test_a_table_goes_between_its_marks_alone(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("before\n<!-- x of `make paper` -->\nold\n<!-- end of x of `make paper` -->\nafter\n")
-    insert(path, "x", "new")
-    assert path.read_text() == "before\n<!-- x of `make paper` -->\nnew\n<!-- end of x of `make paper` -->\nafter\n"
-    with pytest.raises(AstraError, match="has no lines <!-- y of `make paper` -->"):
-        insert(path, "y", "new")
-    with pytest.raises(AstraError, match="page.md/none: cannot be read"):
-        insert(path / "none", "x", "new")
+    found, expected = (re.sub("<sub>.*</sub>", "", path.read_text()) for path in (copy, DOCS))
+    assert found == expected
