@@ -1,18 +1,25 @@
-# make demo | paper | lab | bench | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12 picks
-# another Python for it, once `make clean` has removed it.
+# make demo | docs | lab | bench | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12
+# picks another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo paper lab bench test test-all multidevice fuzz lint venv clean
+.PHONY: demo docs paper results lab bench test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	@$(BIN)/python -m train.recipes.digits
 
+# The pages whose numbers take minutes: docs/paper.md and docs/results.md. `make lab` and `make bench` take half an hour each, and
+# docs/accuracy-per-bit.md hours, by the commands that it names.
+docs: paper results
+
 paper: .venv/installed
 	@$(BIN)/python -m eval.reports.paper --markdown docs/paper.md
+
+results: demo
+	@$(BIN)/python -m eval.reports.results --markdown docs/results.md
 
 lab: .venv/installed
 	@$(BIN)/python -m eval.reports.lab --markdown docs/lab.md
@@ -25,9 +32,10 @@ bench: .venv/installed-test
 test: .venv/installed-test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Slow tests run one by one: several hosts of their own each, the lab, and limits of time.
+# Slow tests of several hosts and of the lab run one by one: they are many processes each, and have limits of time.
 test-all: test
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/multihost --ignore tests/lab
+	@$(BIN)/python -m pytest -m slow tests/multihost tests/lab
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
 # make multidevice PYTHON=python3.13 JAX=0.12.0
