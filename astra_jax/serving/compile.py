@@ -16,7 +16,7 @@ from astra_jax.mesh.sharding import DATA, SEQ, put
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
 from astra_jax.strategies.base import Sharded, Single
-from astra_jax.strategies.coded import Astra
+from astra_jax.strategies.coded import Astra, AstraPlain
 from astra_jax.strategies.rivals import (
     BlockParallel,
     BlockSequenceParallel,
@@ -29,6 +29,7 @@ from astra_jax.strategies.rivals import (
 STRATEGIES: dict[str, type[Sharded]] = {
     "single": Single,
     "astra": Astra,
+    "astra-plain": AstraPlain,
     "sp": SequenceParallel,
     "tp": TensorParallel,
     "bp-ag": BlockParallel,
@@ -85,13 +86,12 @@ def shardings(model: Any, mesh: Mesh, make: Make = Astra.of) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(strategy, state))
 
 
-def place(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True) -> tuple[Any, Any]:
+def place(model: Any, mesh: Mesh, make: Make = Astra.of) -> tuple[Any, Any]:
     """A model's graph, and its weights placed on a mesh by `shardings`. Of an abstract model, shapes stay shapes.
 
-    Args:
-      fast_path: whether the tables of `models/key_value_tables.py` are among the weights, where that pays.
+    Among the weights are tables of keys and values (key_value_tables.py), if the strategy `folds` and they pay.
     """
-    if fast_path and make_for(mesh, make)(model, mesh.shape[SEQ]).folds:
+    if make_for(mesh, make)(model, mesh.shape[SEQ]).folds:
         model = fold(model, mesh.devices.flat[0].platform)
     where = shardings(model, mesh, make)
     graphdef, state = nnx.split(model)
@@ -127,14 +127,13 @@ def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:
     return run
 
 
-def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool = True) -> Program:
+def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
     """Jit-compiles `model` for a (data, seq) mesh of N = `mesh.shape["seq"]` devices over the tokens.
 
     Args:
       model: a model of `astra_jax.models`; its weights are placed on the devices.
       mesh: from `make_mesh`.
       make: what makes the strategy, such as `TensorParallel.of`; by default ASTRA. With N = 1 it is `Single`.
-      fast_path: whether exact short cuts are taken where they pay (key_value_tables.py); False for the plain form.
 
     Returns:
       A function from the model's input (for ViT: images [B, height, width, channels]; for text: `Text`) to its output:
@@ -146,7 +145,7 @@ def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of, fast_path: bool =
         ASTRA lacks codebooks.
     """
     make = make_for(mesh, make)
-    graphdef, state = place(model, mesh, make, fast_path)
+    graphdef, state = place(model, mesh, make)
     N, batches = mesh.shape[SEQ], mesh.shape[DATA]
 
     def work(state: Any, tokens: Array, strategy: Any) -> Array:

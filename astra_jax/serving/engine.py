@@ -199,7 +199,6 @@ class Engine:
       checkpoint: with codebooks for more than one device.
       mesh: from `make_mesh`.
       make: what makes the strategy, such as `TensorParallel.of`; by default ASTRA. Texts go on from codes only.
-      fast_path: whether exact short cuts are taken where they pay (key_value_tables.py).
       passing: what runs the passes of all devices, for who measures them or has hosts agree on them.
 
     Raises:
@@ -212,7 +211,6 @@ class Engine:
         mesh: Mesh,
         *,
         make: Make = Astra.of,
-        fast_path: bool = True,
         passing: Passing = at_once,
     ):
         self.checkpoint, self.mesh, self.model, self._passing = checkpoint, mesh, checkpoint.model, passing
@@ -220,9 +218,9 @@ class Engine:
         self.input_kind: InputKind = checkpoint.config.input_kind
         self.task: str = getattr(checkpoint.config, "task", "classification")
         if self.task == "causal-lm":
-            self._generator = Generator(self.model, mesh, fast_path, make)
+            self._generator = Generator(self.model, mesh, make)
         else:
-            self._program = parallelize(self.model, mesh, make, fast_path)
+            self._program = parallelize(self.model, mesh, make)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -99,7 +99,6 @@ class Generator:
     Args:
       model: a causal language model of `astra_jax.models`.
       mesh: from `make_mesh`. Prefill uses all of it; decoding the devices of the last shard, one per data row.
-      fast_path: see `astra_jax.serving.compile.parallelize`.
       make: what makes the strategy of prefill, an `Astra`.
 
     Raises:
@@ -107,11 +106,11 @@ class Generator:
         has the ends of all prompts.
     """
 
-    def __init__(self, model: Any, mesh: Mesh, fast_path: bool = True, make: Make = Astra.of):
+    def __init__(self, model: Any, mesh: Mesh, make: Make = Astra.of):
         if not model.per_token:
             raise AstraError("this checkpoint is no language model: it cannot generate text")
         self.model, self.mesh = model, mesh
-        self.graphdef, self.state = place(model, mesh, make, fast_path)
+        self.graphdef, self.state = place(model, mesh, make)
         # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
         self.ends = ends_of(mesh)
         self.here = self.ends.devices[0].process_index == jax.process_index()

@@ -159,6 +159,13 @@ class Astra(SplitTokens):
         return jnp.asarray(delivery.groups) > 0
 
 
+@dataclasses.dataclass(frozen=True)
+class AstraPlain(Astra):
+    """The same without tables of keys and values (`models/key_value_tables.py`): what these are compared with."""
+
+    folds = False
+
+
 def _id_dtype(vocabulary: int) -> Any:
     """What token ids are sent as."""
     return jnp.dtype(jnp.uint16 if vocabulary <= 2**16 else jnp.uint32)

@@ -51,13 +51,13 @@ def cost(work: Workload, setting: Setting, speeds: Sequence[float], flops_per_se
 
 def share_flops(work: Workload, setting: Setting, N: int | None = None) -> int:
     """Operations of one device of N (by default the setting's N) in a forward pass."""
-    mine = share(work.abstract(setting.groups), N or setting.N, work.inputs(), setting.make, setting.fast_path)
+    mine = share(work.abstract(setting.groups), N or setting.N, work.inputs(), setting.make)
     return flops(mine.run, *mine.arguments)
 
 
 def measured_flops_per_second(work: Workload, model: Any, setting: Setting, repeats: int) -> float:
     """Operations per second that one device reaches here in a setting, as measured so often with a model."""
-    seconds = compute_seconds(model, setting.N, work.inputs(), setting.make, repeats, setting.fast_path)
+    seconds = compute_seconds(model, setting.N, work.inputs(), setting.make, repeats)
     return share_flops(work, setting) / seconds
 
 
@@ -65,7 +65,7 @@ def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> t
     """Operations of every device; where tokens are split, in proportion to speeds.
 
     What a device computes is linear in its own tokens: projections, MLP and encoding of these, attention of these to
-    all, projections of all others. So two even splits tell it for any share. Where the fast path has codewords counted,
+    all, projections of all others. So two even splits tell it for any share. Where tables have codewords counted,
     attention to others does not become less with more tokens of one's own. Then it is quadratic, and takes three.
 
     Raises:
@@ -73,10 +73,10 @@ def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> t
     """
     from scipy.interpolate import barycentric_interpolate
 
-    N = setting.N
-    if len(set(speeds)) == 1 or not STRATEGIES[setting.strategy].splits_tokens:
+    N, strategy = setting.N, STRATEGIES[setting.strategy]
+    if len(set(speeds)) == 1 or not strategy.splits_tokens:
         return (float(share_flops(work, setting)),) * N
-    counted = setting.fast_path and setting.groups == 1 and work.astra.codewords < work.T
+    counted = strategy.folds and setting.groups == 1 and work.astra.codewords < work.T
     splits = (N, 2 * N, 4 * N) if counted else (N, 2 * N)
     least = splits[-1]
     if least > work.T:

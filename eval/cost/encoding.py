@@ -30,7 +30,7 @@ from astra_jax.models.key_value_tables import fold
 from astra_jax.models.vit import ViTConfig
 from astra_jax.report import Report
 from astra_jax.strategies.base import Single
-from astra_jax.strategies.coded import Astra, need_codec
+from astra_jax.strategies.coded import Astra, AstraPlain, need_codec
 from eval.cost.flops import flops
 from eval.cost.timing import wall_seconds
 from eval.cost.workload import Workload
@@ -76,24 +76,26 @@ class Block(NamedTuple):
         return lambda: run(self.state, self.x)
 
 
-def one_block(config: ViTConfig, T: int, N: int = 1, astra: AstraConfig | None = None, fast_path: bool = True) -> Block:
+def one_block(
+    config: ViTConfig, T: int, N: int = 1, astra: AstraConfig | None = None, strategy: type[Astra] = Astra
+) -> Block:
     """A block of a ViT with random weights and codebooks, and random tokens: those of the last of N devices.
 
     Args:
       config: the architecture; neither its number of blocks nor its images matter.
       T, N: tokens, class token not counted, and devices; without `astra` there is one device.
       astra: the codec.
-      fast_path: whether `astra_jax.models.key_value_tables.fold` is applied, where that pays.
+      strategy: with the codec; `AstraPlain` for a block without tables.
     """
     config = dataclasses.replace(config, num_hidden_layers=1)
     work = Workload("a block", "vit", config, astra or VQConfig(), config.num_patches, jnp.dtype(jnp.float32))
     model = work.model(work.weights(), astra.groups if astra else None)
     shards = Shards.split(T, N, "distributed")
-    if astra and fast_path:
+    if astra and strategy.folds:
         model = fold(model)
     graphdef, state = nnx.split(block_at(model.blocks, 0))
     x = np.random.default_rng(1).standard_normal((1, shards.class_slots + shards.S, config.hidden_size), np.float32)
-    return Block(graphdef, state, Astra(shards).alone(N) if astra else Single(shards), jnp.asarray(x))
+    return Block(graphdef, state, strategy(shards).alone(N) if astra else Single(shards), jnp.asarray(x))
 
 
 def encoding(block: Block) -> Callable[[], Array]:
@@ -114,7 +116,7 @@ def floor_percent(block: Block, codewords: int) -> float:
 
 
 def measure(config: ViTConfig, T: int, N: int, astra: AstraConfig | None, repeats: int = 21) -> dict[str, Any]:
-    """A row: milliseconds of a block, on the fast path and plain, and of its encoding, and what share that is.
+    """A row: milliseconds of a block, with tables where they pay and plain, and of its encoding; what share that is.
 
     Without `astra` the block is that of a single device with all tokens.
     """
@@ -123,7 +125,7 @@ def measure(config: ViTConfig, T: int, N: int, astra: AstraConfig | None, repeat
     if not astra:
         (seconds,) = wall_seconds([fast.call()], repeats)
         return {"N": 1, "G": None, "block ms": 1e3 * float(np.median(seconds)), **dict.fromkeys(none)}
-    plain = one_block(config, T, N, astra, fast_path=False)
+    plain = one_block(config, T, N, astra, AstraPlain)
     walls = wall_seconds([fast.call(), plain.call(), encoding(fast)], repeats)
     block_ms, plain_ms, encode_ms = (1e3 * float(np.median(seconds)) for seconds in walls)
     found = (plain_ms, encode_ms, 100 * encode_ms / block_ms, 100 * encode_ms / plain_ms)

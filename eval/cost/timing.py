@@ -69,14 +69,13 @@ class Share(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> Share:
+def share(model: Any, N: int, inputs: Any, make: Any) -> Share:
     """What the last of N devices computes in a forward pass, the exchange excluded; all of it for N = 1.
 
     Args:
       model: a model of `astra_jax.models`; may be abstract.
       inputs: what the model takes: images, or a `Text`.
       make: what makes the strategy (`astra_jax.serving.compile.Make`).
-      fast_path: see `astra_jax.serving.compile.parallelize`.
 
     Raises:
       AstraError: the strategy cannot split the model over N devices.
@@ -87,7 +86,7 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
             return Single.of(model, 1, inputs)
         return make(model, N, inputs).alone(N)
 
-    if fast_path and strategy_for(inputs).folds:
+    if strategy_for(inputs).folds:
         model = fold(model)
     graphdef, state = nnx.split(model)
     work = forward(model, graphdef)
@@ -109,19 +108,19 @@ def share(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) ->
     return Share(run, (mine, inputs, tokens))
 
 
-def alone(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> Callable[[], Array]:
+def alone(model: Any, N: int, inputs: Any, make: Any) -> Callable[[], Array]:
     """A function that does one device's share of a forward pass, exchange excluded; see `share` for the arguments."""
-    mine = share(model, N, inputs, make, fast_path)
+    mine = share(model, N, inputs, make)
     run = jax.jit(mine.run)
     return lambda: run(*mine.arguments)
 
 
-def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 11, fast_path: bool = True) -> float:
+def compute_seconds(model: Any, N: int, inputs: Any, make: Any, repeats: int = 11) -> float:
     """The median of the seconds in which one device of N does its share of a forward pass, exchange excluded.
 
     See `share` for the arguments. The device is the last one, which for a decoder has the most to do.
     """
-    return median_seconds(alone(model, N, inputs, make, fast_path), repeats)
+    return median_seconds(alone(model, N, inputs, make), repeats)
 
 
 def exchange_latency(mesh: Mesh, repeats: int = 11) -> float:

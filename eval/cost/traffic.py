@@ -25,7 +25,7 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-def pass_on_mesh(model: Any, mesh: Mesh, make: Any, fast_path: bool = True) -> tuple[Any, Any]:
+def pass_on_mesh(model: Any, mesh: Mesh, make: Any) -> tuple[Any, Any]:
     """A forward pass on the devices of a mesh (see `timing.forward`): the jitted function of state and inputs, and
     the state.
 
@@ -33,7 +33,7 @@ def pass_on_mesh(model: Any, mesh: Mesh, make: Any, fast_path: bool = True) -> t
       AstraError: the strategy cannot split the model.
     """
     N, make = mesh.shape[SEQ], make_for(mesh, make)
-    graphdef, state = place(model, mesh, make, fast_path)
+    graphdef, state = place(model, mesh, make)
     work = forward(model, graphdef)
 
     @jax.jit
@@ -45,9 +45,9 @@ def pass_on_mesh(model: Any, mesh: Mesh, make: Any, fast_path: bool = True) -> t
     return run, state
 
 
-def compiled_pass(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> str:
+def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
     """The optimized HLO of a forward pass on N devices, which need not be there. Weights and inputs may be shapes."""
-    run, state = pass_on_mesh(abstract(model), make_mesh(N, to_run=False), make, fast_path)
+    run, state = pass_on_mesh(abstract(model), make_mesh(N, to_run=False), make)
     text = run.lower(state, abstract(inputs)).compile().as_text()
     assert text is not None
     return text
@@ -61,12 +61,11 @@ def sent_bits(compiled_text: str, N: int) -> dict[str, int]:
     return dict(found)
 
 
-def messages(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True) -> list[Message]:
+def messages(model: Any, N: int, inputs: Any, make: Any) -> list[Message]:
     """What one device sends in a forward pass of one sequence, by prediction and in the compiled program.
 
     Args:
       inputs: one sequence.
-      fast_path: which form is compiled (`astra_jax.serving.compile.parallelize`); both send the same.
 
     Raises:
       AstraError: the program sends something else than predicted; or see `compiled_pass`.
@@ -77,7 +76,7 @@ def messages(model: Any, N: int, inputs: Any, make: Any, fast_path: bool = True)
     expected = Counter[str]()
     for message in predicted:
         expected[message.kind] += message.bits * message.times
-    found = sent_bits(compiled_pass(model, N, inputs, make, fast_path), N)
+    found = sent_bits(compiled_pass(model, N, inputs, make), N)
     if found != dict(expected):
         raise AstraError(f"the program sends {found} bits, not {dict(expected)} as predicted: please report it")
     return predicted

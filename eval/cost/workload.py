@@ -18,6 +18,7 @@ from astra_jax.codecs.config import AstraConfig, NestedPQConfig, Site, VQConfig,
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.serving.compile import STRATEGIES, Make
+from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import BlockParallel
 from checkpoints.tensor_maps import build
 from eval.cost.presets import PRESETS
@@ -33,22 +34,20 @@ class Setting:
     Attributes:
       strategy: a name of `STRATEGIES`.
       N: devices.
-      groups: G of `astra`; None for the others.
+      groups: G of `astra` and `astra-plain`; None for the others.
       exchanges: Nb of `bp-ag` and `bp-sp`; None for the others.
-      fast_path: whether `astra` takes exact short cuts where they pay (key_value_tables.py); the others have none.
-      codec: of `astra`, with a predictor behind a plus sign; None for what the workload has.
+      codec: of those two, with a predictor behind a plus sign; None for what the workload has.
     """
 
     strategy: str
     N: int
     groups: int | None = None
     exchanges: int | None = None
-    fast_path: bool = True
     codec: str | None = None
 
     def __str__(self) -> str:
         more = f" G={self.groups}" if self.groups else f" Nb={self.exchanges}" if self.exchanges else ""
-        return self.strategy + (f" {self.codec}" if self.codec else "") + more + " plain" * (not self.fast_path)
+        return self.strategy + (f" {self.codec}" if self.codec else "") + more
 
     @property
     def make(self) -> Make:
@@ -60,7 +59,6 @@ class Setting:
 
 
 ONE = Setting("single", 1)
-FAST_PATH = {"on": True, "off": False}
 
 
 def settings(
@@ -68,28 +66,22 @@ def settings(
     N: int,
     groups: tuple[int, ...],
     exchanges: tuple[int, ...],
-    fast_path: tuple[str, ...] = ("on",),
     codecs: tuple[str, ...] = (),
 ) -> list[Setting]:
     """Every way to run these strategies on N devices; `single` on one.
 
     Args:
-      fast_path: `on`, `off` or both: of `astra` a way for each.
-      codecs: of `astra` a way for each; none for what the workload has.
+      codecs: of `astra` and `astra-plain` a way for each; none for what the workload has.
 
     Raises:
-      AstraError: a strategy is not known, or `fast_path` has something else.
+      AstraError: a strategy is not known.
     """
     ways: list[Setting] = []
-    for switch in fast_path:
-        if switch not in FAST_PATH:
-            raise AstraError(f"--fast-path is {switch!r}; it must be on, off, or both: on,off")
     for name in strategies:
         if name not in STRATEGIES:
             raise AstraError(f"there is no strategy {name!r}; known are {', '.join(STRATEGIES)}")
-        if name == "astra":
-            of_astra = itertools.product(codecs or (None,), groups, fast_path)
-            ways += [Setting(name, N, G, fast_path=FAST_PATH[switch], codec=codec) for codec, G, switch in of_astra]
+        if issubclass(STRATEGIES[name], Astra):
+            ways += [Setting(name, N, G, codec=codec) for codec, G in itertools.product(codecs or (None,), groups)]
         elif issubclass(STRATEGIES[name], BlockParallel):
             ways += [Setting(name, N, exchanges=Nb) for Nb in exchanges]
         else:

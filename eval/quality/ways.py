@@ -39,13 +39,11 @@ class OnMesh:
       strategy: its name in `STRATEGIES`.
       N: devices over the tokens.
       rows: D, batches at once.
-      fast_path: whether exact short cuts are taken where they pay.
     """
 
     strategy: str
     N: int
     rows: int = 1
-    fast_path: bool = True
 
     def shards(self, model: Any, inputs: Any = None) -> Shards:
         """How tokens are split; those of the longest inputs by default."""
@@ -57,7 +55,7 @@ class OnMesh:
             yield from Simulated(1).runs(model)
             return
         mesh, make = make_mesh(self.N, self.rows), STRATEGIES[self.strategy].of
-        program, batch = parallelize(model, mesh, make, self.fast_path), itertools.count(1)
+        program, batch = parallelize(model, mesh, make), itertools.count(1)
 
         def together(inputs: Any) -> Array:
             say_read(f"batch {next(batch)} of the data", inputs)

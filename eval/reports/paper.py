@@ -75,6 +75,11 @@ FULL = View("all that we send and compute", encoding=True, class_state=True)
 FOLDED = View("the same, remote K and V from tables", encoding=True, class_state=True, folded=True)
 
 
+def plain(setting: Setting) -> Setting:
+    """The setting in the plain form, which is the paper's."""
+    return dataclasses.replace(setting, strategy="astra-plain") if setting.groups else setting
+
+
 def remote_projection_flops(work: Workload) -> int:
     """Operations of projecting all remote tokens to keys and values: 4 R D J E per block, R = T - T/N tokens."""
     attention = work.abstract(None).blocks.attention
@@ -92,7 +97,7 @@ class Model:
 
     def flops(self, setting: Setting, view: View) -> int:
         """Operations of one device."""
-        counted = dataclasses.replace(SP if setting.groups and not view.encoding else setting, fast_path=False)
+        counted = SP if setting.groups and not view.encoding else plain(setting)
         if counted not in self._flops:
             self._flops[counted] = share_flops(self.work, counted)
         folded = remote_projection_flops(self.work) if view.folded and setting.groups else 0
@@ -102,7 +107,7 @@ class Model:
         """Seconds on the link, by the paper's convention."""
         if setting not in self._messages:
             model = self.work.abstract(setting.groups)
-            self._messages[setting] = messages(model, setting.N, self.work.inputs(), setting.make, False)
+            self._messages[setting] = messages(model, setting.N, self.work.inputs(), plain(setting).make)
         counted = [m for m in self._messages[setting] if m.in_blocks or view.class_state]
         return exchange_seconds(counted, setting.N, Link(parse_rate(rate)))
 

@@ -13,6 +13,7 @@ compare numbers with it. Where torch is missing, its table says so.
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ from astra_jax.models.attention import Partial, attend
 from astra_jax.models.interface import Codes, Remote
 from astra_jax.models.vit import ViTConfig
 from astra_jax.report import Report
+from astra_jax.strategies.coded import Astra, AstraPlain
 from eval import plots
 from eval.cost import encoding
 from eval.cost.encoding import Block, one_block
@@ -126,8 +128,8 @@ def beside(ours: Rows, theirs: Rows) -> Rows:
 
 
 def hosts(args: Args) -> Rows:
-    """Four hosts: ASTRA, with and without its fast path, sequence and tensor parallelism."""
-    ours = in_lab(args, HOSTS, CPU, args.model, strategies="single,astra", groups="1,32", fast_path="on,off")
+    """Four hosts: ASTRA, with and without its tables, sequence and tensor parallelism."""
+    ours = in_lab(args, HOSTS, CPU, args.model, strategies="single,astra,astra-plain", groups="1,32")
     theirs = in_lab(args, HOSTS, CPU, args.model, strategies="single,sp,tp", repeats=args.slow_repeats)
     return beside(ours, theirs)
 
@@ -190,7 +192,7 @@ def long_inputs(args: Args) -> Rows:
 
 def share_row(config: ViTConfig, T: int, N: int, astra: AstraConfig, repeats: int) -> dict[str, Any]:
     """Milliseconds of a block of one device, and of its share on N devices, on the fast path and plain."""
-    blocks = [one_block(config, T), *(one_block(config, T, N, astra, fast_path) for fast_path in (True, False))]
+    blocks = [one_block(config, T), *(one_block(config, T, N, astra, way) for way in (Astra, AstraPlain))]
     single, fast, plain = (
         1e3 * float(np.median(seconds)) for seconds in wall_seconds([b.call() for b in blocks], repeats)
     )
@@ -216,8 +218,8 @@ def remote_tokens(args: Args) -> Rows:
 
 def remote_rows(config: ViTConfig, S: int, devices: tuple[int, ...], astra: AstraConfig, repeats: int) -> Rows:
     """Milliseconds in which S local tokens attend to those of the other devices, S on each, in one block."""
-    ways = [(N, fast_path) for N in devices for fast_path in (True, False)]
-    calls = [remote_attention(one_block(config, N * S, N, astra, fast_path)) for N, fast_path in ways]
+    ways = itertools.product(devices, (Astra, AstraPlain))
+    calls = [remote_attention(one_block(config, N * S, N, astra, way)) for N, way in ways]
     median = [1e3 * float(np.median(seconds)) for seconds in wall_seconds(calls, repeats)]
     return [
         {"N": N, "local tokens": S, "remote tokens": (N - 1) * S}

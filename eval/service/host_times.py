@@ -1,6 +1,5 @@
 """Where the time of a pass went, host by host, and what one device alone would have taken."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from astra_jax.mesh.sharding import DATA, SEQ, hosts_of
 from astra_jax.serving.compile import make_for
 from astra_jax.serving.engine import Engine
 from eval.cost.flops import flops
-from eval.cost.timing import Share
+from eval.cost.timing import share
 from eval.cost.traffic import abstract
 from eval.network.model import volume
 from eval.network.pass_profile import Pass, rows
@@ -38,11 +37,10 @@ class TimeTable:
 
     Args:
       engine: whose passes.
-      share: what one device computes, in the form that the engine runs (`eval.cost.timing.share`).
     """
 
-    def __init__(self, engine: Engine, share: Callable[..., Share]):
-        self.engine, self._share = engine, share
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self._counted = dict[tuple[str, int], int]()
 
     def of(self, passes: list[Pass], inputs: Any, B: int) -> HostTimes | NoHostTimes:
@@ -77,6 +75,6 @@ class TimeTable:
             if len(self._counted) >= MOST_COUNTED:
                 self._counted.clear()
             engine = self.engine
-            mine = self._share(abstract(engine.model), N, inputs, engine.make)
+            mine = share(abstract(engine.model), N, inputs, engine.make)
             self._counted[key] = flops(mine.run, *mine.arguments)
         return self._counted[key]

@@ -33,7 +33,6 @@ from astra_jax.models.weight_quantization import Weights, quantize_weights, weig
 from astra_jax.serving.compile import STRATEGIES, shardings
 from astra_jax.serving.engine import Classes, Engine
 from astra_jax.serving.generate import ends_of
-from eval.cost.timing import share
 from eval.quality.similarity import similarities
 from eval.service.host_times import TimeTable, sent_bytes
 from eval.service.messages import (
@@ -71,8 +70,6 @@ class Setup:
     """What is computed in, and kept in memory."""
     weights: Weights | None = None
     """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
-    fast_path: Literal["on", "off"] = "on"
-    """Exact short cuts where they pay (docs/performance.md); off for the plain form."""
 
     def __post_init__(self) -> None:
         if self.groups is not None and self.strategy != "astra":
@@ -143,9 +140,8 @@ class Service:
             self.checkpoint = dataclasses.replace(self.checkpoint, model=model)
             self.notes.append(Quantized(weight_bytes(model), before))
         self.passes = Passes()
-        fast_path = setup.fast_path == "on"
-        self.engine = Engine(self.checkpoint, mesh, make=make, fast_path=fast_path, passing=self.passes)
-        self.times = TimeTable(self.engine, partial(share, fast_path=fast_path))
+        self.engine = Engine(self.checkpoint, mesh, make=make, passing=self.passes)
+        self.times = TimeTable(self.engine)
 
     @property
     def N(self) -> int:

@@ -39,7 +39,6 @@ from astra_jax.hosts.runtime import open_mesh
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
-from astra_jax.serving.compile import STRATEGIES
 from eval import plots
 from eval.cost.cost import Cost, check_speeds, check_split, cost, fastest, share_flops
 from eval.cost.device_profile import DeviceProfile, read_profile, write_profile
@@ -61,15 +60,13 @@ class Args:
     several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
     tokens: int | None = None
     """T; by default 1,024, or what the model takes."""
-    strategies: Texts = tuple(STRATEGIES)
-    """Which to compare."""
+    strategies: Texts = ("single", "astra", "sp", "tp", "bp-ag", "bp-sp")
+    """Which to compare; astra-plain, too, is astra without tables of keys and values (docs/performance.md)."""
     groups: Integers = (1, 16, 32)
     """G of astra, one after the other."""
     codecs: Texts = ()
     """Codecs of astra, one after the other, with random codebooks: vq, nested-pq, or with a predictor, such as
     vq+linear or nested-pq+mlp. By default what the checkpoint has, or vq."""
-    fast_path: Texts = ("on",)
-    """Exact short cuts of astra where they pay (docs/performance.md): on, off, or both: on,off."""
     exchanges: Integers = (1,)
     """Nb of bp-ag and bp-sp: exchanges over the whole network."""
     rates: Texts = ("10mbit", "20mbit", "50mbit", "100mbit", "200mbit", "500mbit")
@@ -169,9 +166,9 @@ def measured_seconds(work: Workload, model: Any, way: Setting, repeats: int) -> 
     The two take turns, and the hosts begin each one together, so that both meet the same machine. A pass of one device
     is its share once more, on every host at once: how well the two agree is how sure a measurement is.
     """
-    mine = whole = alone(model, way.N, work.inputs(), way.make, way.fast_path)
+    mine = whole = alone(model, way.N, work.inputs(), way.make)
     if way.N > 1:
-        run, state = pass_on_mesh(model, make_mesh(way.N), way.make, way.fast_path)
+        run, state = pass_on_mesh(model, make_mesh(way.N), way.make)
         whole = partial(run, state, jax.tree.map(np.asarray, work.inputs()))
     return wall_seconds([mine, whole], repeats, lambda: multihost_utils.sync_global_devices(str(way)))
 
@@ -244,7 +241,7 @@ def measured(
     with progress("strategies", len(ways)) as advance:
         for way in ways:
             coded = work.of(way)
-            messages(coded.abstract(way.groups), way.N, coded.inputs(), way.make, way.fast_path)  # are as predicted
+            messages(coded.abstract(way.groups), way.N, coded.inputs(), way.make)  # are as predicted
             if profile:
                 speed[way] = profile.flops_per_second
             else:
@@ -254,7 +251,7 @@ def measured(
                     mine, walls[way] = measured_seconds(coded, model, way, args.repeats)
                     seconds = float(np.median(mine))
                 else:
-                    seconds = compute_seconds(model, way.N, coded.inputs(), way.make, args.repeats, way.fast_path)
+                    seconds = compute_seconds(model, way.N, coded.inputs(), way.make, args.repeats)
                 speed[way] = share_flops(coded, way) / seconds
             costs[way] = cost(coded, way, fastest(speeds, way.N), speed[way])
             advance(strategy=str(way))
@@ -272,7 +269,7 @@ def main(args: Args) -> None:
     latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
-    ways = settings(args.strategies, N, args.groups, args.exchanges, args.fast_path, args.codecs)
+    ways = settings(args.strategies, N, args.groups, args.exchanges, args.codecs)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
     checkpoints = [work.checkpoint] if work.checkpoint else []

@@ -73,9 +73,6 @@ class Args(DataArgs):
     """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
-    fast_path: Literal["on", "off"] = "on"
-    """Exact short cuts where they pay (docs/performance.md); off for the plain form. Virtual shards always have that,
-    and there it only says how compute is timed."""
     packet_loss: float | None = None
     """Share of the packets that are lost on every link, such as 0.05."""
     burst: float | None = None
@@ -205,9 +202,9 @@ def way_of(checkpoint: Checkpoint, args: Args) -> Way:
     (rows, N), astra = args.mesh, checkpoint.astra
     strategy = ("astra" if astra else "single") if args.strategy == "auto" else args.strategy
     if N == 1 or strategy == "single":
-        return Simulated(1) if args.simulated else OnMesh("single", 1, rows, args.fast_path == "on")
+        return Simulated(1) if args.simulated else OnMesh("single", 1, rows)
     if not args.simulated:
-        return OnMesh(strategy, N, rows, args.fast_path == "on")
+        return OnMesh(strategy, N, rows)
     if args.links is None or astra is None:
         return Simulated(N, args.speeds)
     lost: Lost = args.lost or ("masked" if astra.predictor == "none" else "predicted")
@@ -300,13 +297,13 @@ def costs(model: Any, way: Way, inputs: Any, args: Args) -> dict[str, Any]:
 
     How long a device of another speed would take is not known here.
     """
-    make, fast_path = STRATEGIES[way.strategy].of, args.fast_path == "on"
+    make = STRATEGIES[way.strategy].of
     if isinstance(way, Simulated) and way.N > 1:
         sent: Sequence[Message] = Astra(way.shards(model, inputs)).messages(model)
     else:
-        sent = messages(model, way.N, inputs, make, fast_path)
+        sent = messages(model, way.N, inputs, make)
     unequal = isinstance(way, Simulated) and way.speeds
-    compute = None if unequal else compute_seconds(model, way.N, inputs, make, fast_path=fast_path)
+    compute = None if unequal else compute_seconds(model, way.N, inputs, make)
 
     def latency(rate: str) -> float | None:
         return None if compute is None else 1e3 * pass_seconds(compute, sent, way.N, Link(parse_rate(rate)))

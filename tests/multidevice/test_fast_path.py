@@ -1,4 +1,4 @@
-"""The fast path on a mesh computes what the plain form does on one device's virtual shards, and sends the same."""
+"""ASTRA with tables on a mesh computes what the plain form does on one device's virtual shards, and sends the same."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from astra_jax.models.gpt2 import GPT2
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling
+from astra_jax.strategies.coded import Astra, AstraPlain
 from eval.cost.hlo import collectives_in
 from tests.helpers.sharded import check, decode, tokens
 
@@ -63,7 +64,7 @@ def test_texts(request, random_text, family, options, astra, N, data):
 @pytest.mark.parametrize("family", ["tiny_gpt2", pytest.param("tiny_llama", marks=pytest.mark.slow)])
 def test_a_text_goes_on_in_the_same_way(request, random_text, family):
     model, text = request.getfixturevalue(family)(COUNTS), random_text(23, 1, 2, 7)
-    fast, plain = (Generator(model, make_mesh(2, 2), fast_path) for fast_path in (True, False))
+    fast, plain = (Generator(model, make_mesh(2, 2), strategy.of) for strategy in (Astra, AstraPlain))
     new = tokens(plain, text, Sampling(temperature=3.0))
     np.testing.assert_array_equal(tokens(fast, text, Sampling(temperature=3.0)), new)
     np.testing.assert_allclose(decode(fast, text, new), decode(plain, text, new), rtol=1e-5, atol=1e-5)
@@ -72,7 +73,7 @@ def test_a_text_goes_on_in_the_same_way(request, random_text, family):
 @pytest.mark.parametrize("astra", [TABLES, COUNTS], ids=str)
 def test_the_same_codes_cross_the_link(tiny_vit, rank_coded, astra):
     model, mesh = tiny_vit(astra), make_mesh(4)
-    fast, plain = (parallelize(model, mesh, fast_path=fast_path) for fast_path in (True, False))
+    fast, plain = (parallelize(model, mesh, strategy.of) for strategy in (Astra, AstraPlain))
     assert "tables" in fast.state["blocks"]["attention"] and "tables" not in plain.state["blocks"]["attention"]
     found = [collectives_in(program.lower(rank_coded(1)).compile().as_text()) for program in (fast, plain)]
     assert found[0] == found[1] and len(found[0]) == 2
@@ -84,7 +85,7 @@ def test_bfloat16_is_no_further_from_float32_than_in_the_plain_form(tiny_gpt2, r
     model, text, mesh = tiny_gpt2(COUNTS), random_text(24, 20), make_mesh(4)
     half = nnx.eval_shape(lambda: GPT2(model.config, COUNTS, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     half = nnx.merge(nnx.graphdef(half), nnx.state(model))
-    exact = parallelize(model, mesh, fast_path=False)(text)
-    for fast_path in (True, False):
-        off = parallelize(half, mesh, fast_path=fast_path)(text) - exact
+    exact = parallelize(model, mesh, AstraPlain.of)(text)
+    for strategy in (Astra, AstraPlain):
+        off = parallelize(half, mesh, strategy.of)(text) - exact
         assert 0 < jnp.sqrt(jnp.mean(off**2)) < 0.03 * jnp.sqrt(jnp.mean(exact**2))

@@ -60,7 +60,7 @@ FEATURES = {
     "token ids as side information": (r"TokenIds|token_ids", 5),
     "weights of few bits": (r"quantize_weights|weight_quantization|qwix", 6),
     "devices of several speeds": (r"speeds$", 14),
-    "tables of keys and values": (r"key_value_tables|fast_path|folding", 16),
+    "tables of keys and values": (r"key_value_tables|fast_path|folding", MOST_FILES),
     "traces of a link": (r"network\.traces|Trace$|read_trace", MOST_FILES),
     "class tokens for every device": (r"class_token", 10),
     "noise of training": (r"^[nN]oise", 6),

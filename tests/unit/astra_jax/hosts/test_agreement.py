@@ -82,7 +82,7 @@ def test_options_of_a_host_and_what_host_0_writes_may_be_others():
     "change",
     [
         {"dtype": "bfloat16"}, {"weights": "int8"}, {"strategy": "tp"}, {"groups": 8},
-        {"devices": "2"}, {"fast_path": "off"},
+        {"devices": "2"},
         {"on_failure": "single"},
     ],
     ids=str,

@@ -18,7 +18,7 @@ from astra_jax.models.key_value_tables import fold, folding_pays
 from astra_jax.models.vit import ViTConfig
 from astra_jax.models.weight_quantization import dequantized, quantize_weights
 from astra_jax.serving.compile import place
-from astra_jax.strategies.coded import Astra
+from astra_jax.strategies.coded import Astra, AstraPlain
 from astra_jax.strategies.rivals import SequenceParallel
 from checkpoints.tensor_maps import build
 from eval.cost.flops import flops
@@ -140,11 +140,11 @@ def test_nothing_is_gained_at_site_kv_with_a_rotary_embedding(tiny_llama):
 def test_only_astra_on_several_devices_uses_tables(tiny_vit, always):
     model = tiny_vit(VQConfig(groups=4, codewords=16))
 
-    def has_tables(N, make, fast_path=True):
-        return "tables" in place(model, make_mesh(N), make, fast_path)[1]["blocks"]["attention"]
+    def has_tables(N, make):
+        return "tables" in place(model, make_mesh(N), make)[1]["blocks"]["attention"]
 
     assert has_tables(2, Astra.of)
-    assert not has_tables(2, Astra.of, fast_path=False)
+    assert not has_tables(2, AstraPlain.of)
     assert not has_tables(1, Astra.of)
     assert not has_tables(2, SequenceParallel.of)
 
@@ -203,12 +203,12 @@ def test_attention_to_remote_tokens_costs_the_same_for_any_number_of_them(monkey
     """FLOPs of one device of N, each with as many tokens: a block costs the same on 4 and on 16 devices."""
     config = ViTConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, intermediate_size=64, patch_size=4)
 
-    def operations(N, fast_path):
+    def operations(N, strategy):
         model = build("vit", dataclasses.replace(config, image_size=32 * N), VQConfig(groups=1, codewords=64))
         model = nnx.eval_shape(lambda: model)
         image = jax.ShapeDtypeStruct((1, 32 * N, 32 * N, 3), jnp.float32)
-        mine = share(model, N * N, image, Astra.of, fast_path)
+        mine = share(model, N * N, image, strategy.of)
         return flops(mine.run, *mine.arguments)
 
-    assert operations(4, True) == operations(2, True)  # 64 tokens on each of 16 devices, and of 4
-    assert operations(4, False) > operations(2, False)
+    assert operations(4, Astra) == operations(2, Astra)  # 64 tokens on each of 16 devices, and of 4
+    assert operations(4, AstraPlain) > operations(2, AstraPlain)

@@ -119,8 +119,7 @@ def test_without_a_profile_every_strategy_is_measured_once(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", ("vit", config))
     seen = []
 
-    def measured(model, N, inputs, make, repeats, fast_path):
-        assert fast_path
+    def measured(model, N, inputs, make, repeats):
         seen.append((make(model, N, inputs).__class__.__name__, N))
         return 2.0
 

@@ -5,6 +5,7 @@ import pytest
 
 from astra_jax.codecs.config import VQConfig
 from astra_jax.models.vit import ViTConfig
+from astra_jax.strategies.coded import Astra, AstraPlain
 from eval.cost.encoding import encoding, floor_percent, measure, one_block
 
 CODEC = VQConfig(groups=1, codewords=16)
@@ -16,8 +17,8 @@ def config():
     return ViTConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=32, num_labels=2)
 
 
-def test_the_fast_path_of_a_block_gives_what_the_plain_one_gives(config):
-    fast, plain = (one_block(config, T, N, CODEC, fast_path) for fast_path in (True, False))
+def test_a_block_with_tables_gives_what_the_plain_one_gives(config):
+    fast, plain = (one_block(config, T, N, CODEC, strategy) for strategy in (Astra, AstraPlain))
     assert "tables" in fast.state["attention"] and "tables" not in plain.state["attention"]
     assert fast.x.shape == (1, 1 + T // N, 64)
     np.testing.assert_allclose(fast.call()(), plain.call()(), rtol=1e-5, atol=1e-5)
@@ -26,7 +27,7 @@ def test_the_fast_path_of_a_block_gives_what_the_plain_one_gives(config):
 
 def test_the_floor_by_hand(config):
     """The plain block: q, k, v, o, MLP; k and v of remote tokens; attention of all slots to both; encoding."""
-    block = one_block(config, T, N, CODEC, fast_path=False)
+    block = one_block(config, T, N, CODEC, AstraPlain)
     D, F, K, slots, S, R = 64, 128, 16, 25, 24, 72
     operations = 2 * slots * (4 * D * D + 2 * D * F) + 4 * R * D * D + 4 * slots * (slots + R) * D + 2 * S * K * D
     assert floor_percent(block, K) == pytest.approx(100 * 2 * S * K * D / operations)

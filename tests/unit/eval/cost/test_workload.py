@@ -56,23 +56,17 @@ def test_settings():
         settings(("voltage",), 4, (1,), (1,))
 
 
-def test_settings_of_the_fast_path():
-    """ASTRA alone has one; it is on unless something else is said."""
-    given = ("single", "astra", "sp"), 4, (1, 16), (1,)
-    assert settings(*given) == settings(*given, ("on",))
-    both = settings(*given, ("on", "off"))
+def test_settings_of_the_plain_form():
+    """It has the same as ASTRA."""
+    both = settings(("single", "astra", "astra-plain", "sp"), 4, (1, 16), (1,), ("vq",))
     assert [str(way) for way in both] == [
         "single",
-        "astra G=1",
-        "astra G=1 plain",
-        "astra G=16",
-        "astra G=16 plain",
+        "astra vq G=1",
+        "astra vq G=16",
+        "astra-plain vq G=1",
+        "astra-plain vq G=16",
         "sp",
     ]
-    assert [way for way in both if way.fast_path] == settings(*given)
-    for wrong in (("on", "fast"), ("",)):
-        with pytest.raises(AstraError, match=f"--fast-path is {wrong[-1]!r}; it must be on, off, or both: on,off"):
-            settings(*given, wrong)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -58,7 +58,7 @@ def test_what_a_view_counts(model):
     assert PUBLISHED[0] == (G1, ONE, "10mbit", 2.64)
 
 
-def test_the_paper_knows_no_fast_path(model):
+def test_the_paper_knows_no_tables(model):
     """Ours saves 2 x 2 R D^2 in each of 12 blocks, R = 768 remote tokens, as the column of tables says."""
     fast = share_flops(model.work, G1)
     assert model.flops(G1, FULL) - fast == 12 * 4 * 768 * 768**2

@@ -15,6 +15,7 @@ import checkpoints
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
+from astra_jax.strategies.coded import Astra, AstraPlain
 from eval.cost.encoding import one_block
 from eval.network.lab import Ended
 from eval.reports import lab, performance
@@ -40,7 +41,7 @@ from eval.reports.performance import (
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs" / "performance.md"
-SINGLE, G1, G1_PLAIN, SP, TP = ("single", "astra G=1", "astra G=1 plain", "sp", "tp")
+SINGLE, G1, G1_PLAIN, SP, TP = ("single", "astra G=1", "astra-plain G=1", "sp", "tp")
 SECONDS = {SINGLE: 6.0, G1: 1.5, G1_PLAIN: 2.0, SP: 24.0, TP: 96.0}
 VIT = ViTConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=32, num_labels=2)
 CODEC = VQConfig(groups=1, codewords=16)
@@ -74,8 +75,7 @@ def labs(monkeypatch):
             options = dict(zip(argv[5::2], argv[6::2], strict=True))
             made.append((*self.made, argv[4], options))
             names = options["--strategies"].split(",")
-            names[1:2] = [G1, G1_PLAIN] if names[1] == "astra" else names[1:2]
-            rows = [measured(name, len(made)) for name in names]
+            rows = [measured(name + " G=1" * name.startswith("astra"), len(made)) for name in names]
             Path(options["--json"]).write_text(json.dumps({"measured": rows}))
             return [Ended(0, 1.0, 0, 0)] * 4
 
@@ -125,7 +125,11 @@ def test_what_hosts_are_asked_to_run(tmp_path, labs):
         (4, 10e6, 0.4, "llama-s"),
     ]
     assert all(run[4]["--strategies"].split(",")[0] == "single" and run[4]["--tokens"] == "1024" for run in labs)
-    assert ours[4]["--fast-path"] == "on,off" and ours[4]["--groups"] == "1,32" and ours[4]["--repeats"] == "7"
+    assert (
+        ours[4]["--strategies"] == "single,astra,astra-plain"
+        and ours[4]["--groups"] == "1,32"
+        and ours[4]["--repeats"] == "7"
+    )
     assert theirs[4]["--strategies"] == "single,sp,tp" and theirs[4]["--repeats"] == "1"
     assert slow[4]["--groups"] == many[4]["--groups"] == "1" and prompt[4]["--site"] == "kv"
     before = hosts(args)
@@ -163,7 +167,7 @@ def test_a_share_of_a_block_and_its_attention_to_remote_tokens():
     assert row["plain"] == pytest.approx(row["one device ms"] / row["plain ms"])
     rows = remote_rows(VIT, 24, (2, 4), CODEC, repeats=1)
     assert [row["remote tokens"] for row in rows] == [24, 72]
-    fast, plain = (remote_attention(one_block(VIT, 96, 4, CODEC, fast_path))() for fast_path in (True, False))
+    fast, plain = (remote_attention(one_block(VIT, 96, 4, CODEC, way))() for way in (Astra, AstraPlain))
     assert fast.numerator.shape == (1, 4, 25, 16)
     # Unnormalised sums belong to a maximum: of the same tokens, whatever they are called.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), fast, plain)

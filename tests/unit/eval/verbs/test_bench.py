@@ -134,21 +134,19 @@ def four_codewords(tmp_path, tiny_vit):
 
 
 @pytest.mark.slow
-def test_with_and_without_the_fast_path(tmp_path, four_codewords):
+def test_with_and_without_tables(tmp_path, four_codewords):
     """Measured here. Of 2 devices with 13 slots, tables save 4 R D^2 per block for 13 remote tokens; and 14 queries,
     with the class token, meet 4 codewords instead of 13 tokens, for 4 D each."""
-    options = "--devices 2 --strategies single,astra --groups 1 --rates 10mbit --repeats 1"
-    found = bench(tmp_path, f"{four_codewords} {options} --fast-path on,off")
+    options = "--devices 2 --strategies single,astra,astra-plain --groups 1 --rates 10mbit --repeats 1"
+    found = bench(tmp_path, f"{four_codewords} {options}")
     single, fast, plain = found["costs"]
-    assert [row["strategy"] for row in found["costs"]] == ["single", "astra G=1", "astra G=1 plain"]
+    assert [row["strategy"] for row in found["costs"]] == ["single", "astra G=1", "astra-plain G=1"]
     saved = 2 * (4 * 13 * 32**2 + 14 * (13 - 4) * 4 * 32)
     assert 1e9 * plain["GFLOP"] - 1e9 * fast["GFLOP"] == pytest.approx(saved, abs=0.5)
     assert fast["kbit in total"] == plain["kbit in total"] > single["kbit in total"] == 0
-    assert [row["strategy"] for row in found["total_ms"]] == ["single", "astra G=1", "astra G=1 plain"]
-    for options, kept in (("", fast), ("--fast-path off", plain)):
-        (row,) = bench(tmp_path, f"{four_codewords} --devices 2 --strategies astra --groups 1 --repeats 1 {options}")[
-            "costs"
-        ]
+    assert [row["strategy"] for row in found["total_ms"]] == ["single", "astra G=1", "astra-plain G=1"]
+    for name, kept in (("astra", fast), ("astra-plain", plain)):
+        (row,) = bench(tmp_path, f"{four_codewords} --devices 2 --strategies {name} --groups 1 --repeats 1")["costs"]
         assert (row["strategy"], row["GFLOP"]) == (kept["strategy"], kept["GFLOP"])
 
 
@@ -160,7 +158,7 @@ def test_unequal_devices_that_count_codewords_do_what_even_splits_do(tiny):
     way = Setting("astra", 2, groups=1)
     slow, fast = device_flops(work, way, (1.0, 31.0))
     assert slow == pytest.approx(share_flops(work, way, 32), rel=1e-9)
-    plain = dataclasses.replace(way, fast_path=False)
+    plain = dataclasses.replace(way, strategy="astra-plain")
     saved = 2 * (4 * 2 * 32**2 + 63 * (2 - 4) * 4 * 32)
     assert device_flops(work, plain, (1.0, 31.0))[1] - fast == pytest.approx(saved, rel=1e-6)
     with pytest.raises(AstraError, match="64 tokens are too few for 17 unequal devices: use at least 68"):
@@ -311,7 +309,6 @@ BAD = {
     "no groups": ("tiny --groups 0", "groups is 0; it must be a whole number of at least 1"),
     "exchanges that do not divide": ("tiny --tokens 16 --groups 1 --devices 2 --exchanges 3", "use one of 1, 2"),
     "an unknown codec": ("tiny --groups 1 --codecs vq,pq", "there is no codec 'pq': try vq, nested-pq, vq+linear"),
-    "a fast path that is neither": ("tiny --fast-path on,fast", "--fast-path is 'fast'; it must be on, off, or both"),
     "an unknown strategy": ("tiny --strategies single,voltage", "there is no strategy 'voltage'; known are"),
     "an empty item": (
         "tiny --strategies single,,sp",

@@ -1,20 +1,22 @@
-"""The exact short cuts as a user has them: on by default, the same answer without, and an option that says which."""
+"""The exact short cuts as a user has them: the same answers as in the plain form."""
 
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
 
 import checkpoints
 from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.models.key_value_tables import fold
+from astra_jax.serving.compile import STRATEGIES
+from astra_jax.serving.engine import Engine
+from astra_jax.strategies.coded import Astra, AstraPlain
 from eval.cost.traffic import messages
+from eval.service.host_times import TimeTable
 from eval.service.service import Service, Setup
-from eval.verbs import worker
 
 ASTRA = VQConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
 
@@ -55,49 +57,55 @@ def made(monkeypatch):
     return seen
 
 
-def both(place, made, *arguments):
-    """The JSON of a verb on two devices as it is, and with the fast path off, which makes no tables."""
-    found = []
-    for options, expected in (((), {True}), (("--fast-path", "off"), set())):
-        made.clear()
-        report = place / "report.json"
-        assert main([*map(str, arguments), "--devices", "2", *options, "--json", str(report)]) == 0
-        assert set(made) == expected
-        found.append(json.loads(report.read_text()))
-    return found
+@pytest.fixture
+def both(place, made, monkeypatch):
+    """The JSON of a verb on two devices as it is, and in the plain form, which makes no tables."""
+
+    def run(*arguments):
+        found = []
+        for strategy, expected in ((Astra, {True}), (AstraPlain, set())):
+            made.clear()
+            monkeypatch.setitem(STRATEGIES, "astra", strategy)
+            report = place / "report.json"
+            assert main([*map(str, arguments), "--devices", "2", "--json", str(report)]) == 0
+            assert set(made) == expected
+            found.append(json.loads(report.read_text()))
+        return found
+
+    return run
 
 
-def test_run_names_the_same_classes(place, made):
-    fast, plain = both(place, made, "run", place / "vit", "--image", place / "pictures" / "test" / "a" / "0.png")
+def test_run_names_the_same_classes(place, both):
+    fast, plain = both("run", place / "vit", "--image", place / "pictures" / "test" / "a" / "0.png")
     assert [row["class"] for row in fast["classes"]] == [row["class"] for row in plain["classes"]]
     likely = [[row["probability"] for row in found["classes"]] for found in (fast, plain)]
     np.testing.assert_allclose(*likely, atol=1e-5)
     assert fast["code_bytes_per_input"] == plain["code_bytes_per_input"]
 
 
-def test_run_goes_on_with_the_same_text(place, made):
+def test_run_goes_on_with_the_same_text(place, both):
     prompt = " ".join(f"w{word}" for word in range(20))
-    fast, plain = both(place, made, "run", place / "gpt2", "--prompt", prompt, "--max-new-tokens", 8)
+    fast, plain = both("run", place / "gpt2", "--prompt", prompt, "--max-new-tokens", 8)
     assert fast["texts"] == plain["texts"] and fast["new_tokens"] == plain["new_tokens"] == [8]
 
 
 @pytest.mark.slow
-def test_eval_finds_the_same_perplexity(place, made):
-    fast, plain = both(place, made, "eval", place / "gpt2", "--data", place / "text.txt", "--length", 32)
+def test_eval_finds_the_same_perplexity(place, both):
+    fast, plain = both("eval", place / "gpt2", "--data", place / "text.txt", "--length", 32)
     for column in ("perplexity", "nats per token"):
         assert fast["rows"][0][column] == pytest.approx(plain["rows"][0][column], rel=1e-5)
     assert fast["rows"][0]["bytes"] == plain["rows"][0]["bytes"]
 
 
 @pytest.mark.slow
-def test_eval_finds_the_same_accuracy(place, made):
-    fast, plain = both(place, made, "eval", place / "vit", "--data", place / "pictures", "--batch-size", 4)
+def test_eval_finds_the_same_accuracy(place, both):
+    fast, plain = both("eval", place / "vit", "--data", place / "pictures", "--batch-size", 4)
     assert fast["rows"][0]["accuracy %"] == plain["rows"][0]["accuracy %"]
 
 
-def test_virtual_shards_have_the_plain_form_alone(place, made):
-    """The option is then for the time of one device's share, and for nothing else."""
-    fast, plain = both(place, made, "eval", place / "gpt2", "--data", place / "text.txt", "--length", 32, "--virtual")
+def test_virtual_shards_have_the_plain_form_alone(place, both):
+    """Tables are then for the time of one device's share, and for nothing else."""
+    fast, plain = both("eval", place / "gpt2", "--data", place / "text.txt", "--length", 32, "--virtual")
     assert fast["rows"][0]["perplexity"] == plain["rows"][0]["perplexity"]
 
 
@@ -105,8 +113,9 @@ def test_what_one_device_would_do_is_counted_of_the_same_form(place):
     """Of 2 devices with 13 slots: 4 R D^2 in each of 2 blocks for 13 remote tokens, and 14 queries that meet 4
     codewords instead of 13 tokens, for 4 D each."""
     images = jnp.zeros((1, 20, 20, 3))
+    engine = Service(Setup(place / "vit", devices="2")).engine
     fast, plain = (
-        Service(Setup(place / "vit", devices="2", **options)).times for options in ({}, {"fast_path": "off"})
+        TimeTable(Engine(engine.checkpoint, engine.mesh, make=strategy.of)) for strategy in (Astra, AstraPlain)
     )
     assert plain.operations(images, 1) == fast.operations(images, 1)
     saved = 2 * (4 * 13 * 32**2 + 14 * (13 - 4) * 4 * 32)
@@ -117,27 +126,8 @@ def test_bits_are_those_of_the_form_that_is_compiled(place, made):
     engine = Service(Setup(place / "vit", devices="2")).engine
     images = jnp.zeros((1, 20, 20, 3))
     found = []
-    for fast_path, expected in ((True, [True]), (False, [])):
+    for strategy, expected in ((Astra, [True]), (AstraPlain, [])):
         made.clear()
-        found.append(messages(engine.model, 2, images, engine.make, fast_path))
+        found.append(messages(engine.model, 2, images, strategy.of))
         assert made == expected
     assert found[0] == found[1]
-
-
-def test_workers_are_told_when_they_start(place, capsys):
-    """`astra run` cannot say it to workers: their programs are compiled."""
-    parse = lambda *words: tyro.cli(worker.Args, args=[str(place / "vit"), *words]).setup.fast_path  # noqa: E731
-    assert parse() == "on" and parse("--fast-path", "off") == "off"
-    picture = place / "pictures" / "test" / "a" / "0.png"
-    asked = ["run", str(place / "vit"), "--image", str(picture), "--workers", "127.0.0.1:7777", "--fast-path", "off"]
-    assert main(asked) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "was said to the workers: leave it out" in line
-
-
-@pytest.mark.parametrize("verb", ["run", "eval", "worker"])
-def test_a_value_that_is_neither_is_refused(verb, place, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([verb, str(place / "vit"), *(["--data", str(place)] * (verb == "eval")), "--fast-path", "fast"])
-    assert stopped.value.code == 2
-    assert "invalid choice 'fast' for argument '--fast-path'" in " ".join(capsys.readouterr().err.split())
