@@ -111,6 +111,7 @@ class Shards:
       lengths: tokens in every shard, class tokens not counted; they may differ. A tuple of N numbers is the same split
         for every sequence of a batch; an array [B,N], which may be traced, is one split per sequence.
       slots: S; None for the longest shard of a tuple.
+      longest: of an array, tokens that a sequence may have; None of a tuple.
       class_token: `distributed`, `single`, or None for a family that has none.
       causal: whether a token sees only itself and those before it.
 
@@ -122,6 +123,7 @@ class Shards:
     class_token: str | None = None
     slots: int | None = None
     causal: bool = False
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lengths, tuple) and min(self.lengths, default=0) < 1:
@@ -131,40 +133,44 @@ class Shards:
             )
 
     @classmethod
-    def split(cls, T: int, N: int, class_token: str | None = None, speeds: Sequence[float] = ()) -> "Shards":
-        """Splits T tokens over N devices as evenly as can be, the longer shards last, or in proportion to their speeds.
+    def split(cls, T: int, N: int, class_token: str | None = None) -> "Shards":
+        """Splits T tokens over N devices as evenly as can be, the longer shards last.
 
-        In proportion to speed is our choice: the paper has an experiment on unequal devices, but no method.
+        Raises:
+          AstraError: a device would get no token.
+        """
+        return cls(_known(T, np.ones(N, int)), class_token)
+
+    @classmethod
+    def ragged(
+        cls, lengths: Int[Array, "B"], T: int, N: int, class_token: str | None = None, causal: bool = False
+    ) -> "Shards":
+        """Splits every sequence of a batch, padded to T, on its own: each as if it were alone.
+
+        What cannot be split evenly goes to the last shards, so that the end of every sequence is in the last one. A
+        sequence with fewer than N tokens leaves the first shards empty.
+        """
+        return cls(_parts(lengths, np.ones(N, int)), class_token, -(-T // N), causal, T)
+
+    def in_proportion(self, speeds: Sequence[float]) -> "Shards":
+        """The same tokens, split anew in proportion to how fast the devices are: of a batch every sequence on its own.
+
+        That is our choice: the paper has an experiment on unequal devices, but no method.
 
         Raises:
           AstraError: a device would get no token; there are not N speeds, or one is not above 0.
         """
-        lengths = tuple(int(n) for n in _parts(np.asarray(T), _weights(N, speeds)))
-        if T >= N and min(lengths) < 1:
+        weights = _weights(self.N, speeds)
+        if self.longest is not None:
+            slots = int(_parts(np.arange(self.longest + 1), weights).max())  # of any sequence
+            return dataclasses.replace(self, lengths=_parts(jnp.asarray(self.lengths).sum(-1), weights), slots=slots)
+        lengths = _known(self.T, weights)
+        if min(lengths) < 1:
             raise AstraError(
-                f"of {T} tokens device {lengths.index(0)}, with speed {speeds[lengths.index(0)]:g}, would get none: "
-                "leave it out"
+                f"of {self.T} tokens device {lengths.index(0)}, with speed {speeds[lengths.index(0)]:g}, would get "
+                "none: leave it out"
             )
-        return cls(lengths, class_token)
-
-    @classmethod
-    def ragged(
-        cls,
-        lengths: Int[Array, "B"],
-        T: int,
-        N: int,
-        class_token: str | None = None,
-        causal: bool = False,
-        speeds: Sequence[float] = (),
-    ) -> "Shards":
-        """Splits every sequence of a batch, padded to T, on its own: each as if it were alone.
-
-        What cannot be split evenly, or in proportion to speeds, goes to the last shards, so that the end of every
-        sequence is in the last one. A sequence with fewer than N tokens leaves the first shards empty.
-        """
-        weights = _weights(N, speeds)
-        slots = int(_parts(np.arange(T + 1), weights).max())  # of any sequence up to T
-        return cls(_parts(lengths, weights), class_token, slots, causal)
+        return dataclasses.replace(self, lengths=lengths)
 
     @property
     def N(self) -> int:
@@ -272,8 +278,6 @@ class Shards:
 
 def _weights(N: int, speeds: Sequence[float]) -> Int[np.ndarray, "N"]:
     """Speeds as whole numbers, thousandths of the greatest, so that all who split tokens by them round alike."""
-    if not speeds:
-        return np.ones(N, int)
     if len(speeds) != N:
         raise AstraError(f"{len(speeds)} speeds were given for {N} devices: give one for each")
     for speed in speeds:
@@ -286,6 +290,11 @@ def _parts(T: Any, weights: Int[np.ndarray, "N"]) -> Any:
     """[*B] -> [*B,N]: T tokens in N parts in proportion to whole weights, rounded down; the last parts get 1 more."""
     parts, N = T[..., None] * weights // weights.sum(), len(weights)
     return parts + (np.arange(N) >= N - (T[..., None] - parts.sum(-1, keepdims=True)))
+
+
+def _known(T: int, weights: Int[np.ndarray, "N"]) -> tuple[int, ...]:
+    """The same of one length that is known."""
+    return tuple(int(n) for n in _parts(np.asarray(T), weights))
 
 
 def _take(x: Shaped[Array, "B M *feature"], index: Int[Table, "B T"]) -> Shaped[Array, "B T *feature"]:

@@ -1,7 +1,6 @@
 """BERT-like encoders (`BertModel`, `BertForSequenceClassification`, sentence-transformers): the forward pass."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -141,14 +140,14 @@ class Bert(nnx.Module):
             return None
         return self.astra.class_token if self.astra else "distributed"
 
-    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
+    def shards(self, N: int, text: Text | None = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
         kind = self._class_token
         class_slots = int(kind is not None)
         if text is None:
-            return Shards.split(self.config.max_position_embeddings - class_slots, N, kind, speeds)
+            return Shards.split(self.config.max_position_embeddings - class_slots, N, kind)
         T, lengths = jnp.shape(text.ids)[1], jnp.asarray(text.lengths)
-        return Shards.ragged(lengths - class_slots, T - class_slots, N, kind, speeds=speeds)
+        return Shards.ragged(lengths - class_slots, T - class_slots, N, kind)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T 2"]:
         """Every token's id, and that of the sequence's class token; the class token itself is not among the tokens

@@ -1,6 +1,6 @@
 """What the decoders GPT-2 and Llama share: how text goes in, and the heads."""
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
@@ -56,11 +56,11 @@ class Decoder(nnx.Module):
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
-    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
+    def shards(self, N: int, text: Text | None = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
         if text is None:
-            return Shards(Shards.split(self.config.max_position_embeddings, N, speeds=speeds).lengths, causal=True)
-        return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True, speeds=speeds)
+            return dataclasses.replace(Shards.split(self.config.max_position_embeddings, N), causal=True)
+        return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T"]:
         """The token ids of a batch."""

@@ -190,7 +190,7 @@ class Model(Protocol):
     def codec(self) -> Quantizer | None:
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
 
-    def shards(self, N: int, inputs: Any = None, speeds: Sequence[float] = ()) -> Shards:
+    def shards(self, N: int, inputs: Any = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
 
     def to_tokens(self, inputs: Any) -> Shaped[Array, "B T *feature"]:

@@ -1,7 +1,6 @@
 """ViT (`ViTForImageClassification`): the whole forward pass on one page."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -108,10 +107,10 @@ class ViT(nnx.Module):
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
 
-    def shards(self, N: int, images: Any = None, speeds: Sequence[float] = ()) -> Shards:
+    def shards(self, N: int, images: Any = None) -> Shards:
         """The split of an image's patches over N devices."""
         class_token = self.astra.class_token if self.astra else "distributed"
-        return Shards.split(self.config.num_patches, N, class_token, speeds)
+        return Shards.split(self.config.num_patches, N, class_token)
 
     def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
         """Cuts images into patches, row by row; a patch is (row, column, channel)."""

@@ -11,6 +11,7 @@ from astra_jax.errors import AstraError
 from astra_jax.report import progress
 from eval.cost.cost import Cost, check_split, measured_flops_per_second
 from eval.cost.workload import Setting, Workload
+from eval.network.devices import Devices
 from eval.network.model import Link, break_even_rate, exchange_seconds, pass_seconds, volume
 from eval.quality.reached import Quality
 
@@ -19,16 +20,16 @@ GROUPS = (1, 16, 32)  # G of astra where neither the user nor a file says it
 REPEATS = 3  # of every measurement
 
 
-def candidates(work: Workload, speeds: Sequence[float], groups: Sequence[int]) -> list[Setting]:
-    """Every way to run a model on 2 or more devices of these speeds: the fewest first, so that they win among equals.
+def candidates(work: Workload, devices: Devices, groups: Sequence[int]) -> list[Setting]:
+    """Every way to run a model on 2 or more of these devices: the fewest first, so that they win among equals.
 
     Raises AstraError for what cannot be, but leaves out numbers of devices that tensor parallelism cannot use.
     """
-    check_split(work, [Setting("sp", len(speeds))], speeds)
+    check_split(work, [Setting("sp", devices.N)], devices)
     ways = []
-    for N in range(2, len(speeds) + 1):
+    for N in range(2, devices.N + 1):
         split = [Setting("astra", N, groups=G) for G in groups] + [Setting("sp", N)]
-        check_split(work, split, speeds)
+        check_split(work, split, devices)
         ways += split + [way for way in [Setting("tp", N)] if possible(work, way)]
     return ways
 
@@ -41,7 +42,7 @@ def usual_groups(work: Workload) -> list[int]:
 def possible(work: Workload, way: Setting) -> bool:
     """Whether a model can be run in this way."""
     try:
-        check_split(work, [way], (1.0,) * way.N)
+        check_split(work, [way], Devices().of(way.N))
     except AstraError:
         return False
     return True

@@ -1,7 +1,7 @@
 """What a way to run a model costs its devices, whatever the link: operations, seconds, and what they send."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ from astra_jax.strategies.base import Message
 from eval.cost.flops import flops
 from eval.cost.timing import compute_seconds, share
 from eval.cost.workload import Setting, Workload
-
-FASTEST = 1e6  # of relative speeds
+from eval.network.devices import Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +37,11 @@ class Cost:
         return sum(m.bits * m.times for m in self.messages)
 
 
-def cost(work: Workload, setting: Setting, speeds: Sequence[float], flops_per_second: float) -> Cost:
-    """What a setting costs: of every device `flops / (speed * flops_per_second)` seconds.
-
-    Args:
-      speeds: of the N devices, relative to the one that does `flops_per_second`.
-    """
-    work_done = device_flops(work, setting, speeds)
-    seconds = tuple(n / (speed * flops_per_second) for n, speed in zip(work_done, speeds, strict=True))
-    return Cost(setting, work_done, seconds, predicted_messages(work, setting, speeds))
+def cost(work: Workload, setting: Setting, devices: Devices, flops_per_second: float) -> Cost:
+    """What a setting costs its N devices, of which one of speed 1 does `flops_per_second`."""
+    work_done = device_flops(work, setting, devices)
+    seconds = devices.seconds(work_done, flops_per_second)
+    return Cost(setting, work_done, seconds, predicted_messages(work, setting, devices))
 
 
 def share_flops(work: Workload, setting: Setting, N: int | None = None) -> int:
@@ -61,8 +56,8 @@ def measured_flops_per_second(work: Workload, model: Any, setting: Setting, repe
     return share_flops(work, setting) / seconds
 
 
-def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> tuple[float, ...]:
-    """Operations of every device; where tokens are split, in proportion to speeds.
+def device_flops(work: Workload, setting: Setting, devices: Devices) -> tuple[float, ...]:
+    """Operations of every device; where tokens are split, in proportion to how fast they are.
 
     What a device computes is linear in its own tokens: projections, MLP and encoding of these, attention of these to
     all, projections of all others. So two even splits tell it for any share. Where tables have codewords counted,
@@ -74,58 +69,36 @@ def device_flops(work: Workload, setting: Setting, speeds: Sequence[float]) -> t
     from scipy.interpolate import barycentric_interpolate
 
     N, strategy = setting.N, STRATEGIES[setting.strategy]
-    if len(set(speeds)) == 1 or not strategy.splits_tokens:
+    if devices.equal or not strategy.splits_tokens:
         return (float(share_flops(work, setting)),) * N
     counted = strategy.folds and setting.groups == 1 and work.astra.codewords < work.T
     splits = (N, 2 * N, 4 * N) if counted else (N, 2 * N)
     least = splits[-1]
     if least > work.T:
         raise AstraError(f"{work.T} tokens are too few for {N} unequal devices: use at least {least}, or equal devices")
-    shards = work.abstract(setting.groups).shards(N, work.inputs(), tuple(speeds))
+    shards = devices.split(work.abstract(setting.groups).shards(N, work.inputs()))
     lengths = np.asarray(shards.lengths).reshape(-1)
     even = [share_flops(work, setting, n) for n in splits]
     found = barycentric_interpolate([1 / n for n in splits], even, lengths / lengths.sum())
     return tuple(map(float, found))
 
 
-def predicted_messages(work: Workload, setting: Setting, speeds: Sequence[float]) -> tuple[Message, ...]:
+def predicted_messages(work: Workload, setting: Setting, devices: Devices) -> tuple[Message, ...]:
     """What one device sends. Messages are padded to the longest shard, for which all wait."""
-    model, inputs = work.abstract(setting.groups), work.inputs()
-    strategy = setting.make(model, setting.N, inputs)
+    model = work.abstract(setting.groups)
+    strategy = setting.make(model, setting.N, work.inputs())
     if strategy.splits_tokens:
-        shards = model.shards(setting.N, inputs, tuple(speeds))
-        shards = dataclasses.replace(shards, class_token=strategy.shards.class_token)
-        strategy = dataclasses.replace(strategy, shards=shards)
+        strategy = dataclasses.replace(strategy, shards=devices.split(strategy.shards))
     return tuple(strategy.messages(model))
 
 
-def check_split(work: Workload, ways: Iterable[Setting], speeds: Sequence[float]) -> None:
+def check_split(work: Workload, ways: Iterable[Setting], devices: Devices) -> None:
     """Raises AstraError, before anything is measured, for a model that cannot be run in one of these ways.
 
     Args:
-      speeds: of all devices, of which a way uses the N fastest.
+      devices: all there are, of which a way uses the N fastest.
     """
     for way in ways:
         if work.T < way.N:
             raise AstraError(f"{work.T} tokens cannot be split over {way.N} devices: use at most {work.T} devices")
-        predicted_messages(work, way, fastest(speeds, way.N))
-
-
-def check_speeds(speeds: tuple[float, ...], N: int) -> tuple[float, ...]:
-    """The speeds, or N times 1 where none are given. Raises AstraError unless there are N numbers above 0."""
-    speeds = speeds or (1.0,) * N
-    if len(speeds) != N:
-        raise AstraError(f"--speeds has {len(speeds)} numbers for {N} devices: give one for each")
-    for speed in speeds:
-        if not 1 / FASTEST <= speed <= FASTEST:
-            raise AstraError(
-                f"--speeds has {speed:g}; a speed is above 0, from {1 / FASTEST:g} to {FASTEST:g}: leave it "
-                "out, or give 0.5, say"
-            )
-    return speeds
-
-
-def fastest(speeds: Sequence[float], N: int) -> tuple[float, ...]:
-    """The speeds of the N fastest devices, in the order in which they were given."""
-    chosen = sorted(range(len(speeds)), key=lambda n: -speeds[n])[:N]
-    return tuple(speeds[n] for n in sorted(chosen))
+        predicted_messages(work, way, devices.fastest(way.N))

@@ -43,8 +43,8 @@ class NextTokenLoss(nnx.Module):
     def codec(self) -> Quantizer | None:
         return self.model.codec
 
-    def shards(self, N: int, text: Text | None = None, speeds: Sequence[float] = ()) -> Shards:
-        return self.model.shards(N, text, speeds)
+    def shards(self, N: int, text: Text | None = None) -> Shards:
+        return self.model.shards(N, text)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T 2"]:
         """Every token and the one that follows it; what follows the last one of a sequence does not count."""

@@ -21,6 +21,7 @@ from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import STRATEGIES, parallelize
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra
+from eval.network.devices import Devices
 from eval.network.packet_loss import PacketLoss, arrived
 
 Run = Callable[[Any], Array]  # inputs -> outputs
@@ -70,11 +71,11 @@ class Simulated:
 
     Attributes:
       N: shards.
-      speeds: relative ones of the N devices, to split the tokens in proportion to; () for equal ones.
+      devices: the N devices whose tokens these are; none where all are equal.
     """
 
     N: int
-    speeds: tuple[float, ...] = ()
+    devices: Devices = Devices()
 
     @property
     def strategy(self) -> str:
@@ -83,12 +84,12 @@ class Simulated:
 
     def shards(self, model: Any, inputs: Any = None) -> Shards:
         """How tokens are split; those of the longest inputs by default."""
-        return model.shards(self.N, inputs, self.speeds)
+        return self.devices.split(model.shards(self.N, inputs))
 
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """One try."""
         graphdef, state = nnx.split(model)
-        yield "", lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.speeds)
+        yield "", lambda inputs: run_virtual(graphdef, state, inputs, self.N, self.devices)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class Lossy(Simulated):
             shards, B = self.shards(model, inputs), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(batch)])
             there = jnp.asarray(arrived(self.packet_loss, shards, self.codes.token_bits, L, B, rng, schedule))
-            return run_virtual(graphdef, state, inputs, self.N, self.speeds, there, self.lost)
+            return run_virtual(graphdef, state, inputs, self.N, self.devices, there, self.lost)
 
         for seed in range(self.tries):
             yield f", seed {seed}", partial(run, seed=seed, batch=itertools.count())
@@ -125,13 +126,13 @@ class Lossy(Simulated):
 Way = OnMesh | Simulated
 
 
-@partial(jax.jit, static_argnames=("graphdef", "N", "speeds", "lost"))
+@partial(jax.jit, static_argnames=("graphdef", "N", "devices", "lost"))
 def run_virtual(
     graphdef: Any,
     state: Any,
     inputs: Any,
     N: int,
-    speeds: tuple[float, ...],
+    devices: Devices,
     there: Bool[Array, "L B N slots"] | None = None,
     lost: Lost = "predicted",
 ) -> Array:
@@ -140,7 +141,7 @@ def run_virtual(
     Jitted here, not where it is used, so that all tries under packet loss share one program.
     """
     model = nnx.merge(graphdef, state)
-    tokens, shards = model.to_tokens(inputs), model.shards(N, inputs, speeds)
+    tokens, shards = model.to_tokens(inputs), devices.split(model.shards(N, inputs))
     strategy = Astra.virtual(shards, there, lost=lost) if N > 1 else Single(shards)
     out = model(shards.scatter(tokens), strategy)[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out

@@ -29,7 +29,7 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from astra_jax.cli.arguments import Integers, Numbers, Texts
+from astra_jax.cli.arguments import Integers, Texts
 from astra_jax.codecs.config import Site
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
@@ -40,11 +40,12 @@ from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
 from eval import plots
-from eval.cost.cost import Cost, check_speeds, check_split, cost, fastest, share_flops
+from eval.cost.cost import Cost, check_split, cost, share_flops
 from eval.cost.device_profile import DeviceProfile, read_profile, write_profile
 from eval.cost.timing import alone, compute_seconds, exchange_latency, wall_seconds
 from eval.cost.traffic import messages, pass_on_mesh
 from eval.cost.workload import ONE, Setting, Workload, open_workload, settings
+from eval.network.devices import Devices
 from eval.network.model import Counting, Link, exchange_seconds, parse_rate, parse_seconds, pass_seconds
 from eval.network.traces import Trace, read_trace, replay
 
@@ -81,8 +82,7 @@ class Args:
     """Predict compute from the speed in this file, instead of measuring it here."""
     save_profile: Path | None = None
     """Measure this machine's speed on one device, and write it to this file."""
-    speeds: Numbers = ()
-    """Relative speeds of the N devices, such as 1,1,0.5,0.5: tokens are split in proportion; by default equal."""
+    unequal: Annotated[Devices, tyro.conf.arg(name="")] = Devices()
     site: Site | None = None
     """What astra quantizes; by default what the checkpoint does, or hidden."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -224,7 +224,7 @@ def measured(
     work: Workload,
     weights: Any,
     ways: Sequence[Setting],
-    speeds: Sequence[float],
+    devices: Devices,
     profile: DeviceProfile | None,
     mesh: Mesh,
 ) -> tuple[dict[Setting, Cost], dict[Setting, list[float]], dict[Setting, float]]:
@@ -253,7 +253,7 @@ def measured(
                 else:
                     seconds = compute_seconds(model, way.N, coded.inputs(), way.make, args.repeats)
                 speed[way] = share_flops(coded, way) / seconds
-            costs[way] = cost(coded, way, fastest(speeds, way.N), speed[way])
+            costs[way] = cost(coded, way, devices.fastest(way.N), speed[way])
             advance(strategy=str(way))
     return costs, walls, speed
 
@@ -266,7 +266,7 @@ def main(args: Args) -> None:
     for rate in rates:
         parse_rate(rate)
     N = args.devices or args.several.hosts or 4
-    latency, speeds = parse_seconds(args.latency), check_speeds(args.speeds, N)
+    latency, devices = parse_seconds(args.latency), args.unequal.of(N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
     ways = settings(args.strategies, N, args.groups, args.exchanges, args.codecs)
@@ -277,14 +277,14 @@ def main(args: Args) -> None:
         str(N), args.several, checkpoints=checkpoints, to_run=False, same=lambda: brought(args, work, profile, trace)
     )
     for way in ways:
-        check_split(work.of(way), [way], speeds)
+        check_split(work.of(way), [way], devices)
     L = work.config.num_hidden_layers
     weights = None if profile else work.weights()
     if args.weights:
         bare = work.model(weights, None)
         full, rounded = (weight_bytes(model) / 1e6 for model in (bare, quantize_weights(bare, args.weights)))
         report.say(f"the weights take {rounded:,.1f} MB instead of {full:,.1f}", weight_mb=rounded, full_weight_mb=full)
-    costs, walls, speed = measured(args, work, weights, list(dict.fromkeys([ONE, *ways])), speeds, profile, mesh)
+    costs, walls, speed = measured(args, work, weights, list(dict.fromkeys([ONE, *ways])), devices, profile, mesh)
     single, shown = costs[ONE], [costs[way] for way in ways]
     where = f"{profile.name}" if profile else "this machine"
     precision = f"{work.dtype}{f' with {args.weights} weights' if args.weights else ''}"

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 import checkpoints
-from astra_jax.cli.arguments import Integers, Numbers, Texts
+from astra_jax.cli.arguments import Integers, Texts
 from astra_jax.codecs.bitpacking import tokens_per_packet
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
@@ -42,6 +42,7 @@ from eval.cost.traffic import messages
 from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs, check_counts
 from eval.datasets.windows import even_strides
+from eval.network.devices import Devices
 from eval.network.model import Link, parse_rate, pass_seconds
 from eval.network.packet_loss import PacketLoss
 from eval.quality.tasks import METRICS, task_of
@@ -84,8 +85,7 @@ class Args(DataArgs):
     expects of them stands in; by default predicted, of a checkpoint without a predictor masked."""
     seeds: int | None = None
     """How often everything is run under packet loss, by default 5."""
-    speeds: Numbers = ()
-    """Relative speeds of the N devices, such as 1,1,0.5,0.5, to split the tokens in proportion to; by default equal."""
+    unequal: Annotated[Devices, tyro.conf.arg(name="")] = Devices()
     length: int | None = None
     """Text: tokens of a window, and of the sequence that is timed; by default the model's limit, but at most 1024."""
     stride: int | None = None
@@ -105,7 +105,7 @@ class Args(DataArgs):
     @property
     def simulated(self) -> list[str]:
         """The options that are simulated on virtual shards."""
-        given = {"--packet-loss": self.packet_loss is not None, "--speeds": self.speeds, "--virtual": self.virtual}
+        given = {"--packet-loss": self.packet_loss is not None, "--speeds": self.unequal.N, "--virtual": self.virtual}
         return [option for option, value in given.items() if value]
 
     @property
@@ -134,7 +134,7 @@ def check(args: Args) -> None:
     for rate in args.rates:
         parse_rate(rate)
     simulated, of_packets = next(iter(args.simulated), ""), next(iter(args.of_packets), "")
-    several_devices = args.packet_loss is not None or bool(args.speeds)
+    several_devices = args.packet_loss is not None or args.unequal.N > 0
     # What is the case, and what is said of it. The first that is so is said.
     rules = (
         (not args.checkpoints, "no checkpoint was given: astra eval CHECKPOINT [CHECKPOINT ...] --data DATA"),
@@ -206,10 +206,10 @@ def way_of(checkpoint: Checkpoint, args: Args) -> Way:
     if not args.simulated:
         return OnMesh(strategy, N, rows)
     if args.links is None or astra is None:
-        return Simulated(N, args.speeds)
+        return Simulated(N, args.unequal)
     lost: Lost = args.lost or ("masked" if astra.predictor == "none" else "predicted")
     tries = args.seeds or SEEDS
-    return Lossy(N, args.speeds, packet_loss=args.links, codes=astra, lost=lost, tries=tries)
+    return Lossy(N, args.unequal, packet_loss=args.links, codes=astra, lost=lost, tries=tries)
 
 
 def sliding(config: Any, args: Args) -> Sliding:
@@ -221,7 +221,7 @@ def sliding(config: Any, args: Args) -> Sliding:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")
     N, strides = args.mesh[1], list[int]()
     if any(way_of(checkpoints.read_meta(path), args).strategy == "astra" for path in args.checkpoints):
-        shards = Shards.split(length, min(N, length), speeds=args.speeds)
+        shards = args.unequal.split(Shards.split(length, min(N, length)))
         strides = even_strides(np.asarray(shards.lengths).tolist())
     usual = min(strides, key=lambda n: abs(n - length / 2)) if strides else length // 2
     stride = usual if args.stride is None else args.stride
@@ -302,7 +302,7 @@ def costs(model: Any, way: Way, inputs: Any, args: Args) -> dict[str, Any]:
         sent: Sequence[Message] = Astra(way.shards(model, inputs)).messages(model)
     else:
         sent = messages(model, way.N, inputs, make)
-    unequal = isinstance(way, Simulated) and way.speeds
+    unequal = isinstance(way, Simulated) and way.devices.N
     compute = None if unequal else compute_seconds(model, way.N, inputs, make)
 
     def latency(rate: str) -> float | None:
@@ -373,9 +373,8 @@ def explain(report: Report, args: Args, tries: Sequence[dict[str, Any]]) -> None
             packet_loss=dataclasses.asdict(links),
             seeds=tries,
         )
-    if args.speeds:
+    if args.unequal.N:
         report.say(
-            f"tokens are split for speeds {' '.join(f'{s:g}' for s in args.speeds)}, on virtual shards; "
-            "unequal devices are not timed here",
-            speeds=list(args.speeds),
+            f"tokens are split for speeds {args.unequal}, on virtual shards; unequal devices are not timed here",
+            speeds=list(args.unequal.speeds),
         )

@@ -25,6 +25,7 @@ from astra_jax.report import Report, be_quiet
 from eval.cost.advice import Option, candidates, reached_here, reason, usual_groups
 from eval.cost.cost import cost
 from eval.cost.workload import ONE, Setting, Workload, open_workload
+from eval.network.devices import Devices
 from eval.network.model import Link
 
 
@@ -70,11 +71,11 @@ def agreement(about: About, first: About | None) -> str:
 
 def advice(work: Workload, N: int, link: Link) -> str:
     """What `astra plan` says for up to N equal devices like this one, in a sentence."""
-    ways = candidates(work, (1.0,) * N, usual_groups(work))
+    ways = candidates(work, Devices().of(N), usual_groups(work))
     reached = reached_here(work, [ONE, *ways])
 
     def option(way: Setting) -> Option:
-        return Option(cost(work, way, (1.0,) * way.N, reached[way.strategy, way.groups]), link)
+        return Option(cost(work, way, Devices().of(way.N), reached[way.strategy, way.groups]), link)
 
     return reason(option(ONE), [option(way) for way in ways])
 

@@ -16,14 +16,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from astra_jax.cli.arguments import Integers, Numbers
+from astra_jax.cli.arguments import Integers
 from astra_jax.codecs.config import Site
 from astra_jax.errors import AstraError
 from astra_jax.report import Report, progress
 from eval.cost.advice import Option, candidates, choose, reached_here, reason, usual_groups
-from eval.cost.cost import check_speeds, cost, fastest
+from eval.cost.cost import cost
 from eval.cost.device_profile import read_profile
 from eval.cost.workload import ONE, Setting, open_workload
+from eval.network.devices import Devices
 from eval.network.model import Counting, Link, parse_rate, parse_seconds
 from eval.quality.reached import Quality, code_name, read_quality
 
@@ -51,8 +52,7 @@ class Args:
     """G of astra; by default 1,16,32, or those in --accuracy."""
     device_profile: Path | None = None
     """Predict compute from the speed in this file, instead of measuring it here."""
-    speeds: Numbers = ()
-    """Relative speeds of the devices, such as 1,1,0.5,0.5: tokens are split in proportion; by default equal."""
+    unequal: Annotated[Devices, tyro.conf.arg(name="")] = Devices()
     site: Site | None = None
     """What astra quantizes; by default what the checkpoint does, or hidden."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,7 +115,7 @@ def main(args: Args) -> None:
     check(args)
     report = Report("plan", args.json)
     link = Link(parse_rate(args.rate), parse_seconds(args.latency), args.counting)
-    speeds = check_speeds(args.speeds, args.devices)
+    devices = args.unequal.of(args.devices)
     profile = read_profile(args.device_profile) if args.device_profile else None
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     quality = (
@@ -128,7 +128,7 @@ def main(args: Args) -> None:
     if quality and quality.others:
         report.say(f"left out are {quality.others} row(s) of {args.accuracy}, of other codes", others=quality.others)
     groups = args.groups or known or usual_groups(work)
-    ways = candidates(work, speeds, groups)
+    ways = candidates(work, devices, groups)
     if quality and args.accuracy_budget is not None:
         good = quality.within(args.accuracy_budget)
         ways = [way for way in ways if way.groups is None or (way.N, way.groups) in good]
@@ -139,8 +139,8 @@ def main(args: Args) -> None:
         reached = reached_here(work, [ONE, *ways])
 
     def option(way: Setting) -> Option:
-        mine, flops_per_second = fastest(speeds, way.N), reached[way.strategy, way.groups]
-        return Option(cost(work, way, mine, flops_per_second), link, len(set(speeds)) > 1 and args.devices > way.N)
+        mine, flops_per_second = devices.fastest(way.N), reached[way.strategy, way.groups]
+        return Option(cost(work, way, mine, flops_per_second), link, not devices.equal and devices.N > way.N)
 
     with progress("ways to run it", len(ways)) as advance:
         single, several = option(ONE), []

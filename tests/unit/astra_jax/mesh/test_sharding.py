@@ -85,6 +85,27 @@ def test_a_ragged_split_covers_every_sequence_once_and_in_order(batch, N):
         assert T < N or Shards.split(T, N).lengths == tuple(lengths[b])  # each as if it were alone
 
 
+@given(batches(1), st.lists(st.floats(0.5, 2), min_size=3, max_size=3))
+def test_in_proportion_to_speeds_every_sequence_is_split_as_if_it_were_alone(batch, speeds):
+    even = Shards.ragged(jnp.asarray(batch), MOST, 3, "single", causal=True)
+    shards = even.in_proportion(speeds)
+    assert (shards.class_token, shards.causal) == ("single", True)
+    longest = max(max(Shards.split(T, 3).in_proportion(speeds).lengths) for T in range(12, MOST + 1))
+    assert longest == shards.S
+    for T, lengths in zip(batch, np.asarray(shards.lengths), strict=True):
+        assert lengths.sum() == T
+        assert T < 12 or Shards.split(T, 3).in_proportion(speeds).lengths == tuple(lengths)
+    np.testing.assert_array_equal(even.in_proportion((2.0,) * 3).lengths, even.lengths)
+
+
+def test_in_proportion_by_hand():
+    assert Shards.split(16, 4, "distributed").in_proportion((1.0, 1.0, 0.5, 0.5)) == Shards((5, 5, 3, 3), "distributed")
+    with pytest.raises(AstraError, match="of 16 tokens device 0, with speed 0.001, would get none: leave it out"):
+        Shards.split(16, 4).in_proportion((0.001, 1.0, 1.0, 1.0))
+    with pytest.raises(AstraError, match="2 speeds were given for 4 devices"):
+        Shards.split(16, 4).in_proportion((1.0, 1.0))
+
+
 @partial(jax.jit, static_argnums=(2, 3))
 def there_and_back(lengths, x, N, class_token):
     shards = Shards.ragged(lengths, MOST, N, class_token)

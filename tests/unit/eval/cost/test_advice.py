@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies.base import Message
 from eval.cost.advice import Option, candidates, choose, reached_here, reason, round_up
-from eval.cost.cost import Cost, fastest, share_flops
+from eval.cost.cost import Cost, share_flops
 from eval.cost.presets import PRESETS
 from eval.cost.workload import ONE, Setting, open_workload
+from eval.network.devices import Devices
 from eval.network.model import Link, parse_rate
 from eval.quality.reached import Quality
 
@@ -89,8 +90,9 @@ def test_the_fewest_of_equals():
 
 
 def test_the_fastest_devices():
-    assert fastest((0.5, 1.0, 2.0, 1.0), 1) == (2.0,)
-    assert fastest((0.5, 1.0, 2.0, 1.0), 3) == (1.0, 2.0, 1.0)
+    devices = Devices((0.5, 1.0, 2.0, 1.0))
+    assert devices.fastest(1) == Devices((2.0,))
+    assert devices.fastest(3) == Devices((1.0, 2.0, 1.0))
     assert str(option(SP, 1, partial=True)) == "sp on the 2 fastest devices"
 
 
@@ -125,7 +127,7 @@ def test_without_a_profile_every_strategy_is_measured_once(monkeypatch):
 
     monkeypatch.setattr("eval.cost.cost.compute_seconds", measured)
     work = open_workload("tiny", 16, None, "float32")
-    ways = [ONE, *candidates(work, (1.0, 1.0, 1.0), (4,))]
+    ways = [ONE, *candidates(work, Devices((1.0, 1.0, 1.0)), (4,))]
     speeds = reached_here(work, ways)
     assert sorted(seen) == [("Astra", 3), ("SequenceParallel", 3), ("Single", 1), ("TensorParallel", 2)]
     assert speeds["astra", 4] == share_flops(work, Setting("astra", 3, groups=4)) / 2

@@ -15,6 +15,7 @@ from astra_jax.serving.compile import STRATEGIES
 from eval.cost.cost import check_split
 from eval.cost.presets import PRESETS
 from eval.cost.workload import ONE, Setting, open_workload, settings
+from eval.network.devices import Devices
 
 
 def saved(folder, family, model, astra=None):
@@ -174,8 +175,8 @@ def test_more_devices_than_tokens(tiny_gpt2, monkeypatch):
     """Also of a text, a short one of which may leave devices without any."""
     monkeypatch.setitem(PRESETS, "tiny", ("gpt2", tiny_gpt2().config))
     work = opened("tiny", 3)
-    check_split(work, [Setting("sp", 3), Setting("tp", 2)], (1.0,) * 3)
+    check_split(work, [Setting("sp", 3), Setting("tp", 2)], Devices((1.0,) * 3))
     with pytest.raises(AstraError, match="3 tokens cannot be split over 4 devices: use at most 3"):
-        check_split(work, [Setting("sp", 3), Setting("tp", 4)], (1.0,) * 4)
+        check_split(work, [Setting("sp", 3), Setting("tp", 4)], Devices((1.0,) * 4))
     with pytest.raises(AstraError, match="strategy tp splits 2 heads"):
-        check_split(work, [Setting("tp", 3)], (1.0,) * 3)
+        check_split(work, [Setting("tp", 3)], Devices((1.0,) * 3))

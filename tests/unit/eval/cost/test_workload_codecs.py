@@ -10,6 +10,7 @@ from astra_jax.models.vit import ViTConfig
 from eval.cost.cost import predicted_messages, share_flops
 from eval.cost.presets import PRESETS
 from eval.cost.workload import Setting, open_workload, settings
+from eval.network.devices import Devices
 
 D, F, L, K, HIDDEN = 32, 48, 3, 16, 128
 N, T = 4, 64
@@ -54,7 +55,7 @@ def test_a_pass_by_hand(tiny, name, G):
     way = Setting("astra", N, groups=G, codec=name)
     work, block = tiny.of(way), BLOCKS[name, G]
     assert share_flops(work, way) == AROUND + L * block
-    codes, _ = predicted_messages(work, way, (1.0,) * N)
+    codes, _ = predicted_messages(work, way, Devices((1.0,) * N))
     assert (codes.bits, codes.times) == (4 * G * S, L)
 
 

@@ -13,9 +13,10 @@ from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies.base import Message
 from astra_jax.strategies.coded import Astra
-from eval.cost.cost import Cost, check_speeds, cost, device_flops, predicted_messages, share_flops
+from eval.cost.cost import Cost, cost, device_flops, predicted_messages, share_flops
 from eval.cost.presets import PRESETS
 from eval.cost.workload import ONE, Setting, Workload, open_workload
+from eval.network.devices import Devices
 from eval.network.traces import Trace
 from eval.verbs.bench import cells, pivot, replayed, summary
 
@@ -156,13 +157,13 @@ def test_unequal_devices_that_count_codewords_do_what_even_splits_do(tiny):
     work = opened("tiny", 64)
     work = dataclasses.replace(work, astra=VQConfig(1, 4), config=dataclasses.replace(work.config, hidden_size=32))
     way = Setting("astra", 2, groups=1)
-    slow, fast = device_flops(work, way, (1.0, 31.0))
+    slow, fast = device_flops(work, way, Devices((1.0, 31.0)))
     assert slow == pytest.approx(share_flops(work, way, 32), rel=1e-9)
     plain = dataclasses.replace(way, strategy="astra-plain")
     saved = 2 * (4 * 2 * 32**2 + 63 * (2 - 4) * 4 * 32)
-    assert device_flops(work, plain, (1.0, 31.0))[1] - fast == pytest.approx(saved, rel=1e-6)
+    assert device_flops(work, plain, Devices((1.0, 31.0)))[1] - fast == pytest.approx(saved, rel=1e-6)
     with pytest.raises(AstraError, match="64 tokens are too few for 17 unequal devices: use at least 68"):
-        device_flops(work, dataclasses.replace(way, N=17), (1.0,) * 16 + (2.0,))
+        device_flops(work, dataclasses.replace(way, N=17), Devices((1.0,) * 16 + (2.0,)))
 
 
 def test_a_strategy_that_lies_is_found_out(tmp_path, tiny, profile, monkeypatch, capsys):
@@ -183,7 +184,7 @@ def opened(name, tokens=16) -> Workload:
 def test_equal_devices_do_the_same(tiny):
     work = opened("tiny")
     for setting in (ONE, Setting("astra", 4, groups=4), Setting("tp", 2), Setting("bp-ag", 4, exchanges=1)):
-        found = device_flops(work, setting, (1.0,) * setting.N)
+        found = device_flops(work, setting, Devices((1.0,) * setting.N))
         assert found == (float(share_flops(work, setting)),) * setting.N
 
 
@@ -194,7 +195,7 @@ def test_equal_devices_do_the_same(tiny):
 def test_unequal_devices_do_what_even_splits_do(tiny, name, setting):
     """2 of 16 tokens are what one device of eight has, and 14 are as much more than 8 as 8 are more than 2."""
     work = opened(name)
-    slow, fast = device_flops(work, setting, (1.0, 7.0))
+    slow, fast = device_flops(work, setting, Devices((1.0, 7.0)))
     assert slow == share_flops(work, setting, 8)
     even = share_flops(work, setting)
     assert fast == pytest.approx(2 * even - slow)
@@ -203,13 +204,13 @@ def test_unequal_devices_do_what_even_splits_do(tiny, name, setting):
 def test_unequal_devices_take_what_their_speed_says(tiny):
     """The pace is that of 1e6 operations per second times the speed; messages are as long as the longest shard's."""
     work, setting = opened("tiny"), Setting("astra", 2, groups=4)
-    found = cost(work, setting, (0.5, 1.5), 1e6)
-    assert found.flops == device_flops(work, setting, (1.0, 3.0))
+    found = cost(work, setting, Devices((0.5, 1.5)), 1e6)
+    assert found.flops == device_flops(work, setting, Devices((1.0, 3.0)))
     assert found.compute == pytest.approx([found.flops[0] / 0.5e6, found.flops[1] / 1.5e6])
     assert found.messages[0] == Message("all-gather", 12 * 4 * 10, 2)
     assert found.bits == 2 * 12 * 4 * 10 + 16 * 32
     heads = Setting("tp", 2)  # splits no tokens: the slower device sets the pace
-    assert cost(work, heads, (0.5, 1.0), 1e6).compute == pytest.approx(
+    assert cost(work, heads, Devices((0.5, 1.0)), 1e6).compute == pytest.approx(
         [share_flops(work, heads) / 0.5e6, share_flops(work, heads) / 1e6]
     )
 
@@ -217,7 +218,7 @@ def test_unequal_devices_take_what_their_speed_says(tiny):
 def test_in_proportion_to_speed_is_faster_than_evenly(tiny):
     """Yet not as fast as it could be: the slow devices project the remote tokens as the fast ones do."""
     work, setting = opened("tiny", 64), Setting("astra", 4, groups=4)
-    found = cost(work, setting, (1.0, 1.0, 0.5, 0.5), 1e6).compute
+    found = cost(work, setting, Devices((1.0, 1.0, 0.5, 0.5)), 1e6).compute
     evenly = share_flops(work, setting) / 0.5e6
     assert found[0] < found[2] < evenly and found[0] == found[1] and found[2] == found[3]
 
@@ -225,13 +226,13 @@ def test_in_proportion_to_speed_is_faster_than_evenly(tiny):
 def test_the_class_token_of_an_uneven_split(tiny):
     """Voltage sends 12 tokens and the class token, padded to the longest shard, as the strategy itself would."""
     work = opened("tiny")
-    gathered, _ = predicted_messages(work, Setting("sp", 2), (1.0, 3.0))
+    gathered, _ = predicted_messages(work, Setting("sp", 2), Devices((1.0, 3.0)))
     assert gathered.bits == 13 * 16 * 32
 
 
 def test_speeds():
-    assert check_speeds((1.0, 0.5), 2) == (1.0, 0.5)
-    assert check_speeds((), 3) == (1.0, 1.0, 1.0)
+    assert Devices((1.0, 0.5)).of(2) == Devices((1.0, 0.5))
+    assert Devices().of(3) == Devices((1.0, 1.0, 1.0))
 
 
 # 4 devices compute 10 ms, the last 20 ms; they send 3 x 100 kbit in blocks and 20 kbit once.
