@@ -122,12 +122,13 @@ def _is_unstacked(a: Any) -> bool:
     return isinstance(a, Unstacked)
 
 
-def _block_of(xs: Any, number: int) -> Any:
+def _block_of(xs: Any, number: Any) -> Any:
     return jax.tree.map(lambda a: a.blocks[number] if _is_unstacked(a) else a[number], xs, is_leaf=_is_unstacked)
 
 
-def block_at(blocks: Any, index: int) -> Any:
-    """Block `index` of a stack, as a module of its own (a copy), its weights in full precision."""
+def block_at(blocks: Any, index: int | Int[Array, ""]) -> Any:
+    """Block `index` of a stack, or the part of it that is given, as a module of its own (a copy), its weights in full
+    precision."""
     graphdef, state = nnx.split(blocks)
     return nnx.merge(graphdef, dequantized(_block_of(state, index)))
 

@@ -10,7 +10,6 @@ the vector of width D that these stand for (`attention.Readout`).
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from astra_jax.models.attention import Folded, MixedPrecisionAttention, Readout
-from astra_jax.models.weight_quantization import dequantized
+from astra_jax.models.blocks import block_at
 
 # Operations that a processor does in the time in which it reads a byte from memory. Of a CPU as measured on one x86-64
 # core: projecting 768 tokens of ViT-Base, beside adding up their rows of float32 tables of G=32, which fit no cache. Of
@@ -67,39 +66,38 @@ def fold(model: Any, platform: str | None = None) -> Any:
     tables = folding_pays(model, platform or jax.default_backend())
     if not tables and not (attention.codec.rotates and attention.site == "hidden"):
         return model
-    codec, state = nnx.split(attention.codec)
-    parts = [state, nnx.state(attention.k), nnx.state(attention.v)]
-    make = partial(_of_all_blocks, partial(_tables if tables else _readout, attention.site, codec), model.dtype)
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parts))
-    made = jax.eval_shape(make, *parts) if abstract else jax.jit(make)(*parts)
+    of_block, (graphdef, state) = _tables if tables else _readout, nnx.split(attention)
+
+    def make(state: Any) -> Float[Array, "L *shape"]:
+        numbers = jnp.arange(model.config.num_hidden_layers)
+        return jax.lax.map(lambda n: of_block(block_at(nnx.merge(graphdef, state), n)).astype(model.dtype), numbers)
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+    made = jax.eval_shape(make, state) if abstract else jax.jit(make)(state)
     graphdef, state = nnx.split(model)
     folded = nnx.merge(graphdef, state)
     folded.blocks.attention.tables = Folded(made) if tables else Readout(made)
     return folded
 
 
-def _of_all_blocks(make: Any, dtype: Any, *parts: Any) -> Float[Array, "L *shape"]:
-    return jax.lax.map(lambda block: make(*map(dequantized, block)).astype(dtype), parts)
-
-
-def _readout(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "axes width"]:
+def _readout(attention: Any) -> Float[Array, "axes width"]:
     """Keys and values of a unit vector along every axis of the codec, and in the last row those of its origin."""
-    made = nnx.merge(codec, state)
-    if site == "kv":
-        assert made.rotates  # or nothing is to be read out: codewords are keys and values
-        return jnp.concatenate([made.synthesis[...], made.mean[...][None]])
-    kernel = jnp.concatenate([layer["kernel"][...] for layer in (k, v)], axis=-1).astype(jnp.float32)
-    bias = jnp.concatenate([layer["bias"][...] for layer in (k, v)]) if "bias" in k else jnp.zeros(kernel.shape[1])
-    if not made.rotates:
+    codec, layers = attention.codec, (attention.k, attention.v)
+    if attention.site == "kv":
+        assert codec.rotates  # or nothing is to be read out: codewords are keys and values
+        return jnp.concatenate([codec.synthesis[...], codec.mean[...][None]])
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=-1).astype(jnp.float32)
+    biased = attention.k.bias is not None
+    bias = jnp.concatenate([layer.bias[...] for layer in layers]) if biased else jnp.zeros(kernel.shape[1])
+    if not codec.rotates:
         return jnp.concatenate([kernel, bias[None]])
-    axes, origin = (jnp.matmul(a, kernel, precision="highest") for a in (made.synthesis[...], made.mean[...]))
+    axes, origin = (jnp.matmul(a, kernel, precision="highest") for a in (codec.synthesis[...], codec.mean[...]))
     return jnp.concatenate([axes, (origin + bias)[None]])
 
 
-def _tables(site: str, codec: Any, state: Any, k: Any, v: Any) -> Float[Array, "G K width"]:
+def _tables(attention: Any) -> Float[Array, "G K width"]:
     """`C_g [Wk_g Wv_g]`, biases added in the first group."""
-    made = nnx.merge(codec, state)
-    if site == "kv" and not made.rotates:
-        return made.codebook[...]
-    readout = _readout(site, codec, state, k, v)
-    return made.products(readout[:-1]).at[0].add(readout[-1])
+    if attention.site == "kv" and not attention.codec.rotates:
+        return attention.codec.codebook[...]
+    readout = _readout(attention)
+    return attention.codec.products(readout[:-1]).at[0].add(readout[-1])

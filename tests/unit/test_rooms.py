@@ -58,7 +58,7 @@ FEATURES = {
     "predictors": (r"[pP]redictor|^predicts?$", 15),
     "blocks that are known, coded or predicted": (r"^schedules?$|^Schedule$", 12),
     "token ids as side information": (r"TokenIds|token_ids", 5),
-    "weights of few bits": (r"quantize_weights|weight_quantization|qwix", 6),
+    "weights of few bits": (r"quantize_weights|weight_quantization|qwix", MOST_FILES),
     "devices of several speeds": (r"speeds$", MOST_FILES),
     "tables of keys and values": (r"key_value_tables|fast_path|folding", MOST_FILES),
     "traces of a link": (r"network\.traces|Trace$|read_trace", MOST_FILES),
