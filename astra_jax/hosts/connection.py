@@ -14,6 +14,8 @@ import time
 from typing import Any
 
 LONGEST = 8192  # bytes of a line
+MOST_BYTES = 1 << 28  # with a line, of a request
+BEAT_SECONDS = 1.0  # between two signs of life
 GONE = "is gone: its process ended or was killed"
 CUT = "gives no sign of life: is its link cut?"
 

@@ -13,17 +13,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from astra_jax.hosts.connection import GONE, Line
+from astra_jax.hosts.connection import BEAT_SECONDS, GONE, MOST_BYTES, Line
+from astra_jax.hosts.options import Policy
 from astra_jax.terminal import one_line
 
-BEAT_SECONDS = 1.0  # between two signs of life
 GRACE_SECONDS = 0.5  # for news of other hosts that went at the same time
-MOST_BYTES = 1 << 28  # that host 0 sends with a request
 MOST_TOLD = 1 << 20  # bytes that another host sends at once
-
-Policy = Literal["fail", "single", "shrink"]
 
 
 def die(message: str) -> NoReturn:

@@ -6,11 +6,14 @@ import math
 import os
 import re
 import socket
+from typing import Literal
 
 from jax._src.clusters import ClusterEnv, K8sCluster, OmpiCluster, SlurmCluster
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.heartbeat import BEAT_SECONDS
+from astra_jax.hosts.connection import BEAT_SECONDS
+
+Policy = Literal["fail", "single", "shrink"]  # what happens when another host is gone
 
 
 class _OpenMpi(OmpiCluster):

@@ -31,8 +31,8 @@ from jaxlib import _jax
 from astra_jax.errors import AstraError, first_line
 from astra_jax.hosts.agreement import Same, fingerprint
 from astra_jax.hosts.findings import Findings, pair_rows
-from astra_jax.hosts.heartbeat import Lifeline, Policy, die
-from astra_jax.hosts.options import Hosts, check, detect, own_address, parse_address
+from astra_jax.hosts.heartbeat import Lifeline, die
+from astra_jax.hosts.options import Hosts, Policy, check, detect, own_address, parse_address
 from astra_jax.hosts.preflight import BRIEFLY, gather, take_part
 from astra_jax.hosts.rendezvous import number
 from astra_jax.mesh.collectives import Peers

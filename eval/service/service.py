@@ -24,8 +24,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts import runtime
 from astra_jax.hosts.agreement import Same, options
 from astra_jax.hosts.findings import pair_rows
-from astra_jax.hosts.heartbeat import Policy
-from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.options import Hosts, Policy
 from astra_jax.inputs.images import decode_image
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import SEQ

@@ -24,8 +24,7 @@ import tyro
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts import runtime
-from astra_jax.hosts.connection import Line
-from astra_jax.hosts.heartbeat import MOST_BYTES
+from astra_jax.hosts.connection import MOST_BYTES, Line
 from astra_jax.report import Report
 from astra_jax.terminal import write
 from eval.service.client import REQUEST_SECONDS, beginning, socket_path

@@ -64,7 +64,7 @@ FEATURES = {
     "traces of a link": (r"network\.traces|Trace$|read_trace", MOST_FILES),
     "class tokens for every device": (r"class_token", 10),
     "noise of training": (r"^[nN]oise", 6),
-    "runs that outlive a host": (r"[lL]ifeline|heartbeat|^_shrink$", 8),
+    "runs that outlive a host": (r"[lL]ifeline|heartbeat|^_shrink$", MOST_FILES),
 }
 # Tests of what is no file or room of its own.
 OTHER_TESTS = {"test_rooms.py", "test_wheel.py"} | {
