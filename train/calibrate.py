@@ -30,6 +30,7 @@ from astra_jax.codecs.config import (
     Prediction,
     Site,
     VQConfig,
+    codec_and_predictor,
     doubling,
 )
 from astra_jax.errors import AstraError
@@ -93,6 +94,23 @@ class Args(DataArgs):
     """Seed of the random starting codewords."""
     json: Path | None = None
     """Also write everything printed to this file."""
+
+    @property
+    def without_codes(self) -> str:
+        """What devices go by where none of the codes arrive."""
+        return f"token ids alone, {self.predictor}" if "known" in self.schedule else "nothing of other devices"
+
+
+def codec_options(name: str, text: bool, auto: bool) -> dict[str, Any]:
+    """The fields of `Args` for `CODEC` or `CODEC+PREDICTOR`. Raises AstraError if there is no such thing.
+
+    Args:
+      text: whether the model reads texts, of which with a predictor token ids are sent.
+      auto: whether, with a predictor, calibration is to choose how many blocks send codes.
+    """
+    codec, predictor = codec_and_predictor(name)
+    parts = [] if predictor == "none" else ["known"] * text + ["auto"] * auto
+    return {"codec": codec, "predictor": predictor, "schedule": "+".join(parts) or "coded"}
 
 
 def inputs(checkpoint: Checkpoint, args: Args, tell: Tell) -> list[Any]:

@@ -164,7 +164,7 @@ def _fit_predictor(
     if astra.predictor == "mlp":
         seen = np.concatenate([before, np.asarray(around(jnp.asarray(before)))], axis=1)
         _set(codec.predictor, train_mlp(astra.hidden_units, seen, sent, metric, key))
-    return np.asarray(codec.predict(jnp.asarray(before), around))
+    return np.asarray(codec.expect(jnp.asarray(before), around))
 
 
 def _fit_codewords(

@@ -24,8 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
-from astra_jax.codecs.base import Quantizer
-from astra_jax.codecs.predictor import Prediction
+from astra_jax.codecs.base import BY_GRADIENT, Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8
 from astra_jax.mesh.sharding import DATA, Shards
@@ -37,8 +36,6 @@ from eval.network.packet_loss import PacketLoss, arrived
 from train.navq import NoiseAugmented
 from train.objective import Batch, distances, has_successor, run_task, teach
 from train.state import LOCK, Journal, TrainState, first_batch, occupied, restore, save
-
-BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what the optimizer changes; codebooks follow the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +172,7 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
         task, measures, final, seen = run_task(model, batch, strategy, training.label_smoothing)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
-        if N > 1 and model.codec.predictor is not None:
+        if N > 1 and model.codec.remembers:
             surprise = jnp.mean(seen.surprise)
             total = total + training.commitment * surprise
             measures = {**measures, "surprise": surprise}

@@ -53,7 +53,7 @@ class NoiseAugmented(Astra):
         N, B, S, W = mine.shape
         sent = self._sent(N, B, S)
         seen = codec.observe(rest.reshape(N * B, S, W), z.reshape(N * B, S, -1), revive_key, sent.reshape(N * B, S))
-        if codec.predictor is not None:
+        if codec.remembers:
             unexpected = jnp.sum((jax.lax.stop_gradient(mine) - self.own(expected)) ** 2, axis=-1)
             seen = seen._replace(surprise=jnp.mean(unexpected, where=sent))
         if delivery is not None and delivery.by_token:

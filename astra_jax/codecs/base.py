@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt16
 
 from astra_jax.codecs import bitpacking
-from astra_jax.codecs.config import AstraConfig
-from astra_jax.codecs.predictor import Around, Predictor
+from astra_jax.codecs.config import AstraConfig, Kind
+from astra_jax.codecs.predictor import Around, Prediction, Predictor, around
 
 Groups = int | Int[Array, "..."]  # how many of the first groups count: of all tokens, or of each; 0 for none
 
@@ -26,6 +26,9 @@ class CodeStatistic(nnx.Variable):
 
 class Rotation(nnx.Variable):
     """The axes of a rotated quantizer, float32. Calibration finds them; training leaves them as they are."""
+
+
+BY_GRADIENT = nnx.Any(nnx.Param, Prediction)  # what an optimizer changes of a model; its codebooks follow the data
 
 
 class Observation(NamedTuple):
@@ -87,10 +90,10 @@ class Quantizer(nnx.Module):
 
     width: int  # coordinates of a vector
 
-    def __init__(self, config: AstraConfig):
+    def __init__(self, config: AstraConfig, width: int):
         self.groups, self.codewords, self.bits = config.groups, config.codewords, config.bits
         self.nested = config.nested
-        self.predictor: Predictor | None = nnx.data(None)
+        self.predictor: Predictor | None = nnx.data(None if config.predictor == "none" else Predictor(config, width))
 
     # What is sent
 
@@ -142,13 +145,23 @@ class Quantizer(nnx.Module):
 
     # What devices expect of each other's tokens
 
-    def predict(self, estimate: Any, around: Around) -> Any:
+    around = staticmethod(around)  # what is around every token's estimate, to be handed to `expect`
+
+    @property
+    def remembers(self) -> int:
+        """W, numbers in the estimate of a token that goes on from block to block; 0 without a predictor."""
+        return 0 if self.predictor is None else self.predictor.width
+
+    def expect(self, estimate: Any, around: Around, kind: Kind = "coded") -> Any:
         """p [*tokens, W], what is expected before a block's codes arrive; 0 without a predictor.
 
         Args:
-          estimate: of the block before.
+          estimate: of the block before; of a known block, what token ids say of it.
           around: see `Predictor`.
+          kind: of the block.
         """
+        if kind == "known":
+            return estimate
         return 0.0 if self.predictor is None else self.predictor(estimate, around)
 
     def update(self, p: Any, z: UInt16[Array, "*tokens G"] | None, groups: Groups | None) -> Any:

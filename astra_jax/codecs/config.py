@@ -71,6 +71,11 @@ class AstraConfig:
         """Bits of one token in one coded block, G * log2(K)."""
         return self.groups * self.bits
 
+    @property
+    def expects(self) -> bool:
+        """Whether devices expect something of a token before its code arrives."""
+        return self.predictor != "none"
+
     def kinds(self, L: int) -> tuple[Kind, ...]:
         """The schedule of L blocks. Raises AstraError if it is of another number of blocks."""
         if self.schedule and len(self.schedule) != L:
@@ -89,6 +94,34 @@ class AstraConfig:
           AstraError: nested codes have fewer.
         """
         return dataclasses.replace(self, groups=groups)
+
+    def with_codec(self, name: str, groups: int, axes: int) -> "AstraConfig":
+        """Another codec with the same K, site and class token, before calibration: `nested-pq` has all axes, spread
+        evenly over the groups of every level.
+
+        Args:
+          name: see `codec_and_predictor`.
+          axes: width of what is quantized.
+
+        Raises:
+          AstraError: there is no such codec, or it has more groups than axes.
+        """
+        codec, predictor = codec_and_predictor(name)
+        astra, levels = VQConfig(groups, self.codewords, self.site, self.class_token, predictor), doubling(groups)
+        if codec == "vq":
+            return astra
+        if max(levels) > axes:
+            raise AstraError(
+                f"groups is {groups}; a level of nested-pq would have more than {axes} axes: use at most {axes}"
+            )
+        widths = tuple(axes // n + (g < axes % n) for n in levels for g in range(n))
+        return NestedPQConfig.of(astra, widths, levels)
+
+    def in_words(self) -> str:
+        """How codes are made, whatever their number."""
+        parts = [self.codec + f"+{self.predictor}" * self.expects, f"K={self.codewords}", f"site {self.site}"]
+        parts += [" ".join(self.schedule)] * bool(self.schedule)
+        return ", ".join(parts + ["a single class token"] * (self.class_token == "single"))
 
     def as_dict(self) -> dict[str, Any]:
         """What `config_of` reads again, for JSON."""
@@ -144,6 +177,9 @@ class NestedPQConfig(AstraConfig):
         """What another configuration says, with nested codes."""
         shared = {field.name: getattr(astra, field.name) for field in dataclasses.fields(AstraConfig)}
         return cls(**shared | {"groups": len(widths), "widths": widths, "levels": levels})
+
+    def in_words(self) -> str:
+        return f"{super().in_words()}, {self.widths[0]} axes in the first group"
 
     @property
     def level_widths(self) -> tuple[tuple[int, ...], ...]:

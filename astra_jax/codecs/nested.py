@@ -39,7 +39,7 @@ class NestedQuantizer(Quantizer):
     rotates = True
 
     def __init__(self, config: NestedPQConfig, width: int):
-        super().__init__(config)
+        super().__init__(config, width)
         self.widths = config.level_widths
         self.width = A = max(map(sum, self.widths))
         if width < A:

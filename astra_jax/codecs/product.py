@@ -66,7 +66,7 @@ class VectorQuantizer(Quantizer):
     """
 
     def __init__(self, config: VQConfig, width: int):
-        super().__init__(config)
+        super().__init__(config, width)
         G, K, d = config.groups, config.codewords, config.group_width(width)
         self.width = width
         self.codebook = Codebook(jnp.zeros((G, K, d), jnp.float32))

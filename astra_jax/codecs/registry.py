@@ -3,7 +3,6 @@
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig, NestedPQConfig, VQConfig
 from astra_jax.codecs.nested import NestedQuantizer
-from astra_jax.codecs.predictor import Predictor
 from astra_jax.codecs.product import VectorQuantizer
 
 CODECS: dict[type[AstraConfig], type[Quantizer]] = {VQConfig: VectorQuantizer, NestedPQConfig: NestedQuantizer}
@@ -11,7 +10,4 @@ CODECS: dict[type[AstraConfig], type[Quantizer]] = {VQConfig: VectorQuantizer, N
 
 def make_codec(config: AstraConfig, width: int) -> Quantizer:
     """The codec that a configuration asks for, for vectors of a width."""
-    codec = CODECS[type(config)](config, width)  # type: ignore[call-arg]
-    if config.predictor != "none":
-        codec.predictor = Predictor(config, width)
-    return codec
+    return CODECS[type(config)](config, width)

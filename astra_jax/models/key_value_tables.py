@@ -61,7 +61,7 @@ def fold(model: Any, platform: str | None = None) -> Any:
       platform: what it will run on; None for JAX's default.
     """
     attention = model.blocks.attention
-    if attention.codec.predictor is not None:  # then attention is given estimates, not codes
+    if attention.codec.remembers:  # then attention is given estimates, not codes
         return model
     tables = folding_pays(model, platform or jax.default_backend())
     if not tables and not (attention.codec.rotates and attention.site == "hidden"):

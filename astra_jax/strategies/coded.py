@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from astra_jax.codecs.base import Quantizer
-from astra_jax.codecs.predictor import around
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
@@ -92,9 +91,9 @@ class Astra(SplitTokens):
 
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
         """The estimate [N,B,S,W] before the first block: 0, or what token ids say, which are sent once."""
-        if codec is None or codec.predictor is None:
+        if codec is None or not codec.remembers:
             return ()
-        N, B, S, W = self.shards.N, x.shape[0], self.shards.sent_slots, codec.predictor.width
+        N, B, S, W = self.shards.N, x.shape[0], self.shards.sent_slots, codec.remembers
         nothing = self.transport.nothing((N, B, S, W))
         if known is None:
             return nothing
@@ -106,7 +105,7 @@ class Astra(SplitTokens):
     def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
         """What every shard is expected to have, codes of how it differs, and what these make of it."""
         codec, mine = need_codec(codec), self.sent(y)
-        expected = estimate if block.kind == "known" else codec.predict(estimate, self.around)
+        expected = codec.expect(estimate, self.around, block.kind)
         p, delivery = jax.lax.stop_gradient(expected), None
         if block.kind == "coded":
             z = codec.encode(mine - self.own(p))
@@ -132,9 +131,9 @@ class Astra(SplitTokens):
           delivery: what arrived; None in a block in which nothing is sent.
           estimate: of all tokens after that.
         """
-        if codec.predictor is not None:
+        if codec.remembers:
             return Heard(Estimates(estimate), Report())
-        assert delivery is not None  # only a predictor makes do without
+        assert delivery is not None  # only estimates make do without
         if delivery.groups is None or delivery.by_token:  # lost tokens are masked, the others whole
             return Heard(Codes(delivery.codes), Report())
         return Heard(Estimates(codec.decode(delivery.codes, delivery.groups)), Report())
@@ -148,13 +147,13 @@ class Astra(SplitTokens):
         tokens = self.sent_tokens()
         there = jnp.asarray(tokens.valid & tokens.sent)
         there = jnp.broadcast_to(there, (estimate.shape[-3], *there.shape[-2:])).swapaxes(0, 1)
-        return around(estimate, there, self.shards.causal)
+        return Quantizer.around(estimate, there, self.shards.causal)
 
     def _there(self, codec: Quantizer, delivery: Delivery | None) -> Bool[Array, "N N B S"] | None:
         """Which tokens each receiver can make use of; None for all."""
         if delivery is None or not delivery.by_token:
             return None
-        if codec.predictor is not None and self.lost == "predicted":
+        if codec.remembers and self.lost == "predicted":
             return None
         return jnp.asarray(delivery.groups) > 0
 

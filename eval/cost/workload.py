@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import checkpoints
-from astra_jax.codecs.config import AstraConfig, NestedPQConfig, Site, VQConfig, codec_and_predictor, doubling
+from astra_jax.codecs.config import AstraConfig, Site, VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.serving.compile import STRATEGIES, Make
@@ -113,28 +113,12 @@ class Workload:
     has_codes: bool = False
 
     def of(self, setting: Setting) -> "Workload":
-        """The same with the codec of a setting.
-
-        Nothing of it is calibrated: `nested-pq` has all axes, spread evenly over the groups of every level.
-
-        Raises:
-          AstraError: there is no such codec, or its groups do not fit the model.
-        """
+        """The same with the codec of a setting, before calibration. Raises AstraError for one that does not fit."""
         if setting.codec is None or setting.groups is None:
             return self
-        codec, predictor = codec_and_predictor(setting.codec)
-        G, attention = setting.groups, self.abstract(None).blocks.attention
+        attention = self.abstract(None).blocks.attention
         axes = self.config.hidden_size if self.astra.site == "hidden" else 2 * attention.J * attention.E
-        astra = VQConfig(G, self.astra.codewords, self.astra.site, self.astra.class_token, predictor)
-        if codec == "vq":
-            return dataclasses.replace(self, astra=astra)
-        levels = doubling(G)
-        if max(levels) > axes:
-            raise AstraError(
-                f"groups is {G}; a level of nested-pq would have more than {axes} axes: use at most {axes}"
-            )
-        widths = tuple(axes // n + (g < axes % n) for n in levels for g in range(n))
-        return dataclasses.replace(self, astra=NestedPQConfig.of(astra, widths, levels))
+        return dataclasses.replace(self, astra=self.astra.with_codec(setting.codec, setting.groups, axes))
 
     def abstract(self, groups: int | None) -> Any:
         """The model with shapes in place of weights; without codebooks where G is None."""

@@ -54,15 +54,6 @@ def code(astra: AstraConfig) -> AstraConfig:
     return astra.with_groups(1)
 
 
-def code_name(astra: AstraConfig) -> str:
-    """How a configuration's codes are made, in words."""
-    parts = [astra.codec + f"+{astra.predictor}" * (astra.predictor != "none"), f"K={astra.codewords}"]
-    parts += [f"site {astra.site}"] + [" ".join(astra.schedule)] * bool(astra.schedule)
-    parts += ["a single class token"] * (astra.class_token == "single")
-    parts += [f"{width} axes in the first group" for width in getattr(astra, "widths", ())[:1]]
-    return ", ".join(parts)
-
-
 def read_quality(path: Path, planned: AstraConfig | None) -> Quality:
     """Reads what `astra eval --json` wrote of one kind of codes: what others reach would be paired with a cost that is
     not theirs. Of several checkpoints with the same N and G the best counts, and what is not finite counts as not
@@ -111,8 +102,8 @@ def _choose(path: Path, found: Sequence[AstraConfig], planned: AstraConfig | Non
         return next(iter(kinds.values()))
     if planned is not None and code(planned) in kinds:
         return kinds[code(planned)]
-    names = "; ".join(map(code_name, kinds))
-    plans = f"codes are planned as {code_name(code(planned))}" if planned else "only one kind can be planned"
+    names = "; ".join(astra.in_words() for astra in kinds)
+    plans = f"codes are planned as {planned.in_words()}" if planned else "only one kind can be planned"
     raise AstraError(f"{path} is of codes made as {names}, and {plans}: plan for one of the checkpoints it is of")
 
 

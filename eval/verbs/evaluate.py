@@ -190,7 +190,7 @@ def check_packets(path: Path, astra: AstraConfig | None, args: Args) -> None:
     if links is None or astra is None:
         return
     tokens_per_packet(astra.token_bits, links.packet)
-    if args.lost == "predicted" and astra.predictor == "none":
+    if args.lost == "predicted" and not astra.expects:
         raise AstraError(
             f"{path} has no predictor, so nothing is expected of tokens that are lost: use --lost masked, "
             "or `astra calibrate --predictor`"
@@ -207,7 +207,7 @@ def way_of(checkpoint: Checkpoint, args: Args) -> Way:
         return OnMesh(strategy, N, rows)
     if args.links is None or astra is None:
         return Simulated(N, args.unequal)
-    lost: Lost = args.lost or ("masked" if astra.predictor == "none" else "predicted")
+    lost: Lost = args.lost or ("predicted" if astra.expects else "masked")
     tries = args.seeds or SEEDS
     return Lossy(N, args.unequal, packet_loss=args.links, codes=astra, lost=lost, tries=tries)
 

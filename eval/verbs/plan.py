@@ -26,7 +26,7 @@ from eval.cost.device_profile import read_profile
 from eval.cost.workload import ONE, Setting, open_workload
 from eval.network.devices import Devices
 from eval.network.model import Counting, Link, parse_rate, parse_seconds
-from eval.quality.reached import Quality, code_name, read_quality
+from eval.quality.reached import Quality, read_quality
 
 SHOWN = 8  # rows of the table, one device not counted
 UNITS = {"perplexity": "%", "accuracy %": " points", "Spearman": " hundredths"}  # in which a budget counts
@@ -124,7 +124,7 @@ def main(args: Args) -> None:
     known = tuple(sorted({G for _, G in quality.reached})) if quality else ()
     if quality and quality.codes:
         work = dataclasses.replace(work, astra=quality.codes)
-        report.say(f"codes as in {args.accuracy}: {code_name(quality.codes)}", codes=quality.codes.as_dict())
+        report.say(f"codes as in {args.accuracy}: {quality.codes.in_words()}", codes=quality.codes.as_dict())
     if quality and quality.others:
         report.say(f"left out are {quality.others} row(s) of {args.accuracy}, of other codes", others=quality.others)
     groups = args.groups or known or usual_groups(work)

@@ -88,7 +88,7 @@ def test_a_predicted_block_goes_by_what_is_predicted(request, random_text):
     rng, strategy = np.random.default_rng(0), Astra.virtual(shards)
     y, before = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 24, 16), (4, 1, 6, 16)))
     remote, estimate, _ = strategy.exchange(codec, y, before, Block(1, PREDICTED))
-    np.testing.assert_array_equal(estimate, codec.predict(before, strategy.around))
+    np.testing.assert_array_equal(estimate, codec.expect(before, strategy.around))
     np.testing.assert_array_equal(remote.content.y, estimate.swapaxes(0, 1).reshape(1, 24, 16))
 
 

@@ -30,7 +30,7 @@ import tyro
 import checkpoints
 from astra_jax.cli.arguments import Integers, Numbers, Texts, parse
 from astra_jax.cli.main import guarded
-from astra_jax.codecs.config import ClassToken, Codec, Site, codec_and_predictor
+from astra_jax.codecs.config import ClassToken, Codec, Site
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
 from astra_jax.report import Report, say
@@ -130,7 +130,7 @@ def check(args: Args) -> None:
         if not getattr(args, name):
             raise AstraError(f"--{name.replace('_', '-')} is an empty list: leave the option out for the default")
     for name in args.codecs:
-        codec_and_predictor(name)
+        calibrate.codec_options(name, is_text(args), args.auto)
     if unknown := set(args.class_tokens) - set(get_args(ClassToken)):
         raise AstraError(f"--class-tokens has {min(unknown)!r}; give distributed, single, or both")
     for noise in args.noise:
@@ -187,25 +187,19 @@ def quality(
     return found
 
 
-def calibrated_one(name: str, G: int, class_token: str, args: Args) -> Path:
-    """The calibrated checkpoint of one codec, G and class token. A predictor of a text model also knows the token
-    ids."""
-    codec, predictor = codec_and_predictor(name)
-    return calibrated(
-        calibrate.Args(
-            checkpoint=args.original,
-            out=args.out / f"calibrated-{name}-G{G}{_suffix(class_token)}",
-            groups=G,
-            codewords=args.codewords,
-            codec=codec,
-            predictor=predictor,
-            schedule=schedule_of(predictor, args),
-            site=args.site,
-            class_token=cast(ClassToken, class_token),
-            length=args.length,
-            seed=args.seed,
-            **args.source(),
-        )
+def calibration(name: str, G: int, class_token: str, args: Args) -> calibrate.Args:
+    """How one codec, G and class token are calibrated."""
+    return calibrate.Args(
+        checkpoint=args.original,
+        out=args.out / f"calibrated-{name}-G{G}{_suffix(class_token)}",
+        groups=G,
+        codewords=args.codewords,
+        site=args.site,
+        class_token=cast(ClassToken, class_token),
+        length=args.length,
+        seed=args.seed,
+        **calibrate.codec_options(name, is_text(args), args.auto),
+        **args.source(),
     )
 
 
@@ -244,15 +238,14 @@ def controls(args: Args) -> list[dict[str, Any]]:
         rows.append(
             {"made by": f"original, trained {args.steps} steps more", "codec": None, **quality(longer, 1, args)}
         )
-    # Any codes will do, as none arrive. What a predictor makes of token ids stands in for them.
-    lost = {"nothing of other devices": calibrated_one("vq", min(args.groups), args.class_tokens[0], args)}
-    for name in args.codecs:
-        predictor = codec_and_predictor(name)[1]
-        made = f"token ids alone, {predictor}"
-        if predictor != "none" and is_text(args) and made not in lost:
-            lost[made] = calibrated_one(name, max(args.groups), args.class_tokens[0], args)
-    for made, coded in lost.items():
-        none = {"made by": made, "codec": None}
+    # Any codes will do, as none arrive: the first that leave the same.
+    tries = [("vq", min(args.groups)), *((name, max(args.groups)) for name in args.codecs)]
+    lost = dict[str, calibrate.Args]()
+    for name, G in tries:
+        options = calibration(name, G, args.class_tokens[0], args)
+        lost.setdefault(options.without_codes, options)
+    for made, options in lost.items():
+        none, coded = {"made by": made, "codec": None}, calibrated(options)
         rows += [none | quality(coded, N, args, packet_loss=1.0) | {"G": None, "bits": 0} for N in args.devices]
     return rows
 
@@ -261,7 +254,7 @@ def coded(name: str, class_token: str, args: Args) -> list[dict[str, Any]]:
     """Rows of one codec and class token: for every G and N a checkpoint of its own, or one for all and its first G
     groups; and of each what every noise makes of it."""
     label = name + ", single class token" * (class_token == "single")
-    if codec_and_predictor(name)[0] != "nested-pq":
+    if not name.startswith("nested-pq"):
         return [row for G in args.groups for row in one_for_each(name, label, G, class_token, args)]
     return list(one_for_all(name, label, class_token, args))
 
@@ -269,7 +262,7 @@ def coded(name: str, class_token: str, args: Args) -> list[dict[str, Any]]:
 def one_for_each(name: str, label: str, G: int, class_token: str, args: Args) -> Iterator[dict[str, Any]]:
     """Rows of a codec with G groups, finetuned for every N by itself."""
     say(f"\n--- {label}, G={G}")
-    start = calibrated_one(name, G, class_token, args)
+    start = calibrated(calibration(name, G, class_token, args))
     further = {} if name == "vq" else beyond_the_paper(args)
     for N in args.devices:
         yield {"made by": "calibrated", "codec": label, **quality(start, N, args)}
@@ -283,7 +276,7 @@ def one_for_all(name: str, label: str, class_token: str, args: Args) -> Iterator
     """Rows of a codec of which the first groups are a code, finetuned for all groups and N at once."""
     groups = tuple(sorted(args.groups))
     say(f"\n--- {label}, the first of {groups[-1]} groups")
-    start = calibrated_one(name, groups[-1], class_token, args)
+    start = calibrated(calibration(name, groups[-1], class_token, args))
     made = {"calibrated": start}
     for how, noise in noises(args).items():
         out = f"finetuned-{name}-G{_list(groups)}-N{_list(args.devices)}{_suffix(class_token, noise)}"
@@ -291,15 +284,6 @@ def one_for_all(name: str, label: str, class_token: str, args: Args) -> Iterator
         made[how] = finetuned_one(start, out, args, args.devices, **further)
     for (how, checkpoint), N, m in itertools.product(made.items(), args.devices, groups):
         yield {"made by": how, "codec": label, **quality(checkpoint, N, args, m)}
-
-
-def schedule_of(predictor: str, args: Args) -> calibrate.Schedule:
-    """What calibration is to choose from: with a predictor token ids say what a text's first block sees."""
-    if predictor == "none":
-        return "coded"
-    if is_text(args):
-        return "known+auto" if args.auto else "known"
-    return "auto" if args.auto else "coded"
 
 
 def noises(args: Args) -> dict[str, float]:

@@ -310,9 +310,9 @@ def test_a_predictor_serves_all_numbers_of_levels(nested, monkeypatch):
         model = checkpoints.with_codebooks(made, astra).model
         fit(model, y, 8, 0)
         first, second = (block_at(model.blocks, number).attention.codec for number in (0, 1))
-        p = first.predict(jnp.zeros((1, 16)), jnp.asarray)
+        p = first.expect(jnp.zeros((1, 16)), jnp.asarray)
         estimate = p + first.decode(first.encode(jnp.asarray(y[0]) - p), jnp.asarray(1))
-        p = second.predict(estimate, jnp.asarray)
+        p = second.expect(estimate, jnp.asarray)
         estimate = p + second.decode(second.encode(jnp.asarray(y[1]) - p), jnp.asarray(1))
         return float(jnp.mean((estimate - y[1]) ** 2) / y[1].var())
 

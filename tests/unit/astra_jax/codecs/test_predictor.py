@@ -125,7 +125,7 @@ def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
     estimate = jnp.asarray(y[0])
     for block in (1, 2):
         codec = block_at(model.blocks, block).attention.codec
-        p = codec.predict(estimate, near)
+        p = codec.expect(estimate, near)
         estimate = p + codec.decode(codec.encode((y[block] - p)[None]))[0]
         error = jnp.mean((y[block] - estimate) ** 2) / jnp.var(y[block], axis=0).mean()
         np.testing.assert_allclose(error, errors[block].vector, rtol=1e-4)
@@ -134,7 +134,7 @@ def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
 def test_before_the_first_block_only_the_mean_is_expected(tiny_gpt2):
     y, model = activations(), tiny_gpt2(VQConfig(groups=2, codewords=16, predictor="linear"), n_layer=3)
     fit(model, y, 2, 0)
-    expected = block_at(model.blocks, 0).attention.codec.predict(jnp.zeros((2, 16)), jnp.zeros_like)
+    expected = block_at(model.blocks, 0).attention.codec.expect(jnp.zeros((2, 16)), jnp.zeros_like)
     np.testing.assert_allclose(expected, np.broadcast_to(y[0].mean(0), (2, 16)), atol=1e-6)
 
 
