@@ -277,14 +277,15 @@ def draw_packet_loss(
     shards = model.shards(N, inputs)
     m = draw_groups(training, step_key(training, step))
     astra = model.astra if m is None else model.astra.with_groups(int(m))
+    kinds = astra.kinds(model.config.num_hidden_layers)
     there = arrived(
         packet_loss,
         with_room(shards) if training.cuts == "random" else shards,
         astra.token_bits,
-        model.config.num_hidden_layers,
+        len(kinds),
         len(jax.tree.leaves(inputs)[0]),
         rng,
-        astra.schedule,
+        kinds,
     )
     return packet_loss.rate, np.moveaxis(there, 1, 0)
 

@@ -142,7 +142,7 @@ def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
       model: `embedded(ids, positions)` is the input of its first block, whose `attention_input` is what is projected.
       ids: of the slots that are here, class tokens included; None for what is no text.
     """
-    if model.astra is None or "known" not in model.astra.schedule:
+    if model.astra is None or "known" not in model.astra.kinds(model.config.num_hidden_layers):
         return None
     first = block_at(model.blocks, 0)
 

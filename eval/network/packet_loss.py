@@ -85,7 +85,7 @@ def arrived(
     L: int,
     B: int,
     rng: np.random.Generator,
-    schedule: Sequence[Kind] = (),
+    kinds: Sequence[Kind] = (),
 ) -> Bool[np.ndarray, "L B N slots"]:
     """Which codes reach whom in one forward pass of B sequences, as `strategies.coded.Astra.virtual` takes it.
 
@@ -96,7 +96,7 @@ def arrived(
       shards: the split. All devices send the same number of slots, padding included, as they do on a mesh.
       token_bits: bits of one token in one block, G * log2(K).
       L: blocks.
-      schedule: of these blocks (`AstraConfig.schedule`): only coded ones have packets.
+      kinds: of these blocks (`AstraConfig.kinds`), by default all coded: only coded ones have packets.
 
     Returns:
       For every block, sequence, receiving device and slot of any device whether the slot's code is there. What a device
@@ -108,7 +108,7 @@ def arrived(
     N, sent, home = shards.N, shards.sent_slots, shards.home_slots
     tokens = bitpacking.tokens_per_packet(token_bits, packet_loss.packet)
     P = bitpacking.packets(sent, tokens)
-    coded = np.asarray([kind == "coded" for kind in schedule or CODED * L])
+    coded = np.asarray([kind == "coded" for kind in kinds or CODED * L])
     there = ~lost(packet_loss, int(coded.sum()) * P, (B, N, N), rng).reshape(-1, P, B, N, N) | np.eye(N, dtype=bool)
     slots = np.ones((L, B, N, N, home + sent), bool)  # the last but one axis is the sender
     slots[coded, ..., home:] = np.moveaxis(there, 1, -1)[..., np.arange(sent) // tokens]

@@ -111,12 +111,13 @@ class Lossy(Simulated):
     def runs(self, model: Any) -> Iterator[tuple[str, Run]]:
         """As many tries as there are; the number of a try and that of a batch decide what is lost."""
         graphdef, state = nnx.split(model)
-        L, schedule = model.config.num_hidden_layers, self.codes.schedule
+        kinds = self.codes.kinds(model.config.num_hidden_layers)
 
         def run(inputs: Any, seed: int, batch: Iterator[int]) -> Array:
             shards, B = self.shards(model, inputs), jax.tree.leaves(inputs)[0].shape[0]
             rng = np.random.default_rng([seed, next(batch)])
-            there = jnp.asarray(arrived(self.packet_loss, shards, self.codes.token_bits, L, B, rng, schedule))
+            bits = self.codes.token_bits
+            there = jnp.asarray(arrived(self.packet_loss, shards, bits, len(kinds), B, rng, kinds))
             return run_virtual(graphdef, state, inputs, self.N, self.devices, there, self.lost)
 
         for seed in range(self.tries):
