@@ -128,6 +128,11 @@ class AstraConfig:
         return {"codec": self.codec, **dataclasses.asdict(self)}
 
 
+def class_kind(astra: AstraConfig | None) -> ClassToken:
+    """How a model's class token, if it has one, is split over devices; `distributed` for one without codebooks."""
+    return astra.class_token if astra else "distributed"
+
+
 @dataclasses.dataclass(frozen=True)
 class VQConfig(AstraConfig):
     """`vq`: a vector is cut into G equal groups and quantized as it is, as in the paper. G must divide its width."""

@@ -172,6 +172,10 @@ class Shards:
             )
         return dataclasses.replace(self, lengths=lengths)
 
+    def without_replicas(self) -> "Shards":
+        """The same with a class token, if there is one, that is a token like any other."""
+        return dataclasses.replace(self, class_token="single" if self.class_token else None)
+
     @property
     def N(self) -> int:
         """Devices on the sequence axis."""

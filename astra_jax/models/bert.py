@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.base import Quantizer
-from astra_jax.codecs.config import AstraConfig, Similarity
+from astra_jax.codecs.config import AstraConfig, Similarity, class_kind
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
@@ -135,15 +135,12 @@ class Bert(nnx.Module):
         return self.blocks.attention.codec
 
     @property
-    def _class_token(self) -> str | None:
-        if self.config.pooling != "class":
-            return None
-        return self.astra.class_token if self.astra else "distributed"
+    def _reads_class(self) -> bool:
+        return self.config.pooling == "class"
 
     def shards(self, N: int, text: Text | None = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
-        kind = self._class_token
-        class_slots = int(kind is not None)
+        kind, class_slots = class_kind(self.astra) if self._reads_class else None, int(self._reads_class)
         if text is None:
             return Shards.split(self.config.max_position_embeddings - class_slots, N, kind)
         T, lengths = jnp.shape(text.ids)[1], jnp.asarray(text.lengths)
@@ -154,7 +151,7 @@ class Bert(nnx.Module):
         where it has slots of its own."""
         ids = jnp.asarray(text.ids)
         ids = jnp.stack([ids, jnp.broadcast_to(ids[:, :1], ids.shape)], axis=-1)
-        return ids[:, 1:] if self._class_token else ids
+        return ids[:, 1:] if self._reads_class else ids
 
     def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
         """The input of the first block: of tokens with these ids at these positions, class tokens included."""
@@ -164,7 +161,7 @@ class Bert(nnx.Module):
     def features(self, tokens: Int[Array, "B S 2"], strategy: Strategy) -> tuple[Float[Array, "B D"], Report]:
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
         ids = tokens[..., 0]
-        if self._class_token:
+        if self._reads_class:
             ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
         x, reports = scan_blocks(self, x, strategy, ids)

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from astra_jax.codecs.base import Quantizer
-from astra_jax.codecs.config import AstraConfig
+from astra_jax.codecs.config import AstraConfig, class_kind
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.mesh.sharding import Shards
@@ -109,8 +109,7 @@ class ViT(nnx.Module):
 
     def shards(self, N: int, images: Any = None) -> Shards:
         """The split of an image's patches over N devices."""
-        class_token = self.astra.class_token if self.astra else "distributed"
-        return Shards.split(self.config.num_patches, N, class_token)
+        return Shards.split(self.config.num_patches, N, class_kind(self.astra))
 
     def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
         """Cuts images into patches, row by row; a patch is (row, column, channel)."""

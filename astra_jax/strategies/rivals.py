@@ -17,7 +17,7 @@ from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import Kind
 from astra_jax.errors import AstraError
 from astra_jax.mesh.collectives import Alone, Peers
-from astra_jax.mesh.sharding import SEQ, Shards
+from astra_jax.mesh.sharding import SEQ
 from astra_jax.models.interface import Exchanged, Inputs, Report, Step
 from astra_jax.models.layers import HIDDEN, INNER, axis_of
 from astra_jax.models.mask import Block
@@ -35,7 +35,7 @@ class SequenceParallel(SplitTokens):
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "SequenceParallel":
-        return cls(one_class_token(model.shards(N, inputs)))
+        return cls(model.shards(N, inputs).without_replicas())
 
     def messages(self, model: Any) -> list[Message]:
         bits = self.shards.sent_slots * hidden_bits(model)
@@ -44,11 +44,6 @@ class SequenceParallel(SplitTokens):
     def exchange(self, codec: Quantizer | None, y: Float[Array, "B S D"], estimate: Any, block: Block) -> Exchanged:
         remote = self.remote(Inputs(self.transport.gather(self.sent(y))), block)
         return Exchanged(remote, estimate, Report())
-
-
-def one_class_token(shards: Shards) -> Shards:
-    """The split with a class token, if there is one, that is a token like any other."""
-    return dataclasses.replace(shards, class_token="single" if shards.class_token else None)
 
 
 def split_axes(state: Any, name: str) -> Any:
@@ -157,7 +152,7 @@ class BlockParallel(Sharded):
         if exchanges < 1 or L % exchanges:
             fitting = ", ".join(str(n) for n in range(1, L + 1) if L % n == 0)
             raise AstraError(f"{exchanges} exchanges do not divide {L} blocks into equal groups: use one of {fitting}")
-        return cls(one_class_token(model.shards(N, inputs)), exchanges)
+        return cls(model.shards(N, inputs).without_replicas(), exchanges)
 
     def alone(self, N: int) -> Sharded:
         return dataclasses.replace(self, peers=Alone(N))
