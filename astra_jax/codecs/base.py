@@ -83,7 +83,7 @@ class Quantizer(nnx.Module):
     """A codec. It makes codes of a vector (`encode`), and of codes the coordinates of an estimate (`coordinates`): the
     vector itself, or its places along axes. `from_coordinates` makes a vector of these.
 
-    Subclasses define these three where they differ, and for training `noise`, `observe`, `follow` and `calibrate`.
+    Subclasses define these three where they differ, and for training `moments`, `observe`, `follow` and `calibrate`.
     """
 
     rotates: ClassVar[bool] = False  # whether coordinates are along axes of its own: then it has `synthesis` and `mean`
@@ -188,11 +188,17 @@ class Quantizer(nnx.Module):
         """
         raise NotImplementedError
 
+    def moments(self, groups: Int[Array, ""] | None = None) -> Float[Array, "2 A"]:
+        """mu_r and diag Sigma_r: the running mean and variance of what codes, or the first `groups` of them, leave of
+        the coordinates; 0 of those that none of them codes."""
+        raise NotImplementedError
+
     def noise(
         self, key: Key[Array, ""], shape: tuple[int, ...], groups: Int[Array, ""] | None = None
     ) -> Float[Array, "*tokens A"]:
-        """xi ~ N(mu_r, diag Sigma_r) with the running moments of what codes leave (Noise-Augmented Quantization)."""
-        raise NotImplementedError
+        """xi ~ N(mu_r, diag Sigma_r), see `moments` (Noise-Augmented Quantization)."""
+        mean, variance = self.moments(groups)
+        return mean + jnp.sqrt(variance) * jax.random.normal(key, shape)
 
     def straight_through(
         self,

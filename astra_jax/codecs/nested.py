@@ -99,17 +99,14 @@ class NestedQuantizer(Quantizer):
         found = (np.asarray(self.from_coordinates(jnp.asarray(u - rest))) for rest in (left, missing))
         return Calibrated(*found)
 
-    def noise(
-        self, key: Key[Array, ""], shape: tuple[int, ...], groups: Int[Array, ""] | None = None
-    ) -> Float[Array, "*tokens A"]:
+    def moments(self, groups: Int[Array, ""] | None = None) -> Float[Array, "2 A"]:
         """As of the last group that an axis is in, among those that are used."""
-        xi, used = jnp.zeros(shape), self.groups if groups is None else groups
-        for number, (level, widths, places) in enumerate(self.each()):
-            of_level = level.noise(jax.random.fold_in(key, number), (*shape[:-1], level.width))
+        found, used = jnp.zeros((2, self.width)), self.groups if groups is None else groups
+        for level, widths, places in self.each():
             has = places.start + np.repeat(np.arange(len(widths)), widths) < used
             has = jnp.pad(jnp.asarray(has), (0, self.width - sum(widths)))
-            xi = jnp.where(has, unpadded(of_level, widths, self.width), xi)
-        return xi
+            found = jnp.where(has, unpadded(level.moments(), widths, self.width), found)
+        return found
 
     def counts(self) -> Float[Array, "*L G K"]:
         return jnp.concatenate([level.count[...] for level in self.levels], axis=-2)

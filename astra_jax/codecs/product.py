@@ -87,11 +87,8 @@ class VectorQuantizer(Quantizer):
     def coordinates(self, z: UInt16[Array, "*tokens G"], groups: Groups | None = None) -> Float[Array, "*more W"]:
         return self._first(lookup(self.codebook[...], z).reshape(*z.shape[:-1], self.width), groups)
 
-    def noise(
-        self, key: Key[Array, ""], shape: tuple[int, ...], groups: Int[Array, ""] | None = None
-    ) -> Float[Array, "*tokens W"]:
-        xi = self.residual_mean[...] + jnp.sqrt(self.residual_var[...]) * jax.random.normal(key, shape)
-        return self._first(xi, groups)
+    def moments(self, groups: Int[Array, ""] | None = None) -> Float[Array, "2 W"]:
+        return self._first(jnp.stack([self.residual_mean[...], self.residual_var[...]]), groups)
 
     def _first(self, u: Float[Array, "*tokens W"], groups: Groups | None) -> Float[Array, "*more W"]:
         """The same with zeros behind the first `groups` groups."""
