@@ -54,17 +54,17 @@ MOST_LINES = 500
 # that are still to be gathered, whose numbers only go down.
 MOST_FILES = 5
 FEATURES = {
-    "packet loss": (r"PacketLoss|network\.packet_loss", MOST_FILES),
-    "predictors": (r"[pP]redictor|^predicts?$", 15),
-    "blocks that are known, coded or predicted": (r"^schedules?$|^Schedule$", 12),
-    "token ids as side information": (r"TokenIds|token_ids", 5),
-    "weights of few bits": (r"quantize_weights|weight_quantization|qwix", MOST_FILES),
-    "devices of several speeds": (r"speeds$", MOST_FILES),
-    "tables of keys and values": (r"key_value_tables|fast_path|folding", MOST_FILES),
-    "traces of a link": (r"network\.traces|Trace$|read_trace", MOST_FILES),
-    "class tokens for every device": (r"class_token", 10),
-    "noise of training": (r"^[nN]oise", 6),
-    "runs that outlive a host": (r"[lL]ifeline|heartbeat|^_shrink$", MOST_FILES),
+    "packet loss": r"PacketLoss|network\.packet_loss",
+    "predictors": r"[pP]redictor|^predicts?$",
+    "blocks that are known, coded or predicted": r"^schedules?$|^Schedule$",
+    "token ids as side information": r"TokenIds|token_ids",
+    "weights of few bits": r"quantize_weights|weight_quantization|qwix",
+    "devices of several speeds": r"speeds$",
+    "tables of keys and values": r"key_value_tables|fast_path|folding",
+    "traces of a link": r"network\.traces|Trace$|read_trace",
+    "class tokens for every device": r"class_token",
+    "noise of training": r"^[nN]oise",
+    "runs that outlive a host": r"[lL]ifeline|heartbeat|^_shrink$",
 }
 # Tests of what is no file or room of its own.
 OTHER_TESTS = {"test_rooms.py", "test_wheel.py"} | {
@@ -162,9 +162,8 @@ def test_files_are_short():
 @pytest.mark.parametrize("feature", FEATURES)
 def test_an_optional_feature_lives_in_few_files(feature):
     """Counted are names in code; what a text or a docstring says of it is free."""
-    expression, most = FEATURES[feature]
-    found = [name_of(path) for path in FILES if any(re.search(expression, name) for name in names_in(path))]
-    assert len(found) <= most, f"{feature}: {found}, at most {most} files may know of it: ask an object that does"
+    found = [name_of(path) for path in FILES if any(re.search(FEATURES[feature], name) for name in names_in(path))]
+    assert len(found) <= MOST_FILES, f"{feature}: {found}, so few may know of it: ask an object that does"
 
 
 def test_unit_tests_mirror_the_rooms():
