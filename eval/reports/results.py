@@ -21,8 +21,7 @@ from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
 from astra_jax.errors import AstraError
 from astra_jax.files import write_atomically
-from astra_jax.report import Report
-from astra_jax.terminal import progress
+from astra_jax.report import Report, progress
 from eval.reports.tables import Rows, insert, markdown
 
 DEMO = "demo/original demo/astra-G1 demo/astra-G8 demo/astra-G32 --data demo/digits"

@@ -50,8 +50,7 @@ INSIDE = {
 }
 MOST_ROOMS = {"astra_jax": 12, "eval": 8}
 MOST_LINES = 500
-# Optional features: the names in code that speak of one, and in how many files they do: in at most five, but for those
-# that are still to be gathered, whose numbers only go down.
+# Optional features, and the names in code that speak of one: so many files may have them.
 MOST_FILES = 5
 FEATURES = {
     "packet loss": r"PacketLoss|network\.packet_loss",
