@@ -25,7 +25,7 @@ class Wishes:
     """How many classes to print for each picture or text."""
     max_new_tokens: int | None = None
     """How many tokens to go on for, at most; by default 128, or what the model's limit leaves."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    sampling: Annotated[Sampling, tyro.conf.arg(name="drawing tokens"), tyro.conf.OmitArgPrefixes] = Sampling()
     stop: tuple[str, ...] = ()
     """End where one of these strings comes up; it is not printed."""
 

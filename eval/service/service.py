@@ -58,7 +58,7 @@ class Setup:
     """A checkpoint; with codebooks for more than one device."""
     devices: str | None = None
     """The mesh: N devices over the tokens, or DxN for D batches at once; by default 1, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
     on_failure: Policy = "fail"
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
     groups: int | None = None

@@ -58,7 +58,7 @@ class Args:
     """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-s, llama-3-8b."""
     devices: int | None = None
     """N; by default 4, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
     tokens: int | None = None
     """T; by default 1,024, or what the model takes."""
     strategies: Texts = ("single", "astra", "sp", "tp", "bp-ag", "bp-sp")

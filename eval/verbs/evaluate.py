@@ -53,6 +53,37 @@ LONGEST = 1024  # the longest default window, in tokens
 SEEDS = 5  # the default number of tries under packet loss
 
 
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Packets that are lost on the way, simulated on virtual shards."""
+
+    packet_loss: float | None = None
+    """Share of the packets that are lost on every link, such as 0.05."""
+    burst: float | None = None
+    """The mean number of packets that are lost in a row, such as 8; by default each is lost on its own."""
+    packet: int | None = None
+    """Payload of a packet in bytes, by default 1400. It holds whole tokens."""
+    lost: Lost | None = None
+    """What becomes of tokens whose codes are lost: they are masked out of that block's attention, or what a predictor
+    expects of them stands in; by default predicted, of a checkpoint without a predictor masked."""
+    seeds: int | None = None
+    """How often everything is run under packet loss, by default 5."""
+
+    @property
+    def of_packets(self) -> list[str]:
+        """The options that say how packets are lost."""
+        given = {"--burst": self.burst, "--packet": self.packet, "--lost": self.lost, "--seeds": self.seeds}
+        return [option for option, value in given.items() if value is not None]
+
+    @property
+    def links(self) -> PacketLoss | None:
+        """What links lose. Raises AstraError where that cannot be."""
+        if self.packet_loss is None:
+            return None
+        packet = {} if self.packet is None else {"packet": self.packet}
+        return PacketLoss(self.packet_loss, self.burst, **packet)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args(DataArgs):
     """Arguments of `astra eval`."""
@@ -65,7 +96,7 @@ class Args(DataArgs):
     """Which part of the data; a slice such as test[:1000] goes too."""
     devices: str | None = None
     """The mesh: N devices over the tokens, or DxN for D batches at once; by default 4, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
     virtual: bool = False
     """Run the N shards on one device: the same numbers, no mesh needed."""
     strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
@@ -74,17 +105,7 @@ class Args(DataArgs):
     """Evaluate with only the first so many groups of the codes of a nested-pq codec, one number after the other."""
     weights: Weights | None = None
     """Round the weights of the blocks to 8 or 4 bits; by default they stay in full precision."""
-    packet_loss: float | None = None
-    """Share of the packets that are lost on every link, such as 0.05."""
-    burst: float | None = None
-    """The mean number of packets that are lost in a row, such as 8; by default each is lost on its own."""
-    packet: int | None = None
-    """Payload of a packet in bytes, by default 1400. It holds whole tokens."""
-    lost: Lost | None = None
-    """What becomes of tokens whose codes are lost: they are masked out of that block's attention, or what a predictor
-    expects of them stands in; by default predicted, of a checkpoint without a predictor masked."""
-    seeds: int | None = None
-    """How often everything is run under packet loss, by default 5."""
+    losses: Annotated[Losses, tyro.conf.arg(name="lost packets"), tyro.conf.OmitArgPrefixes] = Losses()
     unequal: Annotated[Devices, tyro.conf.arg(name="")] = Devices()
     length: int | None = None
     """Text: tokens of a window, and of the sequence that is timed; by default the model's limit, but at most 1024."""
@@ -105,22 +126,12 @@ class Args(DataArgs):
     @property
     def simulated(self) -> list[str]:
         """The options that are simulated on virtual shards."""
-        given = {"--packet-loss": self.packet_loss is not None, "--speeds": self.unequal.N, "--virtual": self.virtual}
+        given = {
+            "--packet-loss": self.losses.packet_loss is not None,
+            "--speeds": self.unequal.N,
+            "--virtual": self.virtual,
+        }
         return [option for option, value in given.items() if value]
-
-    @property
-    def of_packets(self) -> list[str]:
-        """The options that say how packets are lost."""
-        given = {"--burst": self.burst, "--packet": self.packet, "--lost": self.lost, "--seeds": self.seeds}
-        return [option for option, value in given.items() if value is not None]
-
-    @property
-    def links(self) -> PacketLoss | None:
-        """What links lose. Raises AstraError where that cannot be."""
-        if self.packet_loss is None:
-            return None
-        packet = {} if self.packet is None else {"packet": self.packet}
-        return PacketLoss(self.packet_loss, self.burst, **packet)
 
     @property
     def mesh(self) -> tuple[int, int]:
@@ -133,8 +144,8 @@ def check(args: Args) -> None:
     check_counts(args.batch_size, args.limit)
     for rate in args.rates:
         parse_rate(rate)
-    simulated, of_packets = next(iter(args.simulated), ""), next(iter(args.of_packets), "")
-    several_devices = args.packet_loss is not None or args.unequal.N > 0
+    simulated, of_packets = next(iter(args.simulated), ""), next(iter(args.losses.of_packets), "")
+    several_devices = args.losses.packet_loss is not None or args.unequal.N > 0
     # What is the case, and what is said of it. The first that is so is said.
     rules = (
         (not args.checkpoints, "no checkpoint was given: astra eval CHECKPOINT [CHECKPOINT ...] --data DATA"),
@@ -152,10 +163,13 @@ def check(args: Args) -> None:
             f"{simulated} is simulated on one device: run it on one host, without --coordinator, --hosts and --host",
         ),
         (
-            of_packets and args.packet_loss is None,
+            of_packets and args.losses.packet_loss is None,
             f"{of_packets} is about packets that are lost, and none are: give --packet-loss, such as 0.05, too",
         ),
-        (args.seeds is not None and args.seeds < 1, f"--seeds is {args.seeds}; it must be at least 1: try {SEEDS}"),
+        (
+            args.losses.seeds is not None and args.losses.seeds < 1,
+            f"--seeds is {args.losses.seeds}; it must be at least 1: try {SEEDS}",
+        ),
     )
     for so, said in rules:
         if so:
@@ -186,11 +200,11 @@ def check_task(args: Args) -> str:
 
 def check_packets(path: Path, astra: AstraConfig | None, args: Args) -> None:
     """Raises AstraError where a packet takes no token of these codes, or nothing is expected of those that are lost."""
-    links = args.links
+    links = args.losses.links
     if links is None or astra is None:
         return
     tokens_per_packet(astra.token_bits, links.packet)
-    if args.lost == "predicted" and not astra.expects:
+    if args.losses.lost == "predicted" and not astra.expects:
         raise AstraError(
             f"{path} has no predictor, so nothing is expected of tokens that are lost: use --lost masked, "
             "or `astra calibrate --predictor`"
@@ -205,11 +219,11 @@ def way_of(checkpoint: Checkpoint, args: Args) -> Way:
         return Simulated(1) if args.simulated else OnMesh("single", 1, rows)
     if not args.simulated:
         return OnMesh(strategy, N, rows)
-    if args.links is None or astra is None:
+    if args.losses.links is None or astra is None:
         return Simulated(N, args.unequal)
-    lost: Lost = args.lost or ("predicted" if astra.expects else "masked")
-    tries = args.seeds or SEEDS
-    return Lossy(N, args.unequal, packet_loss=args.links, codes=astra, lost=lost, tries=tries)
+    lost: Lost = args.losses.lost or ("predicted" if astra.expects else "masked")
+    tries = args.losses.seeds or SEEDS
+    return Lossy(N, args.unequal, packet_loss=args.losses.links, codes=astra, lost=lost, tries=tries)
 
 
 def sliding(config: Any, args: Args) -> Sliding:
@@ -274,7 +288,7 @@ def measure(
     )
     found = reached(trial)
     say_read("all data", ())
-    astra, lossy = checkpoint.astra if way.strategy == "astra" else None, args.packet_loss is not None
+    astra, lossy = checkpoint.astra if way.strategy == "astra" else None, args.losses.packet_loss is not None
     bits = astra.mean_bits(config.num_hidden_layers) if astra else None
     return {
         "checkpoint": path.name,
@@ -364,11 +378,11 @@ def explain(report: Report, args: Args, tries: Sequence[dict[str, Any]]) -> None
         f"bytes that a device sends for one {one}, {'as predicted' if args.simulated else 'as compiled'}\n"
         f"compute: one device's share of one {one}, measured here; then its latency in ms, predicted for each rate"
     )
-    if (links := args.links) is not None:
+    if (links := args.losses.links) is not None:
         how = "one by one" if links.burst is None else f"in bursts of {links.burst:g} on average"
         report.say(
             f"a share of {links.rate:g} of the packets of {links.packet:,} bytes is lost, {how}, on virtual shards: "
-            f"mean and standard deviation (sd) over {args.seeds or SEEDS} seed(s)\n"
+            f"mean and standard deviation (sd) over {args.losses.seeds or SEEDS} seed(s)\n"
             "lost: tokens in them are masked out of a block's attention, or predicted from the block before",
             packet_loss=dataclasses.asdict(links),
             seeds=tries,

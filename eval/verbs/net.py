@@ -37,7 +37,7 @@ class Args:
     """Check the hosts."""
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
     """What is to be run: a checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-s, llama-3-8b."""
-    several: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
     rate_seconds: float = RATE_SECONDS
     """How long each direction of a pair is measured."""
     json: Path | None = None

@@ -218,9 +218,7 @@ def test_what_token_ids_say_without_any_codes(rows, args):
         virtual=True,
         length=LENGTH,
         rates=(),
-        packet_loss=1.0,
-        seeds=1,
-        lost="predicted",
+        losses=evaluate.Losses(1.0, seeds=1, lost="predicted"),
     )
     expected = evaluate.measure(coded, options, print)["perplexity"]
     assert found["token ids alone, linear"]["perplexity"] == pytest.approx(expected, rel=1e-6)
