@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from flax import nnx
 
 from astra_jax.inputs.token_batches import Text
 from astra_jax.strategies.base import Single
@@ -160,6 +161,7 @@ def to_torch(text: Text) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor(np.asarray(text.ids)).long(), "attention_mask": torch.tensor(mask).long()}
 
 
+@nnx.jit
 def run(model: Any, text: Text) -> jax.Array:
     """The output of a model on one device."""
     shards = model.shards(1, text)

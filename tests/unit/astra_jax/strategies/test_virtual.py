@@ -103,7 +103,8 @@ def check_equations(random_module, split, site, losses, rotary=None):
     received = rng.random(shape) < 0.5 if losses else np.ones(shape, bool)
 
     strategy = Astra.virtual(split, arrived=jnp.asarray(received.reshape(2, B, split.N, -1)) if losses else None)
-    out, estimate, report = module(jnp.asarray(slots.reshape(B, -1, D)), strategy, (), Block(1))
+    attention = nnx.jit(lambda module, y: module(y, strategy, (), Block(1)))
+    out, estimate, report = attention(module, jnp.asarray(slots.reshape(B, -1, D)))
     assert (estimate, report) == ((), Report())
     out = out.reshape(slots.shape)
     lengths = np.broadcast_to(split.lengths, (B, split.N))
@@ -156,6 +157,7 @@ def test_a_token_changes_what_follows_and_nothing_before(request, family, site, 
     assert changed.tolist() == (np.arange(T) >= t).tolist()
 
 
+@nnx.jit(static_argnums=2)
 @nnx.jit(static_argnums=2)
 def run_text(model, text, N):
     shards, tokens = model.shards(N, text), model.to_tokens(text)
