@@ -35,7 +35,7 @@ class Args(DataArgs):
     """A checkpoint made by `astra calibrate`."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the finetuned checkpoint goes. Repeat the command to resume."""
-    training: Annotated[Training, tyro.conf.arg(name="")] = Training()
+    training: Annotated[Training, tyro.conf.arg(name="training"), tyro.conf.OmitArgPrefixes] = Training()
     augment: bool = True
     """Shift the images at random."""
     flip: bool = True

@@ -77,16 +77,16 @@ class Rotary:
             return slow
         if self.rope_type == "llama3":
             turns = self.original_max_position_embeddings * plain / (2 * math.pi)
-            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         elif self.rope_type == "yarn":
-            kept = 1 - self._yarn_ramp(E)
+            share = 1 - self._yarn_ramp(E)
         else:
             return plain
-        kept = np.clip(kept, 0, 1).astype(np.float32)
-        return kept * plain + (1 - kept) * slow
+        share = np.clip(share, 0, 1).astype(np.float32)
+        return share * plain + (1 - share) * slow
 
     def _yarn_ramp(self, E: int) -> Float[np.ndarray, "pairs"]:
-        """0 for the dimensions that are kept, 1 for those that are interpolated."""
+        """0 for the dimensions that stay as they are, 1 for those that are interpolated."""
 
         def dimension(turns: float) -> float:
             """The dimension that turns so often over the original context."""

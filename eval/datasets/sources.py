@@ -317,8 +317,7 @@ def _documents(files: Sequence[str], separator: str | None) -> Loaded:
     """Text files as rows with one column, `text`."""
     texts = [read_text(Path(file)) for file in files]
     documents = [part.strip() for text in texts for part in (text.split(separator) if separator else [text])]
-    kept = [document for document in documents if document]
-    return Loaded(_strings({"text": kept}))
+    return Loaded(_strings({"text": [document for document in documents if document]}))
 
 
 def _table(files: Sequence[str], delimiter: str | None) -> Loaded:

@@ -49,7 +49,7 @@ class Args:
     """Also put the tables into this file, between its marks, and a plot beside it."""
 
 
-def kept_in(folder: Path, model: str) -> Path:
+def folder_of(folder: Path, model: str) -> Path:
     """Where measurements of this code are kept, and of a checkpoint as it is now: others are not taken for them.
 
     Raises:
@@ -119,11 +119,11 @@ def agreement(rows: list[dict[str, Any]]) -> str:
 
 def main(args: Args) -> None:
     """Measures, and prints and writes the tables."""
-    report, folder = Report("lab_report"), kept_in(args.folder, args.model)
+    report, folder = Report("lab_report"), folder_of(args.folder, args.model)
     options = {"tokens": args.tokens, "strategies": STRATEGIES, "groups": GROUPS, "repeats": args.repeats}
-    kept = f"{Path(args.model).name}-{args.tokens}-{{}}-{args.repeats}.json"
+    name = f"{Path(args.model).name}-{args.tokens}-{{}}-{args.repeats}.json"
     found = {
-        rate: measurement(folder / kept.format(rate), HOSTS, CPU, rate, args.model, options) for rate in args.rates
+        rate: measurement(folder / name.format(rate), HOSTS, CPU, rate, args.model, options) for rate in args.rates
     }
     rows = [row for rate, data in found.items() for row in rows_of(rate, data["measured"])]
     exchanges = [{"rate": rate, "an exchange of 4 bytes, ms": data["exchange_ms"]} for rate, data in found.items()]

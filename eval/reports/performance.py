@@ -47,7 +47,7 @@ from eval.cost import encoding
 from eval.cost.encoding import Block, one_block
 from eval.cost.timing import wall_seconds
 from eval.cost.workload import open_workload
-from eval.reports.lab import CPU, HOSTS, kept_in, measurement, rows_of
+from eval.reports.lab import CPU, HOSTS, folder_of, measurement, rows_of
 from eval.reports.tables import Rows, insert, markdown
 
 RATE = "10mbit"
@@ -80,7 +80,7 @@ class Args:
     """Also put the tables into this file, between its marks, and plots beside it."""
 
 
-def kept(path: Path, measure: Callable[[], Rows]) -> Rows:
+def measured_once(path: Path, measure: Callable[[], Rows]) -> Rows:
     """The rows that were measured before and are kept in a file; measured now where it is not there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def against_torch(args: Args) -> Rows:
             raise AstraError(f"{SIDE_BY_SIDE} ended with exit code {done.returncode}: what it printed says why")
         return torch_rows(json.loads(done.stdout))
 
-    return kept(path, measure)
+    return measured_once(path, measure)
 
 
 def torch_rows(walls: dict[str, list[float]]) -> Rows:
@@ -187,7 +187,7 @@ def long_inputs(args: Args) -> Rows:
     def measure() -> Rows:
         return [share_row(config_of(args), T, HOSTS, VQConfig(groups=1), args.repeats) for T in LONG]
 
-    return kept(args.folder / f"long-{Path(args.model).name}-{args.repeats}.json", measure)
+    return measured_once(args.folder / f"long-{Path(args.model).name}-{args.repeats}.json", measure)
 
 
 def share_row(config: ViTConfig, T: int, N: int, astra: AstraConfig, repeats: int) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def remote_tokens(args: Args) -> Rows:
     def measure() -> Rows:
         return remote_rows(config_of(args), LOCAL, DEVICES, VQConfig(groups=1), BRIEF_REPEATS)
 
-    return kept(args.folder / f"remote-{Path(args.model).name}-{BRIEF_REPEATS}.json", measure)
+    return measured_once(args.folder / f"remote-{Path(args.model).name}-{BRIEF_REPEATS}.json", measure)
 
 
 def remote_rows(config: ViTConfig, S: int, devices: tuple[int, ...], astra: AstraConfig, repeats: int) -> Rows:
@@ -252,7 +252,7 @@ def encoding_share(args: Args) -> Rows:
     def measure() -> Rows:
         return [encoding.measure(config_of(args), args.tokens, HOSTS, astra) for astra in codecs]
 
-    return kept(args.folder / f"encoding-{Path(args.model).name}-{args.tokens}.json", measure)
+    return measured_once(args.folder / f"encoding-{Path(args.model).name}-{args.tokens}.json", measure)
 
 
 def start(args: Args) -> Rows:
@@ -263,7 +263,7 @@ def start(args: Args) -> Rows:
             words = picture_and_checkpoint(config_of(args), Path(folder))
             return start_rows([start_seconds(words) for _ in range(args.repeats)])
 
-    return kept(args.folder / f"start-{Path(args.model).name}-{args.repeats}.json", measure)
+    return measured_once(args.folder / f"start-{Path(args.model).name}-{args.repeats}.json", measure)
 
 
 def picture_and_checkpoint(config: ViTConfig, folder: Path) -> list[str]:
@@ -325,7 +325,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Args], Rows]]] = {
 
 def main(args: Args) -> None:
     """Measures, and prints and writes the tables."""
-    report, args = Report("performance"), dataclasses.replace(args, folder=kept_in(args.folder, args.model))
+    report, args = Report("performance"), dataclasses.replace(args, folder=folder_of(args.folder, args.model))
     found: dict[str, Rows] = {}
     for name, (title, measure) in SECTIONS.items():
         found[name] = measure(args)

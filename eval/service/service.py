@@ -234,15 +234,15 @@ class Service:
                 last = time.perf_counter() - start
             counts[event.row] += 1
             yield Piece(*event)
-        steps, kept = max(counts), generation.memory
+        steps, memory = max(counts), generation.memory
         yield TextTime(
             prompt_tokens=list(generation.lengths),
             first_token_seconds=self.passes.seconds,
             compile_seconds=self.passes.compile_seconds,
             tokens_per_second=(steps - 1) / last if steps > 1 else 0.0,
             sent=sent_bytes(self.engine, text),
-            cache_code_bytes=kept.codes,
-            cache_full_bytes=kept.key_value,
+            cache_code_bytes=memory.codes,
+            cache_full_bytes=memory.key_value,
             devices=self.N,
         )
         yield from self._host_times(text, B)

@@ -145,14 +145,14 @@ def open_folder(args: Args) -> None:
     """Makes OUT, or raises AstraError if what it has was made with other options."""
     decisive = {name: value for name, value in vars(args).items() if name not in FREE}
     now = json.loads(json.dumps(decisive | {"original": str(args.original.resolve())}))
-    kept = args.out / "options.json"
-    if kept.exists():
-        before = json.loads(kept.read_text(encoding="utf8"))
+    options = args.out / "options.json"
+    if options.exists():
+        before = json.loads(options.read_text(encoding="utf8"))
         if differing := [name for name in now if now[name] != before.get(name)]:
             values = ", ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in differing)
             raise AstraError(f"{args.out} was made otherwise ({values}): repeat that, or choose another folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(now, indent=2) + "\n")
+    write_atomically(options, json.dumps(now, indent=2) + "\n")
 
 
 def quality(

@@ -33,7 +33,7 @@ class Args(DataArgs):
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
-    training: Annotated[Training, tyro.conf.arg(name="")] = Training(
+    training: Annotated[Training, tyro.conf.arg(name="training"), tyro.conf.OmitArgPrefixes] = Training(
         steps=1300, learning_rate=4e-3, weight_decay=0.2, shards=(1,), label_smoothing=0.1
     )
     flip: bool = True
@@ -77,12 +77,12 @@ def main(args: Args) -> None:
     )
     model = nnx.jit(lambda: ViT(config, rngs=nnx.Rngs(args.training.seed)))()  # one program instead of many small ones
     batches = train_batches(data, processor, args.training.batch_size, args.training.seed, Augment(flip=args.flip))
-    kept = args.out.with_name(args.out.name + "-training")
+    training = args.out.with_name(args.out.name + "-training")
     model, done = train(
         model,
         args.training,
         batches,
-        kept,
+        training,
         mesh=mesh,
         source={"config": dataclasses.asdict(config), "data": args.data, "split": args.split, "flip": args.flip},
         save_every=args.save_every,

@@ -38,7 +38,7 @@ class Args(DataArgs):
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The Hugging Face folder; the run's state and log are kept beside it, in OUT-training."""
-    training: Annotated[Training, tyro.conf.arg(name="")] = Training(
+    training: Annotated[Training, tyro.conf.arg(name="training"), tyro.conf.OmitArgPrefixes] = Training(
         steps=3000, batch_size=16, learning_rate=2e-3, weight_decay=0.1, shards=(1,)
     )
     tokenizer: Path | None = None
@@ -71,10 +71,10 @@ def find_tokenizer(documents: list[str], vocab_size: int, length: int, folder: P
 
 def main(args: Args) -> None:
     """Runs the recipe."""
-    mesh, kept = make_mesh(1), args.out.with_name(args.out.name + "-training")
+    mesh, training = make_mesh(1), args.out.with_name(args.out.name + "-training")
     documents = args.open_documents()
     say(str(documents.account))
-    folder = args.tokenizer or kept / "tokenizer"
+    folder = args.tokenizer or training / "tokenizer"
     if args.tokenizer is None and not (folder / "tokenizer_config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         say(f"finding a tokenizer of {args.vocab_size:,} entries")
@@ -95,7 +95,7 @@ def main(args: Args) -> None:
         model,
         args.training,
         text_batches(text, None, args.training.batch_size, args.training.seed),
-        kept,
+        training,
         mesh=mesh,
         source={"config": dataclasses.asdict(config), **args.source()},
         save_every=args.save_every,

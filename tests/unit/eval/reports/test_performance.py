@@ -26,9 +26,9 @@ from eval.reports.performance import (
     config_of,
     eight,
     hosts,
-    kept,
     llama,
     main,
+    measured_once,
     picture_and_checkpoint,
     remote_attention,
     remote_rows,
@@ -140,9 +140,9 @@ def test_what_hosts_are_asked_to_run(tmp_path, labs):
 
 def test_rows_are_kept(tmp_path):
     path, answers = tmp_path / "a" / "rows.json", [[{"x": 1.0}], [{"x": 2.0}]]
-    assert kept(path, lambda: answers.pop(0)) == kept(path, lambda: answers.pop(0)) == [{"x": 1.0}]
+    assert measured_once(path, lambda: answers.pop(0)) == measured_once(path, lambda: answers.pop(0)) == [{"x": 1.0}]
     path.unlink()
-    assert kept(path, lambda: answers.pop(0)) == [{"x": 2.0}]
+    assert measured_once(path, lambda: answers.pop(0)) == [{"x": 2.0}]
 
 
 def test_torch_and_start_rows_by_hand():
