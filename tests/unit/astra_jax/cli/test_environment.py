@@ -126,10 +126,8 @@ def test_a_reader_that_is_gone_and_a_full_disk(gpt2s):
 
 VERBS = {
     "calibrate": "calibrate plain {out} --data {text} --groups 2 --codewords 4 --samples 4 --tokens 32 --length 16",
-    "finetune": "finetune coded {out} --data {text} --length 16 --steps 1 --batch-size 2",
     "eval": "eval plain coded --data {text} --split train --devices 2 --length 16 --limit 1 --rates 10mbit",
     "run": "run coded --prompt w1 --max-new-tokens 3 --devices 2",
-    "bench": "bench coded --devices 2 --tokens 16 --repeats 1 --groups 2",
     "plan": "plan coded --rate 10mbit --devices 2 --tokens 16 --groups 2",
     "export": "export coded {out}",
 }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoints
-from astra_jax.cli.main import main
 from astra_jax.codecs.axes import axis_bits, candidates, codeword_spread, pack, principal_axes
 from astra_jax.codecs.config import NestedPQConfig, VQConfig, doubling
 from astra_jax.codecs.nested import NestedQuantizer, padded, unpadded
@@ -319,44 +317,3 @@ def test_a_predictor_serves_all_numbers_of_levels(nested, monkeypatch):
     mixed = error_of_one_group()
     monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.full(shape, high - 1))
     assert mixed < 0.95 * error_of_one_group()
-
-
-# The verbs
-
-
-@pytest.mark.slow
-def test_the_verbs(fitted, tmp_path, word_tokenizer, capsys):
-    made, *_ = fitted
-    words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
-    (tmp_path / "text.txt").write_text(words)
-    source = dataclasses.replace(
-        made, astra=None, model=checkpoints.with_codebooks(made, VQConfig(groups=1)).model, history=()
-    )
-    plain = checkpoints.tensor_maps.build("gpt2", made.config)
-    plain = checkpoints.tensor_maps.with_state(plain, checkpoints.tensor_maps.flat_state(source.model, nnx.Param))
-    source = dataclasses.replace(source, model=plain, tokenizer_files=word_tokenizer(40))
-    checkpoints.save(tmp_path / "original", source)
-    data = ["--data", str(tmp_path / "text.txt")]
-
-    def call(*arguments):
-        assert main([*map(str, arguments), "--json", str(tmp_path / "out.json")]) == 0
-        return json.loads((tmp_path / "out.json").read_text())
-
-    codes = tmp_path / "codes"
-    call(
-        *("calibrate", tmp_path / "original", codes, *data, "--codec", "nested-pq", "--groups", 4, "--codewords", 16),
-    )
-    found = call(
-        *("eval", tmp_path / "original", codes, *data, "--virtual", "--groups", "1,2,4", "--length", 32, "--rates"),
-    )
-    assert [row["bits"] for row in found["rows"]] == [None, 4, 8, 16]
-    tuned = tmp_path / "tuned"
-    call("finetune", codes, tuned, *data, "--steps", 2, "--groups", "1,4", "--batch-size", 4, "--length", 32)
-    assert checkpoints.read_meta(tuned).astra == checkpoints.read_meta(codes).astra
-    said = call("run", codes, "--prompt", "w1 w2 w3 w4", "--devices", 2, "--groups", 2, "--max-new-tokens", 2)
-    assert said
-    capsys.readouterr()
-    assert main(["run", str(codes), "--prompt", "w1 w2", "--devices", "2", "--groups", "5"]) == 2
-    assert "these codes have 4" in capsys.readouterr().err
-    assert main(["run", str(tmp_path / "original"), "--prompt", "w1 w2", "--groups", "1"]) == 2
-    assert "astra calibrate --codec nested-pq" in capsys.readouterr().err

@@ -209,8 +209,7 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("codec", "predictor"), [("vq", "linear"), ("nested-pq", "mlp")])
-def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
+def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
     model = tiny_gpt2()
@@ -226,20 +225,24 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, codec, predictor):
 
     codes, tuned = tmp_path / "codes", tmp_path / "tuned"
     rows = call(
-        *("calibrate", tmp_path / "original", codes, *data, *few, "--codec", codec),
-        *("--predictor", predictor, "--schedule", "known"),
+        *("calibrate", tmp_path / "original", codes, *data, *few, "--codec", "nested-pq"),
+        *("--predictor", "mlp", "--schedule", "known"),
     )["blocks"]
     assert rows[0]["of keys and values"] == 0 < rows[1]["of keys and values"] < 1
-    drawn, sent = (("--groups", groups) if codec == "nested-pq" else () for groups in ("1,4", "2,4"))
-    call("finetune", codes, tuned, *data, "--steps", 2, *drawn, "--batch-size", 4, "--length", 32)
+    call("finetune", codes, tuned, *data, "--steps", 2, "--groups", "1,4", "--batch-size", 4, "--length", 32)
     found = [
-        call("eval", tuned, *data, *way, *sent, "--length", 32, "--limit", 1)["rows"]
+        call("eval", tuned, *data, *way, "--groups", "2,4", "--length", 32, "--limit", 1)["rows"]
         for way in (["--virtual"], ["--devices", "4"])
     ]
     for virtual, sharded in zip(*found, strict=True):
         assert virtual["perplexity"] == pytest.approx(sharded["perplexity"], rel=1e-4)
         assert virtual["bytes"] == sharded["bytes"]
-    call("run", tuned, "--prompt", "w1 w2 w3 w4", "--devices", 2, "--max-new-tokens", 2)
+    call("run", tuned, "--prompt", "w1 w2 w3 w4", "--devices", 2, "--groups", 2, "--max-new-tokens", 2)
+    capsys.readouterr()
+    assert main(["run", str(tuned), "--prompt", "w1 w2", "--devices", "2", "--groups", "5"]) == 2
+    assert "these codes have 4" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "original"), "--prompt", "w1 w2", "--groups", "1"]) == 2
+    assert "astra calibrate --codec nested-pq" in capsys.readouterr().err
     # The first block sends no codes, so that it has no packets to lose.
     lossy = [
         call("eval", tuned, *data, "--length", 32, "--limit", 1, "--packet", 4, "--seeds", 2, *loss)["rows"][0]

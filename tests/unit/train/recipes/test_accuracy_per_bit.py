@@ -157,7 +157,7 @@ def test_where_nothing_arrives_a_device_is_alone_with_its_tokens(rows, args):
 def test_the_page_and_the_plot(rows, args, monkeypatch):
     page = args.markdown.read_text()
     assert page.startswith("# Page\n" + MARKS.format("", "llama") + "| made by | codec | N | G | bits | perplexity | ")
-    assert page.endswith(" |\n" + MARKS.format("end of ", "llama")) and "old" not in page
+    assert page.endswith("</sub>\n" + MARKS.format("end of ", "llama")) and "old" not in page
     assert page.count("| nested-pq | 4 | 2 | 8 |") == 2 and "| nothing of other devices | - | 4 | - | 0 |" in page
     assert args.plot.stat().st_size > 10_000
     figures = []
