@@ -34,7 +34,7 @@ test: .venv/installed-test
 
 # Slow tests of several hosts and of the lab run one by one: they are many processes each, and have limits of time.
 test-all: test
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder tests/unit/train tests/unit tests/multidevice tests/fuzz
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/multidevice tests/fuzz
 	@$(BIN)/python -m pytest -m slow tests/multihost tests/lab
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
