@@ -16,7 +16,7 @@ from eval.service.screen import Screen
 from eval.service.service import Service, Setup
 from tests.helpers.hosts import workers
 
-HOSTS, REQUESTS = 2, 40  # of each of two models
+HOSTS, REQUESTS = 2, 30  # of each of two models
 MOST_GROWTH = 30e6  # bytes of memory in the second half of the requests, when all programs are there
 
 
