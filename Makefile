@@ -28,14 +28,12 @@ lab: .venv/installed
 bench: .venv/installed-test
 	@$(BIN)/python -m eval.reports.performance --markdown docs/performance.md
 
-# Two processes share the files. A file is never split, as its tests share what they load and compile.
+# Two processes share the files; tests of several hosts and of the lab run one by one in one of the two (tests/conftest.py).
 test: .venv/installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Slow tests of several hosts and of the lab run one by one: they are many processes each, and have limits of time.
 test-all: test
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/multidevice tests/fuzz
-	@$(BIN)/python -m pytest -m slow tests/multihost tests/lab
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
 # make multidevice PYTHON=python3.13 JAX=0.12.0

@@ -63,6 +63,14 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"the tests need {DEVICES} CPU devices, JAX has {found}", returncode=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the tests take whole files, as tests of a file share what they load and compile. Tests of
+    several hosts and of the lab are many processes each, with limits of time: one process takes them all."""
+    for item in items:
+        room, file = item.path.parent.name, str(item.path)
+        item.add_marker(pytest.mark.xdist_group("hosts" if room in ("multihost", "lab") else file))
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Annotations are not enforced, as for users: what happens to values of a wrong type."""

@@ -124,6 +124,11 @@ def throughput(lab, receiver, *senders, bits):
     return float(result(receiving))
 
 
+def rate(lab, receiver, *senders, bits):
+    """The least `throughput` of three: to a receiver that the machine wakes late bytes seem to come faster."""
+    return min(throughput(lab, receiver, *senders, bits=bits) for _ in range(3))
+
+
 def read(name, how):
     """What `how` finds at `/proc/PID/name` of every process; processes end meanwhile."""
     found = []
@@ -198,17 +203,17 @@ def test_what_a_command_is_given(tmp_path):
 
 def test_a_link_carries_its_rate_in_both_directions(nothing_left):
     with Lab(3, 10e6) as lab:
-        assert throughput(lab, 0, 1, bits=7e6) == pytest.approx(10e6, rel=0.1)
-        assert throughput(lab, 0, 1, 2, bits=7e6) == pytest.approx(10e6, rel=0.1), "the receiver's end is shaped, too"
+        assert rate(lab, 0, 1, bits=7e6) == pytest.approx(10e6, rel=0.1)
+        assert rate(lab, 0, 1, 2, bits=7e6) == pytest.approx(10e6, rel=0.1), "the receiver's end is shaped, too"
         for host in range(3):
             lab.set_rate(host, 100e6)
-        assert throughput(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
+        assert rate(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
 
 
 def test_links_can_differ(nothing_left):
     with Lab(3, [100e6, 100e6, 10e6]) as lab:
-        assert throughput(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
-        assert throughput(lab, 0, 2, bits=7e6) == pytest.approx(10e6, rel=0.1)
+        assert rate(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
+        assert rate(lab, 0, 2, bits=7e6) == pytest.approx(10e6, rel=0.1)
 
 
 def test_small_messages_do_not_go_faster_than_the_rate():
