@@ -12,10 +12,12 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import tyro
+from flax import nnx
 
 import checkpoints
+from astra_jax.codecs.base import BY_GRADIENT
 from astra_jax.errors import AstraError
-from astra_jax.mesh.sharding import make_mesh, parse_devices
+from astra_jax.mesh.sharding import parse_devices
 from astra_jax.report import Report
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
@@ -24,6 +26,7 @@ from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
 from train.data import Augment, sequences, text_batches, train_batches
 from train.loop import Training, train
+from train.memory import Memory, Remat, split, training_mesh
 from train.objective import Batch
 
 
@@ -43,7 +46,10 @@ class Args(DataArgs):
     length: int | None = None
     """Tokens of a text; by default what the model takes, but at most 512."""
     devices: str | None = None
-    """Devices to spread every batch over; all accelerators by default, one CPU."""
+    """Devices that share every batch and all large arrays; all accelerators by default, one CPU. DxF: D groups of F
+    devices, of which each has all arrays."""
+    remat: Remat = "none"
+    """What a backward pass computes again to save memory: block, of every block all but its input."""
     save_every: int = 100
     """Steps between saved states."""
     json: Path | None = None
@@ -76,9 +82,16 @@ def main(args: Args) -> None:
     training = args.training
     if args.out.resolve() == args.checkpoint.resolve():
         raise AstraError(f"{args.out}: is the checkpoint that training starts from: choose another output folder")
-    data_devices, seq = parse_devices(args.devices) if args.devices else (1, _all_devices())
-    mesh = make_mesh(1, data_devices * seq)
-    checkpoint = checkpoints.load(args.checkpoint, dtype=jnp.dtype(training.dtype))
+    data, fsdp = parse_devices(args.devices) if args.devices else (1, _all_devices())
+    mesh, dtype = training_mesh(fsdp, data), jnp.dtype(training.dtype)
+    memory = Memory(mesh if mesh.size > 1 else None, args.remat, dtype)
+    memory.check(training.batch_size)
+    checkpoint = checkpoints.load(
+        args.checkpoint,
+        dtype=dtype,
+        param_dtype=dtype if training.trains == "codebooks" else jnp.float32,
+        shardings=lambda model: split(nnx.state(model), mesh),
+    )
     iterator = training_batches(checkpoint, args, telling(report))
     source = {
         "checkpoint": str(args.checkpoint),
@@ -93,12 +106,16 @@ def main(args: Args) -> None:
         training,
         iterator,
         args.out,
-        mesh=mesh,
+        memory=memory,
         source=source,
         save_every=args.save_every,
         label="finetune",
     )
     provenance = {"verb": "finetune", **source, **dataclasses.asdict(training), "steps": done}
+    if training.trains == "codebooks":  # weights are saved as they were stored, whatever was computed with
+        codecs = jax.device_get(nnx.state(model, nnx.Not(BY_GRADIENT)))
+        model = checkpoints.load(args.checkpoint, param_dtype=None).model
+        nnx.update(model, codecs)
     finished = dataclasses.replace(checkpoint, model=model, history=(*checkpoint.history, provenance))
     checkpoints.save(args.out, finished)
     report.say(f"wrote {args.out} after {done} of {training.steps} steps", out=str(args.out), steps=done)

@@ -1,7 +1,7 @@
 """The training loop: steps, logging, saving, exact resumption.
 
 One loop trains a plain model (one shard, no codebooks) and finetunes a quantized one (N virtual shards with
-Noise-Augmented Quantization). It works on one device or data-parallel over the `data` axis of a mesh.
+Noise-Augmented Quantization). It works on one device, or on several that share batches and large arrays.
 """
 
 import dataclasses
@@ -19,22 +19,21 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
 from astra_jax.codecs.base import BY_GRADIENT, Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8
-from astra_jax.mesh.sharding import DATA, Shards
+from astra_jax.mesh.sharding import Shards
 from astra_jax.report import progress
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra, need_codec
 from checkpoints.lock import alone
 from eval.network.packet_loss import PacketLoss, arrived
+from train.memory import ONE_DEVICE, FrugalSingle, Memory
 from train.navq import NoiseAugmented
-from train.objective import Batch, distances, has_successor, run_task, teach
+from train.objective import Batch, run_task
 from train.state import LOCK, Journal, TrainState, first_batch, occupied, restore, save
 
 
@@ -148,28 +147,36 @@ def learning_rate(training: Training) -> optax.Schedule:
     )
 
 
-def start(model: Any, training: Training) -> tuple[Any, TrainState]:
-    """Splits a model into its graph and the state that training changes."""
-    graphdef, params, codecs = nnx.split(model, BY_GRADIENT, ...)  # type: ignore[misc]
+def start(model: Any, training: Training, memory: Memory = ONE_DEVICE) -> tuple[Any, Any, TrainState]:
+    """Splits a model into its graph, what training leaves as it is, and the state that it changes.
+
+    The latter two come to the devices; `nnx.merge(graphdef, state.params, frozen, state.codecs)` is the model.
+    """
+    trained = nnx.Nothing() if training.trains == "codebooks" else BY_GRADIENT
+    graphdef, params, frozen, codecs = nnx.split(model, trained, BY_GRADIENT, ...)  # type: ignore[misc]
 
     @jax.jit  # one program instead of many small ones
     def fresh(params: Any, codecs: Any) -> TrainState:
         # Copies, because the steps donate their input and the caller keeps the model.
         params, codecs = jax.tree.map(jnp.copy, (params, codecs))
-        frozen = training.trains == "codebooks"
-        return TrainState(params, codecs, () if frozen else optimizer(training).init(params), jnp.int32(0))
+        return memory.spread(TrainState(params, codecs, optimizer(training).init(params), jnp.int32(0)))
 
-    return graphdef, fresh(params, codecs)
+    return graphdef, memory.spread(frozen), fresh(*memory.spread((params, codecs)))
 
 
-def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """One training step for N shards: (state, batch, the teacher's parameters, if there is one) -> (state, metrics)."""
+def make_step(
+    graphdef: Any, training: Training, N: int, memory: Memory = ONE_DEVICE
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One training step for N shards: (state, frozen parameters, batch, the teacher's parameters, if there is one) ->
+    (state, metrics). The state is donated."""
     tx, rate = optimizer(training), learning_rate(training)
 
-    def loss(params: Any, codecs: Any, batch: Batch, key: Array, teacher: Any) -> tuple[Array, Any]:
-        model = nnx.merge(graphdef, params, codecs)
-        strategy = strategy_of(model, training, N, batch, key)
-        task, measures, final, seen = run_task(model, batch, strategy, training.label_smoothing)
+    def loss(params: Any, frozen: Any, codecs: Any, batch: Batch, key: Array, teacher: Any) -> tuple[Array, Any]:
+        params, frozen, codecs, teacher = memory.whole((params, frozen, codecs, teacher), but_blocks=True)
+        model = nnx.merge(graphdef, params, frozen, codecs)
+        strategy = strategy_of(model, training, N, batch, key, memory)
+        of_teacher = None if teacher is None else nnx.merge(graphdef, teacher, frozen, codecs)
+        task, measures, seen = run_task(model, batch, strategy, training.label_smoothing, of_teacher)
         commitment = jnp.mean(seen.commitment) if N > 1 else jnp.float32(0)
         total = task + training.commitment * commitment
         if N > 1 and model.codec.remembers:
@@ -178,31 +185,25 @@ def make_step(graphdef: Any, training: Training, N: int) -> Callable[..., tuple[
             measures = {**measures, "surprise": surprise}
         error = jnp.mean(seen.error) if N > 1 else jnp.float32(0)
         if teacher is not None:
-            theirs = teach(nnx.merge(graphdef, teacher, codecs), batch["input"], strategy.shards)
-            counts = valid = jnp.ones(len(final.features), bool)
-            if model.per_token:
-                counts, valid = has_successor(batch["input"].lengths, strategy), jnp.asarray(strategy.tokens().valid)
-            far = distances(final, theirs, counts, valid)
-            total = total + training.distillation * far["kl"] + training.hidden * far["hidden"]
-            measures = {**measures, **far}
+            total = total + training.distillation * measures["kl"] + training.hidden * measures["hidden"]
         return total, (dict(loss=total, task=task, commitment=commitment, error=error, **measures), seen)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch, teacher: Any = None) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, frozen: Any, batch: Batch, teacher: Any = None) -> tuple[TrainState, dict[str, Array]]:
         params, codecs, opt_state, number = state
-        arguments = (params, codecs, batch, step_key(training, number), teacher)
+        arguments = (params, frozen, codecs, batch, step_key(training, number), teacher)
         if training.trains == "codebooks":
             _, (metrics, seen) = loss(*arguments)
         else:
             (_, (metrics, seen)), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(memory.spread(grads), opt_state, params)
             params = optax.apply_updates(params, updates)
         if N > 1:
-            model = nnx.merge(graphdef, params, codecs)
+            model = nnx.merge(graphdef, params, frozen, codecs)
             model.codec.follow(seen, training.ema_decay, training.revive_below)
             codecs = nnx.split(model, BY_GRADIENT, ...)[2]  # type: ignore[misc]
         metrics["learning_rate"] = rate(number // training.accumulate)
-        return TrainState(params, codecs, opt_state, number + 1), metrics
+        return memory.spread(TrainState(params, codecs, opt_state, number + 1)), metrics
 
     return step
 
@@ -230,17 +231,19 @@ def draw_groups(training: Training, key: Key[Array, ""]) -> Int[Array, ""] | Non
     return jax.random.choice(jax.random.fold_in(key, 1), jnp.asarray(training.groups)) if training.groups else None
 
 
-def strategy_of(model: Any, training: Training, N: int, batch: Batch, key: Key[Array, ""]) -> Single | Astra:
+def strategy_of(
+    model: Any, training: Training, N: int, batch: Batch, key: Key[Array, ""], memory: Memory = ONE_DEVICE
+) -> Single | Astra:
     """How a step runs its model: on one device, or on N virtual shards with what is drawn from its key."""
     shards = model.shards(N, batch["input"])
     if N == 1:
-        return Single(shards)
+        return FrugalSingle(shards, memory=memory)
     if training.cuts == "random":
         B = len(jax.tree.leaves(batch["input"])[0])
         shards = move_cuts(shards, jax.random.fold_in(key, 2), B)
     there = jnp.moveaxis(batch["arrived"], 0, 1) if training.packet_loss else None
     groups = draw_groups(training, key)
-    return NoiseAugmented.virtual(shards, there, groups, key=key, strength=training.noise)
+    return NoiseAugmented.virtual(shards, there, groups, key=key, strength=training.noise, memory=memory)
 
 
 def with_room(shards: Shards) -> Shards:
@@ -314,7 +317,7 @@ def train(
     data: Any,
     out: Path,
     *,
-    mesh: Mesh,
+    memory: Memory,
     source: dict[str, Any],
     save_every: int,
     label: str,
@@ -325,7 +328,7 @@ def train(
       model: what to start from; it is left as it is.
       data: an infinite iterator of `Batch` with `get_state` and `set_state`.
       out: folder for `train/` (the saved states) and `train.jsonl`.
-      mesh: its data axis splits every batch.
+      memory: the devices, and what else a step saves memory with.
       source: what `model` and `data` come from, for JSON; with the same settings and source a run is resumed.
       save_every: steps between saved states.
       label: of the progress bar.
@@ -339,17 +342,12 @@ def train(
     """
     if save_every < 1:
         raise AstraError(f"--save-every is {save_every}; it must be at least 1: try 100")
-    if training.batch_size % mesh.shape[DATA]:
-        raise AstraError(
-            f"--batch-size is {training.batch_size}; it must be a multiple of the {mesh.shape[DATA]} devices"
-        )
+    memory.check(training.batch_size)
     if max(training.shards) > 1:
         check_groups(need_codec(model.codec), training.groups)
-    graphdef, state = start(model, training)
-    replicated = NamedSharding(mesh, P())
-    state = jax.device_put(state, replicated)
+    graphdef, frozen, state = start(model, training, memory)
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
-    teacher = jax.device_put(nnx.state(model, BY_GRADIENT), replicated) if training.has_teacher else None
+    teacher = memory.spread(nnx.state(model, BY_GRADIENT)) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": first_batch(data)}))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -362,14 +360,14 @@ def train(
             state = restore(manager, state, data, settings, out)
         done = int(state.step)
         journal = Journal(out / "train.jsonl", done)
-        steps = {N: make_step(graphdef, training, N) for N in sorted(set(training.shards))}
+        steps = {N: make_step(graphdef, training, N, memory) for N in sorted(set(training.shards))}
         with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
             while done < training.steps and not stopped():
                 batch, N, values = next(data), draw_shards(training, done), {}
                 if training.packet_loss and N > 1:
                     values["lost"], there = draw_packet_loss(model, training, N, batch["input"], done)
                     batch = {**batch, "arrived": there}
-                state, metrics = steps[N](state, jax.device_put(batch, NamedSharding(mesh, P(DATA))), teacher)
+                state, metrics = steps[N](state, frozen, memory.batch(batch), teacher)
                 values |= {k: float(v) for k, v in metrics.items()}
                 if not np.isfinite(values["loss"]):
                     raise AstraError(f"the loss is {values['loss']} at step {done}: try a lower --learning-rate")
@@ -380,4 +378,4 @@ def train(
                     save(manager, state, data, settings, out)
             if manager.latest_step() != done:
                 save(manager, state, data, settings, out)
-    return nnx.merge(graphdef, state.params, state.codecs), done
+    return nnx.merge(graphdef, state.params, frozen, state.codecs), done

@@ -5,17 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.models.interface import Estimates, Report
 from astra_jax.models.mask import Block
 from astra_jax.strategies.coded import Astra, Heard
 from astra_jax.strategies.transport import Delivery, Virtual
+from train.memory import Frugal
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseAugmented(Astra):
+class NoiseAugmented(Frugal, Astra):
     """ASTRA on virtual shards as training runs it: remote tokens are noisy estimates with straight-through gradients,
     and every block reports a `codecs.base.Observation`.
 
@@ -50,9 +51,8 @@ class NoiseAugmented(Astra):
                 said = rest
             case _:
                 said = jnp.zeros_like(rest)
-        N, B, S, W = mine.shape
-        sent = self._sent(N, B, S)
-        seen = codec.observe(rest.reshape(N * B, S, W), z.reshape(N * B, S, -1), revive_key, sent.reshape(N * B, S))
+        sent = self._sent(*mine.shape[:3])
+        seen = codec.observe(_by_sequence(rest), _by_sequence(z), revive_key, _by_sequence(sent))
         if codec.remembers:
             unexpected = jnp.sum((jax.lax.stop_gradient(mine) - self.own(expected)) ** 2, axis=-1)
             seen = seen._replace(surprise=jnp.mean(unexpected, where=sent))
@@ -64,3 +64,8 @@ class NoiseAugmented(Astra):
         """Which slots hold a token that is sent."""
         tokens = self.sent_tokens()
         return jnp.broadcast_to(jnp.asarray(tokens.valid & tokens.sent), (B, N, S)).swapaxes(0, 1)
+
+
+def _by_sequence(a: Shaped[Array, "N B S *feature"]) -> Shaped[Array, "BN S *feature"]:
+    """The shards of all sequences, those of one beside each other, as devices have them that share the batch."""
+    return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])

@@ -49,19 +49,20 @@ def unstacked(state: Any) -> Any:
       state: of a model, or of one within another, on its devices. Quantized weights stay in the stack: what is
         multiplied with is made anew from them anyway.
     """
-    arrays = [a for path, a in jax.tree_util.tree_leaves_with_path(state) if _in_blocks(path)]
+    arrays = [a for path, a in jax.tree_util.tree_leaves_with_path(state) if in_blocks(path)]
     if any(isinstance(a, jax.ShapeDtypeStruct) or next(iter(a.devices())).platform != "cpu" for a in arrays):
         return state
     if sum(a.nbytes for a in arrays) < LEAST_UNSTACKED * len(arrays[0]):
         return state
 
     def one(path: Any, a: Any) -> Any:
-        return _unstack(a) if _in_blocks(path) and not is_quantized(a) else a
+        return _unstack(a) if in_blocks(path) and not is_quantized(a) else a
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_quantized)
 
 
-def _in_blocks(path: Any) -> bool:
+def in_blocks(path: Any) -> bool:
+    """Whether the path of an array in a state, of a model or of what is made of one, leads into its stack."""
     return any("blocks" in (getattr(key, "key", None), getattr(key, "name", None)) for key in path)
 
 

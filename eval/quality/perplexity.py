@@ -7,13 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from eval.datasets.windows import run_batches, windows
+
+LOGITS = 2**28  # that are held at once: those of a long batch and a large vocabulary would be most of the memory
+
+
+def by_parts(read: Callable[..., Any], vocabulary: int, *rows: Shaped[Array, "B S ..."]) -> Any:
+    """`read(*rows)`, which makes logits [B,S,V] on its way to arrays [B,S], part by part of the slots S.
+
+    No more than `LOGITS` logits are there at a time: a backward pass makes those of a part again.
+    """
+    B, S = rows[0].shape[:2]
+    parts = -(-B * S * vocabulary // LOGITS)
+    if parts <= 1:
+        return read(*rows)
+    size = -(-S // parts)
+
+    def cut(a: Array) -> Array:
+        padded = jnp.pad(a, ((0, 0), (0, parts * size - S), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(B, parts, size, *a.shape[2:]), 1, 0)
+
+    found = jax.lax.map(jax.checkpoint(lambda part: read(*part)), tuple(map(cut, rows)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :S], found)
+
+
+def next_token_loss(logits: Float[Array, "B S V"], following: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """What is paid for the tokens that follow, in nats."""
+    chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 class NextTokenLoss(nnx.Module):
@@ -52,9 +79,12 @@ class NextTokenLoss(nnx.Module):
         return jnp.stack([ids, jnp.roll(ids, -1, axis=1)], axis=-1)
 
     def __call__(self, tokens: Int[Array, "B S 2"], strategy: Any) -> tuple[Float[Array, "B S"], Any]:
-        logits, reports = self.model(tokens[..., 0], strategy)
-        chosen = jnp.take_along_axis(logits, tokens[..., 1:], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, reports
+        features, reports = self.model.features(tokens[..., 0], strategy)
+
+        def loss(features: Array, following: Array) -> Array:
+            return next_token_loss(self.model.logits(features), following)
+
+        return by_parts(loss, self.config.vocab_size, features, tokens[..., 1]), reports
 
 
 class Perplexity(NamedTuple):

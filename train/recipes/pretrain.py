@@ -18,13 +18,13 @@ import checkpoints
 from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
 from astra_jax.inputs.images import ImageProcessor
-from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.report import say
 from checkpoints.huggingface import write_folder
 from eval.datasets.labelled import DataArgs
 from train.data import Augment, train_batches
 from train.loop import Training, train
+from train.memory import ONE_DEVICE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,6 @@ class Args(DataArgs):
 
 def main(args: Args) -> None:
     """Runs the recipe."""
-    mesh = make_mesh(1)
     data = args.open()
     say(str(data.account))
     config = ViTConfig(
@@ -83,7 +82,7 @@ def main(args: Args) -> None:
         args.training,
         batches,
         training,
-        mesh=mesh,
+        memory=ONE_DEVICE,
         source={"config": dataclasses.asdict(config), "data": args.data, "split": args.split, "flip": args.flip},
         save_every=args.save_every,
         label="train the original",

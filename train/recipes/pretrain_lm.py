@@ -21,13 +21,13 @@ from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
 from astra_jax.files import write_atomically
 from astra_jax.inputs.tokenizer import Tokenizer
-from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.report import say
 from checkpoints.huggingface import write_folder
 from eval.datasets.labelled import DataArgs
 from train.data import packed, text_batches
 from train.loop import Training, train
+from train.memory import ONE_DEVICE
 
 END = "<|endoftext|>"
 
@@ -71,7 +71,7 @@ def find_tokenizer(documents: list[str], vocab_size: int, length: int, folder: P
 
 def main(args: Args) -> None:
     """Runs the recipe."""
-    mesh, training = make_mesh(1), args.out.with_name(args.out.name + "-training")
+    training = args.out.with_name(args.out.name + "-training")
     documents = args.open_documents()
     say(str(documents.account))
     folder = args.tokenizer or training / "tokenizer"
@@ -96,7 +96,7 @@ def main(args: Args) -> None:
         args.training,
         text_batches(text, None, args.training.batch_size, args.training.seed),
         training,
-        mesh=mesh,
+        memory=ONE_DEVICE,
         source={"config": dataclasses.asdict(config), **args.source()},
         save_every=args.save_every,
         label="train the original",

@@ -16,19 +16,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from astra_jax import make_mesh
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViT
 from astra_jax.strategies.base import Single
 from tests.helpers.training import CONFIG, Batches, leaves, make_model
 from train.loop import Training, draw_shards, learning_rate, make_step, start, train
+from train.memory import Memory, training_mesh
 
 
 def fit(model: ViT, training: Training, out: Path, data_devices: int = 1, save_every: int = 100) -> tuple[ViT, int]:
-    mesh = make_mesh(1, data_devices)
-    batches = Batches(training.batch_size)
-    return train(model, training, batches, out, mesh=mesh, source={}, save_every=save_every, label="test")
+    batches, memory = Batches(training.batch_size), Memory(training_mesh(data_devices) if data_devices > 1 else None)
+    return train(model, training, batches, out, memory=memory, source={}, save_every=save_every, label="test")
 
 
 def same(a: ViT, b: ViT) -> bool:
@@ -110,9 +109,9 @@ def test_codebooks_only_leaves_the_model_alone(tmp_path):
 def test_weight_decay_spares_biases_and_norms():
     model = make_model()
     training = Training(steps=2, batch_size=8, shards=(1,), learning_rate=0.1, warmup=0.0, weight_decay=1.0, clip=0.0)
-    graphdef, state = start(model, training)
+    graphdef, frozen, state = start(model, training)
     batch = next(Batches(8))
-    state, _ = make_step(graphdef, training, 1)(state, batch)
+    state, _ = make_step(graphdef, training, 1)(state, frozen, batch)
     before, after = nnx.state(model, nnx.Param), state.params
     # A clip of 0 removes the gradient, so that decay alone is left.
     assert not np.array_equal(before["blocks"]["mlp"]["up"]["kernel"][...], after["blocks"]["mlp"]["up"]["kernel"][...])
@@ -130,9 +129,9 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
         training = Training(steps=2, batch_size=8, shards=(2,), dtype=dtype, trains=trains)
         model = ViT(CONFIG, VQConfig(groups=4, codewords=16), dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
-        graphdef, state = start(model, training)
+        graphdef, frozen, state = start(model, training)
         batch = next(Batches(8))
-        state, metrics = make_step(graphdef, training, 2)(state, batch)
+        state, metrics = make_step(graphdef, training, 2)(state, frozen, batch)
         losses[dtype] = float(metrics["task"])
         assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.codecs))} == {"float32"}
     # bfloat16 has 8 bits of mantissa: the loss agrees to about 1 part in 100.

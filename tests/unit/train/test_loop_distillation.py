@@ -14,13 +14,13 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astra_jax import make_mesh
 from astra_jax.codecs.config import VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from astra_jax.strategies.base import Single
 from train.loop import Training, draw_packet_loss, make_step, move_cuts, start, step_key, strategy_of, train, with_room
-from train.objective import Batch, Final, distances, run_task
+from train.memory import Memory, training_mesh
+from train.objective import Batch, divergence, hidden_distance, mean_of, run_task
 
 CODES = VQConfig(groups=1, codewords=64)
 
@@ -56,7 +56,8 @@ def stepper(model: Any, training: Training, N: int) -> Callable[..., tuple[Any, 
     teacher = nnx.state(model, nnx.Param) if training.has_teacher else None
 
     def run(model: Any, batch: Batch) -> tuple[Any, dict[str, float]]:
-        state, metrics = step(start(model, training)[1], batch, teacher)
+        _, frozen, state = start(model, training)
+        state, metrics = step(state, frozen, batch, teacher)
         return state, {name: float(value) for name, value in metrics.items()}
 
     return run
@@ -71,12 +72,12 @@ def test_distances_by_hand():
     a, b = (rng.normal(size=(2, 5, 3)) for _ in range(2))
     valid = np.arange(5) < np.asarray([[5], [3]])
     counts = np.arange(5) < np.asarray([[4], [2]])
-    finals = (Final(jnp.float32(x), jnp.float32(logits)) for x, logits in ((a, ours), (b, theirs)))
-    found = distances(*finals, jnp.asarray(counts), jnp.asarray(valid))
+    rows = divergence(jnp.float32(ours), jnp.float32(theirs))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (theirs, ours))
     kl = (p * np.log(p / q)).sum(-1)
-    assert float(found["kl"]) == pytest.approx(kl[counts].mean(), rel=1e-5)
-    assert float(found["hidden"]) == pytest.approx(((a - b)[valid] ** 2).mean() / (b[valid] ** 2).mean(), rel=1e-5)
+    assert float(mean_of(rows, jnp.asarray(counts))) == pytest.approx(kl[counts].mean(), rel=1e-5)
+    found = hidden_distance(jnp.float32(a), jnp.float32(b), jnp.asarray(valid))
+    assert float(found) == pytest.approx(((a - b)[valid] ** 2).mean() / (b[valid] ** 2).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,11 @@ def test_a_student_comes_closer(tiny_gpt2, random_text):
     training = Training(**weights, noise=0.0, learning_rate=1e-2, warmup=0.0, ema_decay=1.0, revive_below=0.0)
     model, batch = exactly(tiny_gpt2(CODES), random_text(24, 13, T=24)), {"input": random_text(24, 13, T=24)}
     teacher = nnx.state(model, nnx.Param)
-    graphdef, state = start(model, training)
+    graphdef, frozen, state = start(model, training)
     state = state._replace(params=jax.tree.map(lambda a: 0.8 * a, state.params))
     step, log = make_step(graphdef, training, 3), []
     for _ in range(24):
-        state, metrics = step(state, batch, teacher)
+        state, metrics = step(state, frozen, batch, teacher)
         log.append(metrics)
     assert log[-1]["kl"] < 0.5 * log[0]["kl"] and log[-1]["hidden"] < 0.5 * log[0]["hidden"]
 
@@ -251,8 +252,8 @@ ALL = Training(
 
 
 def fit(model: Any, training: Training, out: Path, data_devices: int = 1) -> tuple[Any, list[dict]]:
-    mesh, texts = make_mesh(1, data_devices), Texts(training.batch_size)
-    model, _ = train(model, training, texts, out, mesh=mesh, source={}, save_every=5, label="test")
+    memory, texts = Memory(training_mesh(data_devices) if data_devices > 1 else None), Texts(training.batch_size)
+    model, _ = train(model, training, texts, out, memory=memory, source={}, save_every=5, label="test")
     return model, [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
 
 

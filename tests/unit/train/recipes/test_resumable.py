@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import checkpoints
-from astra_jax import make_mesh
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from checkpoints import lock
@@ -23,13 +22,16 @@ from eval.verbs import evaluate
 from tests.helpers.training import Batches, leaves, make_model
 from train import calibrate, finetune, loop, state
 from train.loop import Training
+from train.memory import ONE_DEVICE
 from train.recipes import resumable
 
 
 def fit(out: Path, **source):
     training = Training(steps=4, batch_size=8, shards=(2,), trains="codebooks")
-    mesh, batches = make_mesh(1, 1), Batches(8)
-    return loop.train(make_model(), training, batches, out, mesh=mesh, source=source, save_every=2, label="test")
+    batches = Batches(8)
+    return loop.train(
+        make_model(), training, batches, out, memory=ONE_DEVICE, source=source, save_every=2, label="test"
+    )
 
 
 @pytest.fixture(scope="module")
