@@ -147,19 +147,28 @@ def learning_rate(training: Training) -> optax.Schedule:
     )
 
 
-def start(model: Any, training: Training, memory: Memory = ONE_DEVICE) -> tuple[Any, Any, TrainState]:
-    """Splits a model into its graph, what training leaves as it is, and the state that it changes.
-
-    The latter two come to the devices; `nnx.merge(graphdef, state.params, frozen, state.codecs)` is the model.
-    """
+def divide(model: Any, training: Training) -> tuple[Any, Any, Any, Any]:
+    """A model's graph, the parameters that are trained, those that stay as they are, and its codecs."""
     trained = nnx.Nothing() if training.trains == "codebooks" else BY_GRADIENT
-    graphdef, params, frozen, codecs = nnx.split(model, trained, BY_GRADIENT, ...)  # type: ignore[misc]
+    return nnx.split(model, trained, BY_GRADIENT, ...)  # type: ignore[return-value]
+
+
+def first_state(training: Training, params: Any, codecs: Any) -> TrainState:
+    """What training begins with."""
+    return TrainState(params, codecs, optimizer(training).init(params), jnp.int32(0))
+
+
+def start(model: Any, training: Training, memory: Memory = ONE_DEVICE) -> tuple[Any, Any, TrainState]:
+    """A model's graph, what training leaves as it is, and the state that it changes, the latter two on the devices.
+
+    `nnx.merge(graphdef, state.params, frozen, state.codecs)` is the model.
+    """
+    graphdef, params, frozen, codecs = divide(model, training)
 
     @jax.jit  # one program instead of many small ones
     def fresh(params: Any, codecs: Any) -> TrainState:
         # Copies, because the steps donate their input and the caller keeps the model.
-        params, codecs = jax.tree.map(jnp.copy, (params, codecs))
-        return memory.spread(TrainState(params, codecs, optimizer(training).init(params), jnp.int32(0)))
+        return memory.spread(first_state(training, *jax.tree.map(jnp.copy, (params, codecs))))
 
     return graphdef, memory.spread(frozen), fresh(*memory.spread((params, codecs)))
 

@@ -22,13 +22,18 @@ LEAST_SPLIT = 2**22  # bytes of an array from which it is split: a smaller one c
 Remat = Literal["none", "block"]
 
 
-def training_mesh(fsdp: int, data: int = 1, *, to_run: bool = True) -> Mesh:
+def training_mesh(fsdp: int, data: int = 1) -> Mesh:
     """A (data, fsdp) mesh: a batch is split over all its devices, large arrays over `fsdp` of them.
 
     Raises:
       AstraError: there are fewer devices; see `astra_jax.make_mesh`.
     """
-    return Mesh(make_mesh(fsdp, data, to_run=to_run).devices, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
+    return mesh_of(make_mesh(fsdp, data).devices)
+
+
+def mesh_of(devices: Any) -> Mesh:
+    """The same of devices [data,fsdp]."""
+    return Mesh(devices, (DATA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
 def split(state: Any, mesh: Mesh) -> Any:
