@@ -8,6 +8,7 @@ it. The same rows serve reading and writing, so the two cannot disagree.
 To add a family: a table and its sizes here, and a line in `FAMILIES`.
 """
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -294,12 +295,22 @@ def build(
     Raises:
       AstraError: `astra` does not fit the model (its groups do not divide the width, say).
     """
+    return (
+        nnx.clone(_abstract(family, config, astra, jnp.dtype(dtype)))
+        if abstract
+        else _make(family, config, astra, dtype)
+    )
+
+
+def _make(family: str, config: Any, astra: AstraConfig | None, dtype: Any) -> Any:
     make = getattr(importlib.import_module(FAMILIES[family].module), FAMILIES[family].model)
+    return make(config, astra, dtype=dtype, rngs=nnx.Rngs(0))
 
-    def model() -> Any:
-        return make(config, astra, dtype=dtype, rngs=nnx.Rngs(0))
 
-    return nnx.eval_shape(model) if abstract else model()
+@functools.lru_cache(64)
+def _abstract(family: str, config: Any, astra: AstraConfig | None, dtype: Any) -> Any:
+    """Tracing a model takes longer than all else that is done with its shapes."""
+    return nnx.eval_shape(lambda: _make(family, config, astra, dtype))
 
 
 def flat_state(model: Any, kind: Any = nnx.Variable) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One small checkpoint, its Hugging Face folder, and the same with codebooks."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def calibrated(checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
     codec.codebook[...] = jnp.asarray(rng.normal(size=codec.codebook[...].shape), jnp.float32)
     codec.count[...] = jnp.asarray(rng.uniform(size=codec.count[...].shape), jnp.float32)
     return with_codebooks
+
+
+@pytest.fixture
+def saved(calibrated: checkpoints.Checkpoint, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the calibrated checkpoint, which is written once and copied for every test."""
+    once = tmp_path_factory.getbasetemp() / "calibrated"
+    if not once.exists():
+        checkpoints.save(once, calibrated)
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 @pytest.fixture
