@@ -49,7 +49,7 @@ def compression(astra: AstraConfig, D: int, L: int) -> dict[str, Any]:
 
 def codebook_usage(model: Any) -> list[dict[str, Any]]:
     """One row per block: the means over its groups of share of codewords in use and perplexity."""
-    used = usage(model.codec.counts())
+    used = jax.device_get(jax.jit(usage)(model.codec.counts()))
     return [
         {"block": block, "codewords used": float(share), "perplexity": float(perplexity)}
         for block, (share, perplexity) in enumerate(

@@ -17,7 +17,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
+import functools
 import gc
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,6 +115,7 @@ def tiny_bert() -> Callable[..., Bert]:
 def rank_coded() -> Callable[..., jax.Array]:
     """Makes images [B,20,20,1] where every patch of every image has a value of its own: misordering shows."""
 
+    @functools.partial(jax.jit, static_argnums=0)
     def make(B: int) -> jax.Array:
         ranks = jnp.linspace(-2.0, 2.0, B * 25).reshape(B, 5, 5, 1)
         texture = jax.random.normal(jax.random.key(2), (20, 20, 1))
@@ -154,18 +157,28 @@ def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def gpt2_saved(tmp_path_factory, tiny_gpt2, word_tokenizer) -> Callable[[AstraConfig | None], Path]:
+    """The folder of a tiny GPT-2 with these codes, which is written once, for tests to copy."""
+
+    @functools.cache
+    def save(astra: AstraConfig | None) -> Path:
+        model, out = tiny_gpt2(astra), tmp_path_factory.mktemp("gpt2") / "saved"
+        files = word_tokenizer(model.config.vocab_size - 4)
+        saved = checkpoints.Checkpoint("gpt2", model.config, astra, None, None, {}, "float32", (), model, None, files)
+        checkpoints.save(out, saved)
+        return out
+
+    return save
+
+
 @pytest.fixture
-def gpt2s(tmp_path, tiny_gpt2, word_tokenizer) -> Callable[..., Path]:
-    """Saves a tiny GPT-2 under every name with these codes, and a text.txt, in a folder of the test's own."""
+def gpt2s(tmp_path, gpt2_saved) -> Callable[..., Path]:
+    """Puts a tiny GPT-2 under every name with these codes, and a text.txt, into a folder of the test's own."""
 
     def save(**named: AstraConfig | None) -> Path:
         for name, astra in named.items():
-            model = tiny_gpt2(astra)
-            files = word_tokenizer(model.config.vocab_size - 4)
-            saved = checkpoints.Checkpoint(
-                "gpt2", model.config, astra, None, None, {}, "float32", (), model, None, files
-            )
-            checkpoints.save(tmp_path / name, saved)
+            shutil.copytree(gpt2_saved(astra), tmp_path / name)
         words = np.random.default_rng(0).integers(0, 40, 100)
         (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in words))
         return tmp_path

@@ -35,7 +35,6 @@ from astra_jax.codecs.config import (
 )
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import Text
-from astra_jax.models.blocks import block_at
 from astra_jax.report import Report, progress
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra
@@ -44,7 +43,7 @@ from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
 from train.data import sequences
-from train.fit_codecs import fit, key_value_metric, linear_predictor
+from train.fit_codecs import attention_at, fit, key_value_metric, linear_predictor
 
 TOKENS_AT_ONCE = 2048
 Schedule = Literal["coded", "known", "auto", "known+auto"]
@@ -221,7 +220,7 @@ def axis_variances(source: Checkpoint, astra: AstraConfig, y: Float[np.ndarray, 
     variances, before = [], None
     with progress("axes", len(y)) as advance:
         for number in range(len(y)):
-            attention = block_at(blocks, number).attention
+            attention = attention_at(blocks, number)
             sent = rest = np.asarray(attention.codec_input(jnp.asarray(y[number])))
             if astra.predictor != "none" and before is not None:
                 rest = sent - np.asarray(linear_predictor(astra, before, sent)(jnp.asarray(before), jnp.asarray))
@@ -334,7 +333,7 @@ def main(args: Args) -> None:
     checkpoint = checkpoints.with_codebooks(source, chosen)
     model = checkpoint.model
     errors = fit(model, y, args.iterations, args.seed, S)
-    used = usage(model.codec.counts())
+    used = jax.device_get(jax.jit(usage)(model.codec.counts()))
     report.table(
         "blocks",
         f"G={chosen.groups}, K={chosen.codewords}: {chosen.mean_bits(len(y)):g} bits per token and block",

@@ -30,6 +30,12 @@ LATER = 4  # see `fit`
 ERROR_TOKENS = 8192  # that errors are shown of: no more than twice as many, because more say the same
 
 
+@jax.jit  # or two programs are compiled for every weight
+def attention_at(blocks: Any, number: Any) -> Any:
+    """The attention of one block, as a module of its own (a copy)."""
+    return block_at(blocks, number).attention
+
+
 def key_value_metric(attention: Any) -> Float[np.ndarray, "W W"]:
     """M: what an error e of a block's quantized vector costs, `|e Wk|^2 + |e Wv|^2 = e M e^T`; at site `kv` it is one
     of keys and values already.
@@ -52,7 +58,7 @@ def linear_predictor(astra: AstraConfig, x: Float[np.ndarray, "M W"], y: Float[n
 
 def _set(predictor: Predictor, values: dict[str, Float[np.ndarray, "..."]]) -> None:
     for name, value in values.items():
-        getattr(predictor, name)[...] = jnp.asarray(value, jnp.float32)
+        getattr(predictor, name)[...] = jnp.asarray(np.asarray(value, np.float32))
 
 
 def _around(S: int, causal: bool, x: Float[Array, "M W"]) -> Float[Array, "M W"]:
@@ -98,7 +104,7 @@ def fit(model: Any, y: Float[np.ndarray, "L M D"], iterations: int, seed: int, S
     blocks = zip(astra.kinds(len(y)), jax.random.split(jax.random.key(seed), len(y)), strict=True)
     with progress("codewords", len(y)) as advance:
         for number, (kind, key) in enumerate(blocks):
-            attention = block_at(model.blocks, number).attention
+            attention = attention_at(model.blocks, number)
             sent = np.asarray(attention.codec_input(jnp.asarray(y[number])), np.float32)
             found = _fit_block(attention, astra, kind, estimate, near, sent, depth, iterations, key)
             estimate = found.arrived
@@ -201,7 +207,8 @@ def _fit_codewords(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # one alone leaves cores idle
         places = range(len(widths)), np.cumsum(widths).tolist(), widths, jax.random.split(key, len(widths))
         list(pool.map(one_group, *places))
-    codec.codebook[...], codec.count[...], codec.total[...] = map(jnp.float32, (C, share, C * share[..., None]))
+    found = (np.asarray(a, np.float32) for a in (C, share, C * share[..., None]))  # or jax compiles a program for each
+    codec.codebook[...], codec.count[...], codec.total[...] = map(jnp.asarray, found)
     rest = y - estimate
     codec.residual_mean[...], codec.residual_var[...] = padded(jnp.stack([rest.mean(0), rest.var(0)]), widths)
     return estimate

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from astra_jax.errors import LONGEST, AstraError
 
-MUTATIONS = int(os.environ.get("ASTRA_FUZZ", "250"))  # of every parser
+MUTATIONS = int(os.environ.get("ASTRA_FUZZ", "120"))  # of every parser
 SECONDS = 10.0  # of one example, on a busy machine; all but the first take milliseconds
 STUCK_SECONDS = 120.0  # of one that does not even come back from C, after which the process ends with a traceback
 MEMORY = 1 << 29  # bytes that one example may take

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import shutil
 import struct
@@ -243,16 +242,7 @@ def test_generation_config(folder, content):
 
 
 @pytest.fixture(scope="module")
-def built():
-    """Builds no model of the same configuration twice: tracing one takes longer than all else."""
-    build = functools.cache(huggingface.build)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "build", build)
-        yield build
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory, built):
+def llama(tmp_path_factory):
     """A Hugging Face folder of a tiny Llama, and its tensors."""
     here = tmp_path_factory.mktemp("llama")
     (here / "config.json").write_bytes(written(LLAMA))
@@ -260,7 +250,7 @@ def llama(tmp_path_factory, built):
     sizes, rng = tensor_maps.FAMILIES["llama"].sizes(config), np.random.default_rng(0)
     tensors = {
         name: rng.normal(size=key.shape(sizes)).astype(np.float32)
-        for name, (key, _) in tensor_maps.model_tensors("llama", built("llama", config)).items()
+        for name, (key, _) in tensor_maps.model_tensors("llama", tensor_maps.build("llama", config)).items()
     }
     return here, tensors
 
@@ -337,7 +327,7 @@ ROTATED = NestedPQConfig(groups=2, codewords=8, widths=(2, 3), levels=(1, 1), pr
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory, llama, built):
+def stored(tmp_path_factory, llama):
     """A checkpoint of the tiny Llama."""
     from checkpoints.streaming import assemble
 
@@ -394,15 +384,21 @@ def read_parts(stored, model):
     return dict(weights.read_parts(stored, model))
 
 
+@pytest.fixture(scope="module")
+def parts(stored):
+    """The weights as they are stored, a copy of their folder, the model that they are of, and what is read of them."""
+    checkpoint, undamaged = description.read_description(stored)
+    here = shutil.copytree(undamaged.weights, stored.parent / "damaged")
+    model = tensor_maps.build("llama", checkpoint.config)
+    return undamaged._replace(weights=here), model, read_parts(undamaged, model)
+
+
 @fuzz
 @given(st.data())
-def test_parts(stored, data):
+def test_parts(parts, data):
     """A file of one part of the weights is mutated, and sometimes is gone; the others are as they were."""
-    checkpoint, undamaged = description.read_description(stored)
-    here = stored.parent / "damaged"
-    if not here.exists():
-        shutil.copytree(undamaged.weights, here)
-    known = undamaged._replace(weights=here)
+    known, model, expected = parts
+    here = known.weights
     if data.draw(st.booleans()):  # without comparing digests
         known = known._replace(parts=None)
     files = sorted(path for path in here.rglob("*") if path.is_file())
@@ -420,13 +416,11 @@ def test_parts(stored, data):
         place.unlink()
     else:
         place.write_bytes(mutant)
-    model = huggingface.build("llama", checkpoint.config)
     try:
         found = attempt("parts of stored weights", read_parts, known, model)
     finally:
         place.write_bytes(content)
     if found is not REFUSED:
-        expected = read_parts(undamaged, model)
         assert found.keys() == expected.keys()
         for name, arrays in expected.items():
             for path, array in arrays.items():

@@ -50,7 +50,7 @@ def draw(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
             values /= np.sqrt(variable.shape[-2])
         elif "residual_var" in name:
             values **= 2
-        return jnp.asarray(values, variable.dtype)
+        return jnp.asarray(values.astype(variable.dtype))  # by numpy: jax compiles a program for every shape
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
 

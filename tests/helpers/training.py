@@ -1,11 +1,14 @@
 """A tiny model, endless batches for it, and what training made of it."""
 
+import functools
+
 import jax
 import numpy as np
 from flax import nnx
 
 from astra_jax.codecs.config import VQConfig
 from astra_jax.models.vit import ViT, ViTConfig
+from tests.helpers.models import draw
 
 CONFIG = ViTConfig(
     hidden_size=16,
@@ -39,10 +42,13 @@ class Batches:
 
 
 def make_model(codebooks: bool = True) -> ViT:
-    model = ViT(CONFIG, VQConfig(groups=4, codewords=16) if codebooks else None, rngs=nnx.Rngs(0))
-    if codebooks:
-        model.codec.codebook[...] = jax.random.normal(jax.random.key(1), model.codec.codebook[...].shape)
-    return model
+    """A model of its own for every caller."""
+    return nnx.clone(_drawn(codebooks))
+
+
+@functools.cache
+def _drawn(codebooks: bool) -> ViT:
+    return draw(ViT, CONFIG, VQConfig(groups=4, codewords=16) if codebooks else None)
 
 
 def leaves(model: ViT) -> list[np.ndarray]:

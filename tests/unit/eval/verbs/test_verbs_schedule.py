@@ -29,7 +29,7 @@ def evaluate(place, *options):
     return json.loads(report.read_text())["rows"]
 
 
-def test_eval_says_half_the_bits(place):
+def test_eval_says_half_the_bits(place, untimed):
     """10 tokens of 2 groups of 4 bits, 10 bytes, in one of 2 blocks."""
     plain, row = evaluate(place, str(place / "plain"), str(place / "first"), "--groups", "2")
     assert [row[key] for key in ("G", "bits", "bytes")] == [2, 4, 10] and plain["bits"] is None
@@ -52,7 +52,7 @@ def test_no_codes_are_sent_by_others(place, capsys):
     assert "--groups is about codes, which strategy tp does not send" in said and "\n" not in said
 
 
-def test_token_ids_alone(place):
+def test_token_ids_alone(place, untimed):
     """10 tokens of 16 bits, once; and in block 1 nothing is lost, as nothing is sent."""
     (row,) = evaluate(place, str(place / "ids"))
     assert [row[key] for key in ("G", "bits", "ratio", "bytes")] == [4, 0, None, 20]
@@ -65,7 +65,7 @@ def test_token_ids_alone(place):
 
 
 @pytest.mark.slow
-def test_what_was_finetuned_so_is_used_so(place):
+def test_what_was_finetuned_so_is_used_so(place, untimed):
     out = place / "tuned"
     given = ["--data", str(place / "text.txt"), "--length", "30", "--steps", "2", "--batch-size", "2", "--shards", "3"]
     assert main(["finetune", str(place / "first"), str(out), *given]) == 0
