@@ -137,7 +137,7 @@ def test_perplexity_on_one_device_and_on_four(place):
     assert all(virtual[column] == codes[column] for column in ("N", "T", "tokens", "bits", "bytes"))
 
 
-def test_strategy_single_runs_codebooks_on_one_device(place):
+def test_strategy_single_runs_codebooks_on_one_device(place, untimed):
     options = "--data {place}/test.txt --length 24 --limit 1 --batch-size 3"
     (row,) = evaluate(place, f"{{place}}/lm-codes {options} --strategy single")["rows"]
     (six,) = evaluate(place, f"{{place}}/lm-codes {options} --devices 2x3")["rows"]
@@ -145,7 +145,7 @@ def test_strategy_single_runs_codebooks_on_one_device(place):
     assert row["nats per token"] != six["nats per token"]
 
 
-def test_classification_counts_right_answers(place):
+def test_classification_counts_right_answers(place, untimed):
     found = evaluate(place, "{place}/classifier --data {place}/test.csv --batch-size 3 --length 9")
     (row,) = found["rows"]
     rows, checkpoint = read(place, "test.csv"), checkpoints.load(place / "classifier")
@@ -164,7 +164,7 @@ def test_classification_counts_right_answers(place):
 
 
 @pytest.mark.slow
-def test_similarity_is_what_scipy_says_of_the_embeddings(place):
+def test_similarity_is_what_scipy_says_of_the_embeddings(place, untimed):
     (row,) = evaluate(place, "{place}/encoder --data {place}/test.tsv --devices 3 --batch-size 5")["rows"]
     pairs, checkpoint = read(place, "test.tsv"), checkpoints.load(place / "encoder")
     first, second = (one_by_one(checkpoint, pairs[column], 3) for column in ("sentence1", "sentence2"))
@@ -176,7 +176,7 @@ def test_similarity_is_what_scipy_says_of_the_embeddings(place):
     assert fewer["Spearman"] == pytest.approx(stats.spearmanr(cosines[:4], pairs["score"][:4]).statistic, abs=1e-4)
 
 
-def test_an_original_alone_takes_any_stride(place):
+def test_an_original_alone_takes_any_stride(place, untimed):
     """All of its context is exact."""
     options = "--data {place}/test.txt --separator <end> --length 24 --stride 10"
     (row,) = evaluate(place, f"{{place}}/lm {options}")["rows"]
@@ -186,7 +186,7 @@ def test_an_original_alone_takes_any_stride(place):
 # --- packet loss --------------------------------------------------------------------------------------------------
 
 
-def test_perplexity_under_packet_loss(place):
+def test_perplexity_under_packet_loss(place, untimed):
     """Seed and batch decide what is lost: the same windows run here, with masks drawn for each."""
     options = "--data {place}/test.txt --separator <end> --length 24 --stride 12 --batch-size 3"
     found = evaluate(place, f"{{place}}/lm-codes {options} --packet-loss 0.4 --packet 4 --seeds 2")
@@ -223,7 +223,7 @@ def test_perplexity_under_packet_loss(place):
     assert row["tokens"] == 69 + 19 + 1 and "tokens sd" not in row
 
 
-def test_texts_under_packet_loss_and_speeds(place):
+def test_texts_under_packet_loss_and_speeds(place, untimed):
     """With nothing lost they get what they get without, also where tokens are split for speeds."""
     options = "--devices 3 --speeds 1 2 4 --batch-size 5"
     (row,) = evaluate(place, f"{{place}}/encoder --data {{place}}/test.tsv {options}")["rows"]

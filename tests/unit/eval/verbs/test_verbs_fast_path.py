@@ -21,25 +21,26 @@ from eval.service.service import Service, Setup
 ASTRA = VQConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
 
 
-@pytest.fixture
-def place(tmp_path, tiny_vit, tiny_gpt2, word_tokenizer):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_vit, tiny_gpt2, word_tokenizer):
     """Checkpoints `vit` and `gpt2` wide enough to be folded, pictures of three classes, and a text."""
+    place = tmp_path_factory.mktemp("fast-path")
     vit = tiny_vit(ASTRA, hidden_size=32, num_channels=3, num_labels=3)
     half = {"size": {"height": 20, "width": 20}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     saved = checkpoints.Checkpoint("vit", vit.config, ASTRA, tuple("abc"), half, {}, "float32", (), vit)
-    checkpoints.save(tmp_path / "vit", saved)
+    checkpoints.save(place / "vit", saved)
     gpt2 = tiny_gpt2(ASTRA, n_embd=32)
     files = word_tokenizer(gpt2.config.vocab_size - 4)
     saved = checkpoints.Checkpoint("gpt2", gpt2.config, ASTRA, None, None, {}, "float32", (), gpt2, None, files)
-    checkpoints.save(tmp_path / "gpt2", saved)
+    checkpoints.save(place / "gpt2", saved)
     rng = np.random.default_rng(0)
     for label in "abc":
-        (tmp_path / "pictures" / "test" / label).mkdir(parents=True)
+        (place / "pictures" / "test" / label).mkdir(parents=True)
         for number in range(3):
             picture = Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8))
-            picture.save(tmp_path / "pictures" / "test" / label / f"{number}.png")
-    (tmp_path / "text.txt").write_text(" ".join(f"w{word}" for word in rng.integers(0, 40, 100)))
-    return tmp_path
+            picture.save(place / "pictures" / "test" / label / f"{number}.png")
+    (place / "text.txt").write_text(" ".join(f"w{word}" for word in rng.integers(0, 40, 100)))
+    return place
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def place(tmp_path_factory, word_tokenizer) -> Path:
 
     def write(name: str, family: str, config, labels=None) -> None:
         graphdef, shapes = nnx.split(build(family, config))
-        drawn = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 3, a.dtype), shapes)
+        drawn = jax.tree.map(lambda a: jnp.asarray((rng.normal(size=a.shape) / 3).astype(a.dtype)), shapes)
         checkpoint = checkpoints.Checkpoint(
             family=family,
             config=config,
@@ -130,13 +130,14 @@ def test_the_prompt_is_printed_and_goes_on(done, place, capsys):
 
 def test_several_prompts_are_one_batch_and_a_stop_string_ends_them(done, place, capsys):
     arguments = ["--devices", "2x2", "--max-new-tokens", 8, "--dtype", "float32"]
-    free = call(place, "run", place / "original", "--prompt", "w1", "w2 w3 w4 w5", "w6", *arguments[2:])
+    prompts = "w1", "w2 w3 w4 w5", "w6"
+    free = call(place, "run", place / "original", "--prompt", *prompts, *arguments[2:])
     alone = call(place, "run", place / "original", "--prompt", "w2 w3 w4 w5", *arguments[2:])
     assert free["texts"][1] == alone["texts"][0]
     stop = free["texts"][1].split()[3]
-    stopped = call(place, "run", place / "original", "--prompt", "w1", "w2 w3 w4 w5", *arguments[2:], "--stop", stop)
+    stopped = call(place, "run", place / "original", "--prompt", *prompts, *arguments[2:], "--stop", stop)
     assert stopped["texts"][1] == free["texts"][1][: free["texts"][1].index(stop)]
-    spread = call(place, "run", place / "calibrated", "--prompt", "w1", "w2 w3 w4 w5", "w6", *arguments)
+    spread = call(place, "run", place / "calibrated", "--prompt", *prompts, *arguments)
     assert spread["new_tokens"] and "uses 1 of the 2 devices" in capsys.readouterr().out
 
 
