@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from astra_jax.mesh.sharding import Shards, make_mesh
+from astra_jax.inputs.token_batches import bucket
+from astra_jax.mesh.sharding import DATA, Shards, make_mesh
 from astra_jax.serving import batch
 from astra_jax.serving.compile import parallelize
 from astra_jax.serving.sampling import Draws, Sampling
@@ -35,9 +38,14 @@ def three_blocks(request, family, astra):
 
 
 @nnx.jit(static_argnums=2)
-def run_virtual(model, inputs, N):
+def run_virtual(model, inputs, N, arrived=None):
+    """The outputs; `arrived` is None, or says of every block [L] whether its codes arrive."""
     shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
-    out = model(shards.scatter(tokens), Astra.virtual(shards) if N > 1 else Single(shards))[0]
+    slots = shards.scatter(tokens)
+    if arrived is not None:
+        of_slots = (len(arrived), len(slots), N, slots.shape[1] + N * shards.class_slots)
+        arrived = jnp.broadcast_to(arrived[:, None, None, None], of_slots)
+    out = model(slots, Astra.virtual(shards, arrived) if N > 1 else Single(shards))[0]
     return shards.gather(out, tokens.shape[1]) if model.per_token else out
 
 
@@ -78,15 +86,16 @@ def recompute(model, text, new, N):
 
 
 def decode(generator, text, new):
-    """Logits [B,STEPS,V] of the cache's way, given the tokens."""
+    """Logits [B,STEPS,V] of the cache's way, given the tokens; by the programs that `tokens` compiled."""
     logits, cache = generator.prefill(text)
     B, (M, R) = len(text.lengths), cache.room
+    M, by_row = M + bucket(STEPS, batch.NO_LIMIT), NamedSharding(generator.ends, P(DATA))
     slots = np.arange(B, dtype=np.int32) % (B // generator.ends.size)
     greedy = Draws.of([Sampling()] * B)
-    rows = generator.enter(None, (logits, cache), greedy, slots, work=0, count=B, room=(M + STEPS, R))
+    rows = generator.enter(None, (logits, cache), greedy, slots, work=0, count=B, room=(M, R))
     found = [logits]
     for ids in new.T[:-1]:
-        rows, logits = generator.decode(rows._replace(ids=jnp.asarray(ids)), 0)
+        rows, logits = generator.decode(rows._replace(ids=jax.device_put(ids, by_row)), 0)
         found.append(logits)
     return np.stack(found, axis=1)
 
