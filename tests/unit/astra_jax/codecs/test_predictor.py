@@ -1,6 +1,7 @@
 """Prediction across blocks: least squares, the closed loop, and calibration."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -47,7 +48,7 @@ def test_what_is_around_a_token(causal):
     """Of 40 tokens, which is more than the running mean remembers."""
     x = RNG.normal(size=(2, 3, 40, 4)).astype(np.float32)
     there = np.arange(40) < np.array([[40], [7], [0]])
-    found = np.asarray(around(jnp.asarray(x), jnp.asarray(there), causal))
+    found = np.asarray(jax.jit(around, static_argnums=2)(x, there, causal))
     for n, T in enumerate((40, 7)):
         expected, running = np.broadcast_to(x[:, n, :T].mean(1, keepdims=True), (2, T, 4)), np.zeros((2, 4))
         if causal:
@@ -74,7 +75,8 @@ def test_neighbours_are_captured_together(tiny_gpt2, random_text):
     model, text, S = tiny_gpt2(), random_text(24, 20, 3), 5
     found = capture(model, [text], 30, 0, "distributed", S).reshape(2, -1, S, 16)
     shards = model.shards(1, text)
-    exact = np.asarray(model(shards.scatter(model.to_tokens(text)), Single(shards, capture=True))[1].captured)
+    run = nnx.jit(lambda model: model(shards.scatter(model.to_tokens(text)), Single(shards, capture=True))[1].captured)
+    exact = np.asarray(run(model))
     places = [(b, s) for b, T in enumerate((24, 20)) for s in range(0, T - S + 1, S)]
     expected = np.stack([exact[:, b, s : s + S] for b, s in places], axis=1)
     assert found.shape[1] == 6 < len(places)
@@ -83,6 +85,7 @@ def test_neighbours_are_captured_together(tiny_gpt2, random_text):
 
 
 KNOWN = ("known", "coded", "coded")
+FEW = VQConfig(groups=2, codewords=16, hidden_units=16)
 
 
 def activations(L=3, M=2000, D=16):
@@ -93,19 +96,26 @@ def activations(L=3, M=2000, D=16):
     return np.stack(y).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("codec", ["vq", pytest.param("nested-pq", marks=pytest.mark.slow)])
-def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind):
-    y, plain = activations(), VQConfig(groups=2, codewords=16)
+@pytest.fixture(scope="module")
+def errors(tiny_gpt2, random_text):
+    """The errors of every block, given the codec and the kind of predictor."""
+    y = activations()
 
-    def errors(astra):
-        base = tiny_gpt2(n_layer=3)
+    @functools.cache
+    def calibrated(codec, kind):
+        astra, base = dataclasses.replace(FEW, predictor=kind), tiny_gpt2(n_layer=3)
         source = checkpoints.Checkpoint("gpt2", base.config, None, None, None, {}, "float32", (), base)
         if codec == "nested-pq":
             astra = choose(source, [astra], codec, y, random_text(24), 0)
         return [e.vector for e in fit(tiny_gpt2(astra, n_layer=3), y, 8, 0)]
 
-    without, with_it = errors(plain), errors(dataclasses.replace(plain, predictor=kind))
+    return calibrated
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("codec", ["vq", pytest.param("nested-pq", marks=pytest.mark.slow)])
+def test_codes_say_more_of_what_is_predicted(errors, codec, kind):
+    without, with_it = errors(codec, "none"), errors(codec, kind)
     assert with_it[0] == pytest.approx(without[0], rel=0.2)  # nothing is known before the first block
     assert all(b < 0.95 * a for a, b in zip(without[1:], with_it[1:], strict=True))
 
@@ -113,27 +123,31 @@ def test_codes_say_more_of_what_is_predicted(tiny_gpt2, random_text, codec, kind
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_calibration_makes_the_estimates_that_devices_make(tiny_gpt2, kind):
     """The errors that it reports are those of the closed loop over all blocks."""
-    y, astra = activations(), VQConfig(groups=2, codewords=16, predictor=kind, schedule=KNOWN)
+    y, astra = activations(), dataclasses.replace(FEW, predictor=kind, schedule=KNOWN)
     model, S = tiny_gpt2(astra, n_layer=3), 8
     errors = fit(model, y, 8, 0, S)
 
-    def near(x):
-        shards = x.reshape(-1, S, x.shape[-1])
-        return around(shards, jnp.ones(shards.shape[:2], bool), causal=True).reshape(x.shape)
+    @nnx.jit
+    def closed_loop(model, y):
+        def near(x):
+            shards = x.reshape(-1, S, x.shape[-1])
+            return around(shards, jnp.ones(shards.shape[:2], bool), causal=True).reshape(x.shape)
+
+        estimate, found = y[0], []
+        for block in (1, 2):
+            codec = block_at(model.blocks, block).attention.codec
+            p = codec.expect(estimate, near)
+            estimate = p + codec.decode(codec.encode((y[block] - p)[None]))[0]
+            found.append(jnp.mean((y[block] - estimate) ** 2) / jnp.var(y[block], axis=0).mean())
+        return found
 
     assert errors[0].vector == 0  # the first block is known
-    estimate = jnp.asarray(y[0])
-    for block in (1, 2):
-        codec = block_at(model.blocks, block).attention.codec
-        p = codec.expect(estimate, near)
-        estimate = p + codec.decode(codec.encode((y[block] - p)[None]))[0]
-        error = jnp.mean((y[block] - estimate) ** 2) / jnp.var(y[block], axis=0).mean()
-        np.testing.assert_allclose(error, errors[block].vector, rtol=1e-4)
+    np.testing.assert_allclose(closed_loop(model, y), [e.vector for e in errors[1:]], rtol=1e-4)
 
 
 def test_before_the_first_block_only_the_mean_is_expected(tiny_gpt2):
-    y, model = activations(), tiny_gpt2(VQConfig(groups=2, codewords=16, predictor="linear"), n_layer=3)
-    fit(model, y, 2, 0)
+    y, model = activations(), tiny_gpt2(dataclasses.replace(FEW, predictor="linear"), n_layer=3)
+    fit(model, y, 8, 0)
     expected = block_at(model.blocks, 0).attention.codec.expect(jnp.zeros((2, 16)), jnp.zeros_like)
     np.testing.assert_allclose(expected, np.broadcast_to(y[0].mean(0), (2, 16)), atol=1e-6)
 

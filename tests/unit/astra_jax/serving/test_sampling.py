@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,8 +12,8 @@ from astra_jax.errors import AstraError
 from astra_jax.serving.sampling import Draws, Sampling, draw, restrict, seeded
 
 V = 12
-DRAW = jax.jit(draw)  # as the engine has it; step by step it would take ten times as long
-LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, V)), jnp.float32)
+DRAW, RESTRICT = jax.jit(draw), jax.jit(restrict)  # as the engine has it; step by step takes ten times as long
+LOGITS = np.random.default_rng(0).normal(size=(3, V)).astype(np.float32)
 
 
 def drawn(logits, sampling, seeds):
@@ -43,7 +42,7 @@ def test_what_may_be_drawn(seed, top_k, top_p):
         return  # rounding decides
     kept = order[: 1 + int((reached[:-1] < top_p).sum())]
 
-    restricted = np.asarray(restrict(jnp.asarray(logits[None]), jnp.asarray([top_k]), jnp.asarray([top_p])))[0]
+    restricted = np.asarray(RESTRICT(logits[None], np.asarray([top_k], np.int32), np.asarray([top_p], np.float32)))[0]
     assert set(np.flatnonzero(restricted > -np.inf)) == set(kept)
     np.testing.assert_array_equal(restricted[kept], logits[kept])
 
@@ -51,11 +50,12 @@ def test_what_may_be_drawn(seed, top_k, top_p):
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(temperature=2.0, top_k=3, top_p=0.8)])
 def test_frequencies_are_probabilities(sampling):
     draws = 20_000
-    logits = LOGITS[0] / sampling.temperature
+    logits = LOGITS[:1] / np.float32(sampling.temperature)
     if sampling.top_k:
-        logits = restrict(logits[None], jnp.asarray([sampling.top_k]), jnp.asarray([sampling.top_p]))[0]
-    p = np.asarray(jax.nn.softmax(logits), np.float64)
-    found = np.bincount(drawn(jnp.broadcast_to(LOGITS[0], (draws, V)), sampling, np.arange(draws)), minlength=V) / draws
+        logits = RESTRICT(logits, np.asarray([sampling.top_k], np.int32), np.asarray([sampling.top_p], np.float32))
+    p = np.exp(np.asarray(logits[0], np.float64))
+    p /= p.sum()
+    found = np.bincount(drawn(np.broadcast_to(LOGITS[0], (draws, V)), sampling, np.arange(draws)), minlength=V) / draws
     assert (np.abs(found - p) <= 4 * np.sqrt(p * (1 - p) / draws)).all()
 
 
@@ -102,7 +102,7 @@ def test_the_likeliest_token_may_always_be_drawn(top_p):
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
 def test_the_hottest_and_the_coldest(temperature):
-    logits = jnp.asarray([[-1e30, -1e3, 1e3 - 1, 1e3]], jnp.float32)
+    logits = np.asarray([[-1e30, -1e3, 1e3 - 1, 1e3]], np.float32)
     found = {int(drawn(logits, Sampling(temperature), seed)[0]) for seed in range(40)}
     assert found == ({3} if temperature < 1 else {1, 2, 3})
 
@@ -116,7 +116,7 @@ ANY = st.builds(
 )
 
 
-@given(st.lists(st.tuples(ANY, st.integers(0, 99)), min_size=1, max_size=5), st.randoms(use_true_random=False))
+@given(st.lists(st.tuples(ANY, st.integers(0, 99)), min_size=3, max_size=3), st.randoms(use_true_random=False))
 def test_what_a_row_draws_depends_on_itself_alone(rows, random):
     """Not on its neighbours, their number or its place among them; greedy ones among them, too."""
     logits = np.random.default_rng(1).normal(size=(len(rows), V)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_what_a_row_draws_depends_on_itself_alone(rows, random):
     def all_of(order):
         sampling = [rows[n][0] for n in order]
         draws = Draws.of(sampling)._replace(place=np.asarray([rows[n][1] for n in order], np.int32))
-        return np.asarray(DRAW(jnp.asarray(logits[order]), draws, max(one.work for one in sampling))).tolist()
+        return np.asarray(DRAW(logits[order], draws, max(one.work for one in sampling))).tolist()
 
     together = all_of(list(range(len(rows))))
     assert together == [all_of([n])[0] for n in range(len(rows))]
@@ -136,7 +136,7 @@ def test_what_a_row_draws_depends_on_itself_alone(rows, random):
 
 
 def test_places_of_a_text_and_seeds_of_rows_draw_differently():
-    flat = jnp.zeros((64, V))
+    flat = np.zeros((64, V), np.float32)
     places = Draws.of([Sampling(1.0, seed=3)] * 64)._replace(place=np.arange(64, dtype=np.int32))
     for draws in (places, Draws.of(seeded(Sampling(1.0, seed=3), 64))):
         assert len(set(np.asarray(DRAW(flat, draws, 1)).tolist())) > V // 2

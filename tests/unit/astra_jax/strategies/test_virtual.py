@@ -158,7 +158,6 @@ def test_a_token_changes_what_follows_and_nothing_before(request, family, site, 
 
 
 @nnx.jit(static_argnums=2)
-@nnx.jit(static_argnums=2)
 def run_text(model, text, N):
     shards, tokens = model.shards(N, text), model.to_tokens(text)
     out = model(shards.scatter(tokens), Astra.virtual(shards))[0]
