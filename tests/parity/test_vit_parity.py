@@ -16,9 +16,10 @@ from transformers import ViTForImageClassification
 import checkpoints
 from astra_jax.models.blocks import block_at
 from astra_jax.models.mask import Block
-from astra_jax.models.vit import ViTConfig
+from astra_jax.models.vit import ViT, ViTConfig
 from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
+from tests.helpers.models import draw
 
 BASE = {
     "hidden_size": 32,
@@ -52,14 +53,44 @@ def make_torch(randomised: Any) -> Any:
     )
 
 
-def images_for(config: Any, B: int = 3) -> jax.Array:
+def images_for(config: Any, B: int = 3) -> np.ndarray:
     """Random images [B, height, width, channels]."""
     shape = (B, config.image_size, config.image_size, config.num_channels)
-    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-def to_torch(images: jax.Array) -> torch.Tensor:
-    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+def to_torch(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images.transpose(0, 3, 1, 2))
+
+
+@nnx.jit
+def around_the_blocks(model: Any, images: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What our first block gets, and what our last norm makes of what theirs got."""
+    x = model.embed(model.to_tokens(images)) + model.position[...][1:]
+    x = Single(model.shards(1)).prepend_class(model.cls[...] + model.position[...][0], x)
+    return x, model.norm(last)
+
+
+@nnx.jit
+def in_a_block(model: Any, number: int, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    """What our block `number` makes of x, and its modules of x and of y, the normalized x."""
+    block, strategy = block_at(model.blocks, number), Single(model.shards(1))
+    return {
+        "norm1": block.norm1(x),
+        "q": block.attention.q(y),
+        "k": block.attention.k(y),
+        "v": block.attention.v(y),
+        "o": block.attention.o(y, strategy),
+        "attention": block.attention(y, strategy, (), Block(number))[0],
+        "mlp": block.mlp(y, strategy),
+        "block": block(x, strategy, (), Block(number))[0],
+    }
+
+
+@nnx.jit
+def run(model: Any, images: jax.Array) -> jax.Array:
+    """The logits of one device."""
+    return model(model.to_tokens(images), Single(model.shards(1)))[0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -67,55 +98,53 @@ def test_every_module_and_the_logits(name: str, tmp_path: Path, make_torch: Any,
     theirs = make_torch(VARIANTS[name])
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
-    ours, config = checkpoint.model, checkpoint.config
-    images, strategy = images_for(config), Single(ours.shards(1))
+    ours, images = checkpoint.model, images_for(checkpoint.config)
     theirs = theirs.double()  # exact: in float32 its own rounding is as large as ours
 
-    def exactly(x: jax.Array) -> torch.Tensor:
-        return torch.from_numpy(np.array(x, np.float64))
+    def exactly(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x.astype(np.float64))
 
-    def rounded(x: torch.Tensor) -> jax.Array:
-        return jnp.asarray(x.numpy(), jnp.float32)
+    def rounded(x: torch.Tensor) -> np.ndarray:
+        return x.numpy().astype(np.float32)
 
     with torch.no_grad():
         embedded = theirs.vit.embeddings(to_torch(images).double())
-        x = ours.embed(ours.to_tokens(images)) + ours.position[...][1:]
-        x = strategy.prepend_class(ours.cls[...] + ours.position[...][0], x)
-        close(x, embedded)
         x = rounded(embedded)
         for number, layer in enumerate(theirs.vit.layers):
-            block = block_at(ours.blocks, number)
             normed = layer.layernorm_before(exactly(x))
-            close(block.norm1(x), normed)
-            y = rounded(normed)
-            for mine, other in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj")):
-                close(getattr(block.attention, mine)(y), getattr(layer.attention, other)(normed))
-            close(block.attention.o(y, strategy), layer.attention.o_proj(normed))
-            close(block.attention(y, strategy, (), Block(number))[0], layer.attention(normed)[0])
-            close(block.mlp(y, strategy), layer.mlp(normed))
             output = layer(exactly(x))
             output = output[0] if isinstance(output, tuple) else output
-            close(block(x, strategy, (), Block(number))[0], output)
+            expected = {
+                "norm1": normed,
+                "q": layer.attention.q_proj(normed),
+                "k": layer.attention.k_proj(normed),
+                "v": layer.attention.v_proj(normed),
+                "o": layer.attention.o_proj(normed),
+                "attention": layer.attention(normed)[0],
+                "mlp": layer.mlp(normed),
+                "block": output,
+            }
+            for module, found in in_a_block(ours, number, x, rounded(normed)).items():
+                close(found, expected[module])
             x = rounded(output)
-        close(ours.norm(x), theirs.vit.layernorm(exactly(x)))
-        expected = theirs(to_torch(images).double()).logits
-    logits, _ = ours(ours.to_tokens(images), strategy)
-    close(logits, expected, 1e-4)
+        first, last = around_the_blocks(ours, images, x)
+        close(first, embedded)
+        close(last, theirs.vit.layernorm(exactly(x)))
+        close(run(ours, images), theirs(to_torch(images).double()).logits, 1e-4)
 
 
 def test_gradients(tmp_path: Path, make_torch: Any, close: Any) -> None:
     theirs = make_torch({})
     theirs.save_pretrained(tmp_path)
     checkpoint = huggingface.read(str(tmp_path))
-    ours, strategy = checkpoint.model, Single(checkpoint.model.shards(1))
     images, labels = images_for(checkpoint.config), np.array([0, 3, 6])
     torch.nn.functional.cross_entropy(theirs(to_torch(images)).logits, torch.from_numpy(labels)).backward()
 
     def loss(model: Any) -> jax.Array:
-        logits, _ = model(model.to_tokens(images), strategy)
+        logits, _ = model(model.to_tokens(jnp.asarray(images)), Single(model.shards(1)))
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(3), labels])
 
-    gradients = nnx.grad(loss)(ours)
+    gradients = nnx.jit(nnx.grad(loss))(checkpoint.model)
     for block, layer in enumerate(theirs.vit.layers):
         close(gradients.blocks.attention.q.kernel[...][block], layer.attention.q_proj.weight.grad.T)
         close(gradients.blocks.attention.v.bias[...][block], layer.attention.v_proj.bias.grad)
@@ -127,8 +156,13 @@ def test_gradients(tmp_path: Path, make_torch: Any, close: Any) -> None:
     close(gradients.embed.kernel[...], patches.permute(2, 3, 1, 0).reshape(-1, BASE["hidden_size"]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["base", "no projection bias", "large patches"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("base", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *((name, torch.bfloat16) for name in ("no projection bias", "large patches")),
+    ],
+)
 def test_there_and_back_is_bit_for_bit(
     name: str, dtype: torch.dtype, tmp_path: Path, make_torch: Any, tensors: Any
 ) -> None:
@@ -159,10 +193,9 @@ def test_half_precision_weights_compute_the_same(tmp_path: Path, make_torch: Any
     checkpoint = huggingface.read(str(tmp_path))
     assert checkpoint.dtype == "bfloat16"
     images = images_for(checkpoint.config)
-    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
         expected = theirs.float()(to_torch(images)).logits
-    close(logits, expected, 1e-4)
+    close(run(checkpoint.model, images), expected, 1e-4)
 
 
 def test_shards_are_read_like_a_single_file(tmp_path: Path, make_torch: Any) -> None:
@@ -171,7 +204,7 @@ def test_shards_are_read_like_a_single_file(tmp_path: Path, make_torch: Any) -> 
     theirs.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
     one, many = (nnx.state(huggingface.read(str(tmp_path / name)).model) for name in ("one", "many"))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))
+    jax.tree.map(np.testing.assert_array_equal, one, many)
 
 
 def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path, close: Any) -> None:
@@ -185,16 +218,15 @@ def test_an_export_of_a_model_that_came_from_nowhere_loads(tmp_path: Path, close
         hf_config={},
         dtype="float32",
         history=(),
-        model=checkpoints.tensor_maps.build("vit", config, abstract=False),
+        model=draw(ViT, config, None),
     )
     huggingface.write_folder(checkpoint, tmp_path)
     loaded, problems = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(problems.values()), problems
     assert loaded.config.id2label == dict(enumerate("abcdefg"))
     images = images_for(config)
-    logits, _ = checkpoint.model(checkpoint.model.to_tokens(images), Single(checkpoint.model.shards(1)))
     with torch.no_grad():
-        close(logits, loaded(to_torch(images)).logits, 1e-4)
+        close(run(checkpoint.model, images), loaded(to_torch(images)).logits, 1e-4)
 
 
 def test_defaults_are_those_of_hugging_face() -> None:
