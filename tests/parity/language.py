@@ -45,15 +45,13 @@ LLAMA3 = rope(
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 
-# Name -> Hugging Face class and what differs from the base.
+# Name -> Hugging Face class and what differs from the base. ViTs have the other activations.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt2, untied": ("GPT2LMHeadModel", {"tie_word_embeddings": False}),
     "gpt2, n_inner": ("GPT2LMHeadModel", {"n_inner": 20, "n_layer": 1}),
     "gpt2, gelu": ("GPT2LMHeadModel", {"activation_function": "gelu"}),
     "gpt2, gelu_pytorch_tanh": ("GPT2LMHeadModel", {"activation_function": "gelu_pytorch_tanh"}),
-    "gpt2, relu": ("GPT2LMHeadModel", {"activation_function": "relu"}),
-    "gpt2, silu": ("GPT2LMHeadModel", {"activation_function": "silu"}),
     "gpt2, epsilon": ("GPT2LMHeadModel", {"layer_norm_epsilon": 1e-2}),
     "gpt2, one head": ("GPT2LMHeadModel", {"n_head": 1, "n_embd": 20}),
     "gpt2, classes": ("GPT2ForSequenceClassification", {"num_labels": 5, "pad_token_id": PAD}),
@@ -75,7 +73,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, yarn, ramp": ("LlamaForCausalLM", rope(**YARN, beta_fast=8.0, beta_slow=2.0, truncate=False)),
     "llama, classes": ("LlamaForSequenceClassification", {"num_labels": 5, "pad_token_id": PAD}),
     "bert": ("BertModel", {}),
-    "bert, gelu_new": ("BertModel", {"hidden_act": "gelu_new"}),
     "bert, relu": ("BertModel", {"hidden_act": "relu"}),
     "bert, epsilon": ("BertModel", {"layer_norm_eps": 1e-2}),
     "bert, one head": ("BertModel", {"num_attention_heads": 1, "num_hidden_layers": 1}),
