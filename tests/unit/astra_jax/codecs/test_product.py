@@ -18,7 +18,9 @@ KEY = jax.random.key(0)
 
 nearest, dense_nearest = jax.jit(product.nearest), jax.jit(product._dense_nearest)
 encode, decode = nnx.jit(VectorQuantizer.encode), nnx.jit(VectorQuantizer.decode)
-observe = nnx.jit(VectorQuantizer.observe)
+observe, follow = nnx.jit(VectorQuantizer.observe), nnx.jit(VectorQuantizer.follow, static_argnums=(2, 3))
+straight_through = nnx.jit(VectorQuantizer.straight_through, static_argnums=4)
+noise = nnx.jit(VectorQuantizer.noise, static_argnums=2)
 
 
 def make(G=4, K=16, width=D, seed=0):
@@ -32,7 +34,7 @@ def make(G=4, K=16, width=D, seed=0):
 
 
 def vectors(seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(B, S, D)), jnp.float32)
+    return np.random.default_rng(seed).normal(size=(B, S, D)).astype(np.float32)
 
 
 def brute_force(y, C):
@@ -90,19 +92,25 @@ def test_straight_through():
     """The value is y^ + lambda xi, the gradient that of y."""
     vq, y = make(), vectors()
     z, weight = encode(vq, y), vectors(2)
-    expected = decode(vq, z) + 0.5 * vq.noise(KEY, y.shape)
-    np.testing.assert_allclose(vq.straight_through(y, z, KEY, 0.5), expected, atol=1e-6)
-    gradient = jax.grad(lambda y: jnp.sum(weight * vq.straight_through(y, z, KEY, 0.5)))(y)
+    expected = decode(vq, z) + 0.5 * noise(vq, KEY, y.shape)
+
+    @nnx.jit
+    def run(vq, y):
+        pull = jax.vjp(lambda y: vq.straight_through(y, z, KEY, 0.5), y)
+        return pull[0], pull[1](jnp.asarray(weight))[0]
+
+    found, gradient = run(vq, y)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(gradient, weight)
 
 
 def test_noise_has_the_moments_of_the_residual():
     vq = make()
-    noise = vq.noise(KEY, (20_000, D))
+    xi = np.asarray(noise(vq, KEY, (20_000, D)))
     std = np.sqrt(vq.residual_var[...])
-    np.testing.assert_array_less(np.abs(noise.mean(0) - vq.residual_mean[...]), 4 * std / np.sqrt(20_000))
-    np.testing.assert_allclose(noise.std(0), std, rtol=0.03)
-    assert not np.array_equal(noise[0], noise[1])
+    np.testing.assert_array_less(np.abs(xi.mean(0) - vq.residual_mean[...]), 4 * std / np.sqrt(20_000))
+    np.testing.assert_allclose(xi.std(0), std, rtol=0.03)
+    assert not np.array_equal(xi[0], xi[1])
 
 
 @pytest.mark.parametrize("mask", [[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]])
@@ -127,20 +135,20 @@ def test_observe(mask):
 
 def test_the_commitment_pulls_vectors_to_their_codewords():
     vq, y = make(), vectors()
-    mask = jnp.asarray([True, False, True, True, False])
+    mask = np.asarray([True, False, True, True, False])
     z = encode(vq, y)
-    gradient = jax.grad(lambda y: vq.observe(y, z, KEY, mask).commitment)(y)
-    expected = 2 * (y - decode(vq, z)) * mask[:, None] / (B * 3)
+    gradient = nnx.jit(lambda vq, y: jax.grad(lambda y: vq.observe(y, z, KEY, jnp.asarray(mask)).commitment)(y))(vq, y)
+    expected = 2 * (y - np.asarray(decode(vq, z))) * mask[:, None] / (B * 3)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
 def test_statistics_are_float32_whatever_the_input():
-    vq, y = make(), vectors().astype(jnp.bfloat16)
+    vq, y = make(), jnp.asarray(vectors(), jnp.bfloat16)
     z = encode(vq, y)
     np.testing.assert_array_equal(z.reshape(-1, 4), brute_force(y.astype(jnp.float32), vq.codebook[...]))
-    assert vq.straight_through(y, z, KEY, 1.0).dtype == jnp.bfloat16
+    assert straight_through(vq, y, z, KEY, 1.0).dtype == jnp.bfloat16
     seen = observe(vq, y, z, KEY, jnp.ones(S, bool))
-    vq.follow(seen, 0.9, 0.0)
+    follow(vq, seen, 0.9, 0.0)
     assert {a.dtype for a in (*seen, *jax.tree.leaves(nnx.state(vq)))} == {jnp.dtype("float32")}
 
 
@@ -164,7 +172,7 @@ def test_follow_is_an_average_of_shares_per_token():
     mean, var = np.asarray(vq.residual_mean[...]), np.asarray(vq.residual_var[...])
     for _ in range(3):
         seen = observation(rng)
-        vq.follow(seen, decay, 0.0)
+        follow(vq, seen, decay, 0.0)
         tokens = np.asarray(seen.count).sum(-1, keepdims=True)
         count = decay * count + (1 - decay) * np.asarray(seen.count) / tokens
         total = decay * total + (1 - decay) * np.asarray(seen.total) / tokens[..., None]
@@ -178,7 +186,7 @@ def test_follow_is_an_average_of_shares_per_token():
 def test_a_dead_codeword_is_revived_with_a_vector_of_the_batch():
     vq, seen = make(G=1, K=4, width=3), observation(np.random.default_rng(0), G=1)
     seen = seen._replace(count=jnp.asarray([[40.0, 0.0, 40.0, 1.0]]))
-    vq.follow(seen, 0.0, 0.1)
+    follow(vq, seen, 0.0, 0.1)
     np.testing.assert_allclose(vq.codebook[0, [1, 3]], seen.candidates[0, [1, 3]], rtol=1e-6)
     np.testing.assert_allclose(vq.codebook[0, [0, 2]], seen.total[0, [0, 2]] / 40, rtol=1e-6)
     mean = seen.count.mean() / seen.count.sum()
@@ -189,11 +197,11 @@ def test_stacked_blocks_follow_like_single_ones():
     seen = observation(np.random.default_rng(0), 3)
     alone = [make(G=2, K=4, width=6, seed=seed) for seed in range(3)]
     stacked = make(G=2, K=4, width=6)
-    nnx.update(stacked, jax.tree.map(lambda *a: jnp.stack(a), *(nnx.state(vq) for vq in alone)))
+    nnx.update(stacked, jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), *(nnx.state(vq) for vq in alone)))
     assert stacked.groups == 2
-    stacked.follow(seen, 0.5, 0.9)
+    follow(stacked, seen, 0.5, 0.9)
     for number, vq in enumerate(alone):
-        vq.follow(jax.tree.map(lambda a, number=number: a[number], seen), 0.5, 0.9)
+        follow(vq, jax.tree.map(lambda a, number=number: np.asarray(a)[number], seen), 0.5, 0.9)
         for together, single in zip(jax.tree.leaves(nnx.state(stacked)), jax.tree.leaves(nnx.state(vq)), strict=True):
             np.testing.assert_allclose(together[number], single, rtol=1e-6)
 
