@@ -269,7 +269,9 @@ def codec_and_predictor(name: str) -> tuple[Codec, Prediction]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds the frozen dataclass `cls` from parsed JSON. Raises AstraError on unknown or missing fields."""
+    """Builds the frozen dataclass `cls` from parsed JSON. Raises AstraError for what has other fields, or none."""
+    if not isinstance(values, dict):
+        raise AstraError(f"{where}: {cls.__name__} is {values!r}; it must be an object: was it damaged?")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     missing = sorted(

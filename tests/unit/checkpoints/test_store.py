@@ -29,6 +29,7 @@ from checkpoints import description, huggingface, store
 from checkpoints.info import parameters
 from checkpoints.streaming import cut
 from checkpoints.tensor_maps import flat_state
+from eval.cost.presets import LLAMA_S
 from tests.helpers.folders import (
     ASTRA,
     CONFIGS,
@@ -180,6 +181,10 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
         ({"astra": None}, "do not fit"),
         ({"config": dataclasses.asdict(VIT) | {"intermediate_size": 13}}, "do not fit"),
         ({"colour": "red"}, "unknown ['colour']"),
+        (
+            {"family": "llama", "config": dataclasses.asdict(LLAMA_S) | {"rope_parameters": ""}},
+            "Rotary is ''; it must be an object",
+        ),
     ],
 )
 def test_a_description_that_does_not_fit(changes: dict[str, Any], expected: str, saved: Path) -> None:
