@@ -268,7 +268,7 @@ def codec_and_predictor(name: str) -> tuple[Codec, Prediction]:
     return cast(Codec, codec), cast(Prediction, predictor)
 
 
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+def from_dict(cls: type[T], values: Any, where: str) -> T:
     """Builds the frozen dataclass `cls` from parsed JSON. Raises AstraError for what has other fields, or none."""
     if not isinstance(values, dict):
         raise AstraError(f"{where}: {cls.__name__} is {values!r}; it must be an object: was it damaged?")
