@@ -10,6 +10,12 @@ import torch
 from safetensors import safe_open
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A model of torch is the same whatever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def close() -> Callable[..., None]:
     """Asserts that ours is theirs: 1e-5 for the output of a module, 1e-4 for logits."""
