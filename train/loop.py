@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
-from astra_jax.codecs.base import BY_GRADIENT, Quantizer
+from astra_jax.codecs.base import BY_GRADIENT, Prediction, Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8
 from astra_jax.mesh.sharding import Shards
@@ -59,8 +59,9 @@ class Training:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches whose gradients are averaged before one update."""
-    trains: Literal["all", "codebooks"] = "all"
-    """What is trained: the model and its codebooks, or the codebooks alone (they follow the frozen model by EMA)."""
+    trains: Literal["all", "lora", "codebooks"] = "all"
+    """What is trained: the model and its codebooks; adapters beside its frozen weights, and the codebooks; or the
+    codebooks alone (they follow the frozen model by EMA)."""
     shards: Integers = (4,)
     """N: devices to train for; with several, one is drawn for every batch."""
     groups: Integers = ()
@@ -149,8 +150,8 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 def divide(model: Any, training: Training) -> tuple[Any, Any, Any, Any]:
     """A model's graph, the parameters that are trained, those that stay as they are, and its codecs."""
-    trained = nnx.Nothing() if training.trains == "codebooks" else BY_GRADIENT
-    return nnx.split(model, trained, BY_GRADIENT, ...)  # type: ignore[return-value]
+    trained = {"all": BY_GRADIENT, "lora": nnx.Any(nnx.LoRAParam, Prediction), "codebooks": nnx.Nothing()}
+    return nnx.split(model, trained[training.trains], BY_GRADIENT, ...)  # type: ignore[return-value]
 
 
 def first_state(training: Training, params: Any, codecs: Any) -> TrainState:
@@ -356,7 +357,7 @@ def train(
         check_groups(need_codec(model.codec), training.groups)
     graphdef, frozen, state = start(model, training, memory)
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
-    teacher = memory.spread(nnx.state(model, BY_GRADIENT)) if training.has_teacher else None
+    teacher = memory.spread(divide(model, training)[1]) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": first_batch(data)}))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
