@@ -53,6 +53,8 @@ class Args(DataArgs):
     """What a backward pass computes again to save memory: block, of every block all but its input."""
     save_every: int = 100
     """Steps between saved states."""
+    profile: Path | None = None
+    """Write a trace of the third to the fifth step into this folder, for TensorBoard or Perfetto."""
     json: Path | None = None
     """Also write everything printed to this file."""
 
@@ -115,6 +117,7 @@ def main(args: Args) -> None:
         source=source,
         save_every=args.save_every,
         label="finetune",
+        profile=args.profile,
     )
     provenance = {"verb": "finetune", **source, **dataclasses.asdict(training), "steps": done}
     if training.trains != "all":  # what was frozen is saved as it was stored, whatever was computed with
