@@ -1,11 +1,11 @@
-# make demo | docs | lab | bench | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12
+# make demo | docs | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12
 # picks another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo docs paper results lab bench test test-all multidevice fuzz lint venv clean
+.PHONY: demo docs paper results lab bench accelerators test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -27,6 +27,12 @@ lab: .venv/installed
 # As root, half an hour on a machine that does nothing else. torch, which is timed beside us, comes with what tests need.
 bench: .venv/installed-test
 	@$(BIN)/python -m eval.reports.performance --markdown docs/performance.md
+
+# The compiler of TPUs, beside .venv: there JAX would look for a TPU.
+accelerators: .venv/installed
+	@$(PIP) --no-deps --upgrade --target build/libtpu \
+	  "$$($(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m train.recipes.accelerators --markdown docs/accelerators.md
 
 # Two processes share the files; tests of several hosts and of the lab run one by one in one of the two (tests/conftest.py).
 test: .venv/installed-test

@@ -15,7 +15,6 @@ import tyro
 from flax import nnx
 
 import checkpoints
-from astra_jax.codecs.base import BY_GRADIENT
 from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import parse_devices
 from astra_jax.report import Report
@@ -26,6 +25,7 @@ from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
 from train.data import Augment, sequences, text_batches, train_batches
 from train.loop import Training, train
+from train.lora import Lora, add, merge_into
 from train.memory import Memory, Remat, split, training_mesh
 from train.objective import Batch
 
@@ -39,6 +39,7 @@ class Args(DataArgs):
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Where the finetuned checkpoint goes. Repeat the command to resume."""
     training: Annotated[Training, tyro.conf.arg(name="training"), tyro.conf.OmitArgPrefixes] = Training()
+    lora: Annotated[Lora, tyro.conf.arg(name="lora"), tyro.conf.OmitArgPrefixes] = Lora()
     augment: bool = True
     """Shift the images at random."""
     flip: bool = True
@@ -52,6 +53,8 @@ class Args(DataArgs):
     """What a backward pass computes again to save memory: block, of every block all but its input."""
     save_every: int = 100
     """Steps between saved states."""
+    profile: Path | None = None
+    """Write a trace of the third to the fifth step into this folder, for TensorBoard or Perfetto."""
     json: Path | None = None
     """Also write everything printed to this file."""
 
@@ -89,9 +92,12 @@ def main(args: Args) -> None:
     checkpoint = checkpoints.load(
         args.checkpoint,
         dtype=dtype,
-        param_dtype=dtype if training.trains == "codebooks" else jnp.float32,
+        param_dtype=jnp.float32 if training.trains == "all" else dtype,
         shardings=lambda model: split(nnx.state(model), mesh),
     )
+    if training.trains == "lora":
+        count = add(checkpoint.model, args.lora, training.seed)
+        report.say(f"{count} layers of every block have an adapter of rank {args.lora.rank}", adapters=count)
     iterator = training_batches(checkpoint, args, telling(report))
     source = {
         "checkpoint": str(args.checkpoint),
@@ -100,6 +106,7 @@ def main(args: Args) -> None:
         "augment": args.augment,
         "flip": args.flip,
         "length": args.length,
+        **({"lora": dataclasses.asdict(args.lora)} if training.trains == "lora" else {}),
     }
     model, done = train(
         checkpoint.model,
@@ -110,12 +117,14 @@ def main(args: Args) -> None:
         source=source,
         save_every=args.save_every,
         label="finetune",
+        profile=args.profile,
     )
     provenance = {"verb": "finetune", **source, **dataclasses.asdict(training), "steps": done}
-    if training.trains == "codebooks":  # weights are saved as they were stored, whatever was computed with
-        codecs = jax.device_get(nnx.state(model, nnx.Not(BY_GRADIENT)))
-        model = checkpoints.load(args.checkpoint, param_dtype=None).model
-        nnx.update(model, codecs)
+    if training.trains != "all":  # what was frozen is saved as it was stored, whatever was computed with
+        trained, whole = model, None if training.trains == "codebooks" else jnp.float32
+        model = checkpoints.load(args.checkpoint, param_dtype=whole).model
+        nnx.update(model, jax.device_get(nnx.state(trained, nnx.Not(nnx.Param))))
+        merge_into(model, trained)
     finished = dataclasses.replace(checkpoint, model=model, history=(*checkpoint.history, provenance))
     checkpoints.save(args.out, finished)
     report.say(f"wrote {args.out} after {done} of {training.steps} steps", out=str(args.out), steps=done)

@@ -33,6 +33,7 @@ from astra_jax.mesh.sharding import DATA
 from astra_jax.report import Report
 from eval.cost.workload import Workload, open_workload
 from train.loop import Training, divide, first_state, make_step
+from train.lora import Lora, add
 from train.memory import FSDP, Memory, Remat, mesh_of, split
 
 
@@ -49,6 +50,8 @@ class Slice(NamedTuple):
     chips: int
     memory: float
 
+
+LORA = Lora()
 
 SLICES = {
     "v5e-1": Slice("v5e:2x2", 1, 15.75),
@@ -73,6 +76,7 @@ class Args:
     site: Site | None = None
     """What is quantized; by default what the checkpoint does, else `hidden`."""
     training: Annotated[Training, tyro.conf.arg(name="training"), tyro.conf.OmitArgPrefixes] = Training()
+    lora: Annotated[Lora, tyro.conf.arg(name="lora"), tyro.conf.OmitArgPrefixes] = Lora()
     remat: Remat = "none"
     """What a backward pass computes again: block, of every block all but its input."""
     json: Path | None = None
@@ -108,11 +112,13 @@ def abstract_batch(work: Workload, batch_size: int) -> dict[str, Any]:
     return {"input": Text(ids, lengths)} | (label if work.config.task == "classification" else {})  # type: ignore[arg-type]
 
 
-def lower(work: Workload, training: Training, memory: Memory) -> Any:
+def lower(work: Workload, training: Training, memory: Memory, lora: Lora = LORA) -> Any:
     """A step for the first number of shards of a training, lowered from shapes."""
     mesh, model = memory.mesh, work.abstract(work.astra.groups)
     assert mesh is not None
-    kept = jnp.dtype(training.dtype) if training.trains == "codebooks" else jnp.float32
+    if training.trains == "lora":
+        add(model, lora, training.seed)
+    kept = jnp.dtype(training.dtype)
     graphdef, params, frozen, codecs = divide(model, training)
     params, frozen = (
         jax.tree.map(lambda a, dtype=dtype: jax.ShapeDtypeStruct(a.shape, dtype), part)
@@ -129,7 +135,7 @@ def lower(work: Workload, training: Training, memory: Memory) -> Any:
     return step.lower(on(state, split(state, mesh)), on(frozen, split(frozen, mesh)), batch)  # type: ignore[attr-defined]
 
 
-def measure(work: Workload, training: Training, remat: Remat, on: str) -> dict[str, Any]:
+def measure(work: Workload, training: Training, remat: Remat, on: str, lora: Lora = LORA) -> dict[str, Any]:
     """What a step takes on every chip, in GB, as the compiler plans it; `there` is what a chip has."""
     devices = devices_of(on)
     memory = Memory(mesh_of(devices[None]), remat, jnp.dtype(training.dtype))
@@ -144,7 +150,7 @@ def measure(work: Workload, training: Training, remat: Remat, on: str) -> dict[s
     }
     begun = time.perf_counter()
     try:
-        plan = lower(work, training, memory).compile().memory_analysis()
+        plan = lower(work, training, memory, lora).compile().memory_analysis()
         arguments, working = plan.argument_size_in_bytes / 1e9, plan.temp_size_in_bytes / 1e9
         row |= {"arguments GB": arguments, "working GB": working, "all GB": arguments + working}
     except jax.errors.JaxRuntimeError as error:
@@ -163,13 +169,13 @@ def main(args: Args) -> None:
     """Runs the report."""
     report = Report("fits", args.json)
     work = open_workload(args.model, args.tokens, args.site, args.training.dtype)
-    row = measure(work, args.training, args.remat, args.on)
+    row = measure(work, args.training, args.remat, args.on, args.lora)
     report.table("rows", f"a step of finetuning {args.model} for {args.training.shards[0]} devices, per chip", [row])
     if row["fits"]:
         report.say(f"it fits: {row['all GB']:.1f} of {row['there GB']} GB", fits=True)
     else:
         less = ["fewer --tokens or a smaller --batch-size", "more chips"]
-        less[:0] = ["--remat block"] * (args.remat == "none") + ["--trains codebooks"] * (args.training.trains == "all")
+        less[:0] = ["--remat block"] * (args.remat == "none") + ["--trains lora"] * (args.training.trains == "all")
         report.say(f"it does not fit; what would take less: {', '.join(less)}", fits=False)
     report.close()
 

@@ -7,6 +7,8 @@ Noise-Augmented Quantization). It works on one device, or on several that share 
 import dataclasses
 import json
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
-from astra_jax.codecs.base import BY_GRADIENT, Quantizer
+from astra_jax.codecs.base import BY_GRADIENT, Prediction, Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8
 from astra_jax.mesh.sharding import Shards
@@ -59,8 +61,9 @@ class Training:
     """Largest global norm of the gradient."""
     accumulate: int = 1
     """Batches whose gradients are averaged before one update."""
-    trains: Literal["all", "codebooks"] = "all"
-    """What is trained: the model and its codebooks, or the codebooks alone (they follow the frozen model by EMA)."""
+    trains: Literal["all", "lora", "codebooks"] = "all"
+    """What is trained: the model and its codebooks; adapters beside its frozen weights, and the codebooks; or the
+    codebooks alone (they follow the frozen model by EMA)."""
     shards: Integers = (4,)
     """N: devices to train for; with several, one is drawn for every batch."""
     groups: Integers = ()
@@ -149,8 +152,8 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 def divide(model: Any, training: Training) -> tuple[Any, Any, Any, Any]:
     """A model's graph, the parameters that are trained, those that stay as they are, and its codecs."""
-    trained = nnx.Nothing() if training.trains == "codebooks" else BY_GRADIENT
-    return nnx.split(model, trained, BY_GRADIENT, ...)  # type: ignore[return-value]
+    trained = {"all": BY_GRADIENT, "lora": nnx.Any(nnx.LoRAParam, Prediction), "codebooks": nnx.Nothing()}
+    return nnx.split(model, trained[training.trains], BY_GRADIENT, ...)  # type: ignore[call-overload]
 
 
 def first_state(training: Training, params: Any, codecs: Any) -> TrainState:
@@ -303,21 +306,89 @@ def draw_packet_loss(
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C into a question, "was it pressed?", so that a step is finished and saved; a second interrupts."""
-    pressed = False
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C, and SIGTERM, by which a machine is taken away, into a question, "did one come?", so that a step is
+    finished and saved; a second interrupts."""
+    came = False
 
     def handler(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
+        nonlocal came
+        if came:
             raise KeyboardInterrupt
-        pressed = True
+        came = True
 
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def count_tokens(model: Any, inputs: Any) -> int:
+    """Tokens in a batch: of texts those that are there, of images their patches."""
+    if model.config.input_kind == "images":
+        return len(inputs) * model.shards(1).T
+    return int(np.sum(inputs.lengths))
+
+
+class Log:
+    """Writes what steps gave, some steps later, so that devices need not wait for it.
+
+    A row has also how long its step took, which is the time from one step's end to the next's.
+    """
+
+    AHEAD = 4  # steps that devices may be ahead of the log
+
+    def __init__(self, journal: Journal, advance: Callable[..., None], devices: int):
+        self.journal, self.advance, self.devices = journal, advance, devices
+        self.waiting: deque[tuple[dict[str, Any], dict[str, Array]]] = deque()
+        self.before = time.perf_counter()
+
+    def add(self, row: dict[str, Any], metrics: dict[str, Array]) -> None:
+        """A step that was begun. Raises AstraError where the loss of an earlier one is not finite."""
+        self.waiting.append((row, metrics))
+        if len(self.waiting) > self.AHEAD:
+            self._write()
+
+    def flush(self) -> None:
+        """Waits for all steps. Raises AstraError where a loss is not finite."""
+        while self.waiting:
+            self._write()
+
+    def _write(self) -> None:
+        row, metrics = self.waiting.popleft()
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self.before = now - self.before, now
+        if not np.isfinite(values["loss"]):
+            raise AstraError(f"the loss is {values['loss']} at step {row['step']}: try a lower --learning-rate")
+        tokens = row.pop("tokens")
+        speed = {"steps/s": 1 / seconds, "tokens/s and device": tokens / seconds / self.devices}
+        self.journal.write({**row, **values, "tokens": tokens, "seconds": seconds})
+        self.advance(**{name: values[name] for name in ("loss", "accuracy", "perplexity") if name in values}, **speed)
+
+
+@contextmanager
+def traced(folder: Path | None) -> Iterator[Callable[[], None]]:
+    """Yields what is called before every step: so that a trace has the third to the fifth, which compile nothing."""
+    calls, running = 0, False
+
+    def step() -> None:
+        nonlocal calls, running
+        calls += 1
+        if folder is not None and calls == 3:
+            jax.profiler.start_trace(str(folder))
+            running = True
+        elif running and calls == 6:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield step
+    finally:
+        if running:
+            jax.profiler.stop_trace()
 
 
 def train(
@@ -330,6 +401,7 @@ def train(
     source: dict[str, Any],
     save_every: int,
     label: str,
+    profile: Path | None = None,
 ) -> tuple[Any, int]:
     """Trains for `training.steps` steps, or resumes what `out` holds of the same training.
 
@@ -341,6 +413,7 @@ def train(
       source: what `model` and `data` come from, for JSON; with the same settings and source a run is resumed.
       save_every: steps between saved states.
       label: of the progress bar.
+      profile: folder for a trace of some steps, which TensorBoard and Perfetto show.
 
     Returns:
       the trained model, and how many steps it has had: fewer than asked for after Ctrl-C.
@@ -356,7 +429,7 @@ def train(
         check_groups(need_codec(model.codec), training.groups)
     graphdef, frozen, state = start(model, training, memory)
     # The model's own parameters, which no step donates; a resumed run has them from the same model.
-    teacher = memory.spread(nnx.state(model, BY_GRADIENT)) if training.has_teacher else None
+    teacher = memory.spread(divide(model, training)[1]) if training.has_teacher else None
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps({**dataclasses.asdict(training), **source, "first_batch": first_batch(data)}))
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -370,21 +443,27 @@ def train(
         done = int(state.step)
         journal = Journal(out / "train.jsonl", done)
         steps = {N: make_step(graphdef, training, N, memory) for N in sorted(set(training.shards))}
-        with journal.file, stop_on_interrupt() as stopped, progress(label, training.steps, done) as advance:
+        with (
+            journal.file,
+            stop_on_signal() as stopped,
+            progress(label, training.steps, done) as advance,
+            traced(profile) as trace,
+        ):
+            log = Log(journal, advance, memory.devices)
             while done < training.steps and not stopped():
+                trace()
                 batch, N, values = next(data), draw_shards(training, done), {}
                 if training.packet_loss and N > 1:
                     values["lost"], there = draw_packet_loss(model, training, N, batch["input"], done)
                     batch = {**batch, "arrived": there}
+                values["tokens"] = count_tokens(model, batch["input"])
                 state, metrics = steps[N](state, frozen, memory.batch(batch), teacher)
-                values |= {k: float(v) for k, v in metrics.items()}
-                if not np.isfinite(values["loss"]):
-                    raise AstraError(f"the loss is {values['loss']} at step {done}: try a lower --learning-rate")
-                journal.write({"step": done + 1, "shards": N, **values})
                 done += 1
-                advance(**{k: values[k] for k in ("loss", "accuracy", "perplexity") if k in values})
+                log.add({"step": done, "shards": N, **values}, metrics)
                 if done % save_every == 0 and done < training.steps:
+                    log.flush()
                     save(manager, state, data, settings, out)
+            log.flush()
             if manager.latest_step() != done:
                 save(manager, state, data, settings, out)
     return nnx.merge(graphdef, state.params, frozen, state.codecs), done

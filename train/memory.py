@@ -74,6 +74,11 @@ class Memory:
     remat: Remat = "none"
     dtype: Any = jnp.float32
 
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.mesh.size if self.mesh else 1
+
     def batch(self, arrays: Any) -> Any:
         """Puts a batch on the devices, split along its first axis."""
         return jax.device_put(arrays, NamedSharding(self.mesh, P((DATA, FSDP))) if self.mesh else None)
@@ -112,9 +117,8 @@ class Memory:
 
     def check(self, batch_size: int) -> None:
         """Raises AstraError for a batch that the devices cannot share."""
-        devices = self.mesh.size if self.mesh else 1
-        if batch_size % devices:
-            raise AstraError(f"--batch-size is {batch_size}; it must be a multiple of the {devices} devices")
+        if batch_size % self.devices:
+            raise AstraError(f"--batch-size is {batch_size}; it must be a multiple of the {self.devices} devices")
 
     def run_block(self, run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """A block, (carry, weights) -> (carry, report), that has its weights gathered, and leaves little behind."""

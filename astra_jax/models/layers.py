@@ -92,12 +92,28 @@ def check_divides(config: Any, whole: str, part: str) -> None:
         )
 
 
+class Adapter(nnx.LoRA):
+    """What low-rank adaptation adds to a linear layer, `alpha / r x A B` (2106.09685): nothing, at first."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, alpha: float, *, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(inputs, rank, outputs, dtype=dtype, rngs=rngs)
+        self.scale = alpha / rank
+
+    def __call__(self, x: Float[Array, "*tokens rows"]) -> Float[Array, "*tokens columns"]:  # type: ignore[override]
+        return self.scale * super().__call__(x)
+
+
 class ColumnLinear(nnx.Linear):
     """A linear layer that reads the hidden state. Some columns of its kernel may be here, and the rest elsewhere."""
 
     def __init__(self, inputs: int, outputs: int, **options: Any):
         axes = {"axes": (HIDDEN, INNER)}
         super().__init__(inputs, outputs, kernel_metadata=axes, bias_metadata=OF_INNER, **options)
+        self.adapter: Adapter | None = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "*tokens rows"]) -> Float[Array, "*tokens columns"]:  # type: ignore[override]
+        y = super().__call__(x)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RowLinear(nnx.Linear):
@@ -107,6 +123,7 @@ class RowLinear(nnx.Linear):
     def __init__(self, inputs: int, outputs: int, **options: Any):
         axes = {"axes": (INNER, HIDDEN)}
         super().__init__(inputs, outputs, kernel_metadata=axes, bias_metadata=OF_HIDDEN, **options)
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(  # type: ignore[override]  # a strategy where Flax has a sharding
         self, x: Float[Array, "B S rows"], strategy: Any
@@ -114,6 +131,8 @@ class RowLinear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
         y = strategy.reduce(x @ kernel)
+        if self.adapter is not None:
+            y = y + self.adapter(x)
         return y if bias is None else y + bias
 
 

@@ -1,6 +1,8 @@
 """A tiny model, endless batches for it, and what training made of it."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,3 +55,10 @@ def _drawn(codebooks: bool) -> ViT:
 
 def leaves(model: ViT) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def logged(out: Path) -> list[dict]:
+    """The rows of a run's log, without what a clock said."""
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert all(row.pop("seconds") > 0 for row in rows)
+    return rows

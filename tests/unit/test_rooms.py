@@ -58,6 +58,7 @@ FEATURES = {
     "blocks that are known, coded or predicted": r"^schedules?$|^Schedule$",
     "token ids as side information": r"TokenIds|token_ids",
     "weights of few bits": r"quantize_weights|weight_quantization|qwix",
+    "low-rank adaptation": r"[Ll]o[Rr][Aa]|Adapter|adapter",
     "devices of several speeds": r"speeds$",
     "tables of keys and values": r"key_value_tables|fast_path|folding",
     "traces of a link": r"network\.traces|Trace$|read_trace",

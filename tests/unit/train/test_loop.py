@@ -1,7 +1,6 @@
 """The training loop: what it trains, and that a stopped run goes on as if it had never stopped."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -21,9 +20,9 @@ from astra_jax.errors import AstraError
 from astra_jax.models.vit import ViT
 from astra_jax.strategies.base import Single
 from tests.helpers.models import draw
-from tests.helpers.training import CONFIG, Batches, leaves, make_model
+from tests.helpers.training import CONFIG, Batches, leaves, logged, make_model
 from train.loop import Training, draw_shards, learning_rate, make_step, start, train
-from train.memory import Memory, training_mesh
+from train.memory import ONE_DEVICE, Memory, training_mesh
 
 
 def fit(model: ViT, training: Training, out: Path, data_devices: int = 1, save_every: int = 100) -> tuple[ViT, int]:
@@ -39,7 +38,7 @@ def test_a_plain_model_learns(tmp_path):
     model, done = fit(
         make_model(codebooks=False), Training(steps=60, batch_size=16, shards=(1,), learning_rate=3e-3), tmp_path
     )
-    log = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    log = logged(tmp_path)
     assert done == 60 and [row["step"] for row in log] == list(range(1, 61))
     assert np.mean([row["accuracy"] for row in log[-5:]]) > 0.9
     batch = next(Batches(16))
@@ -64,7 +63,7 @@ def test_resuming_equals_never_stopping(whole_run, tmp_path):
         file.write('{"step": 12, "half a li')
     resumed, done = fit(make_model(), training, tmp_path / "run", save_every=5)
     assert done == 12 and same(resumed, model)
-    assert (tmp_path / "run" / "train.jsonl").read_text() == (out / "train.jsonl").read_text()
+    assert logged(tmp_path / "run") == logged(out)
 
 
 def test_a_finished_run_is_only_loaded(whole_run):
@@ -139,6 +138,29 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
         assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.codecs))} == {"float32"}
     # bfloat16 has 8 bits of mantissa: the loss agrees to about 1 part in 100.
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+
+
+def test_a_loss_that_is_not_finite_is_found_before_it_is_saved(tmp_path):
+    """Devices are some steps ahead of the log."""
+    following, out = Batches.__next__, tmp_path / "run"
+
+    class Broken(Batches):
+        def __next__(self):
+            batch = following(self)
+            return batch | {"input": batch["input"] * (np.nan if self.position > 6 else 1)}
+
+    training = Training(steps=12, batch_size=8, shards=(2,), trains="codebooks")
+    with pytest.raises(AstraError, match="the loss is nan at step 7: try a lower --learning-rate"):
+        train(make_model(), training, Broken(8), out, memory=ONE_DEVICE, source={}, save_every=9, label="test")
+    assert [row["step"] for row in logged(out)] == [1, 2, 3, 4, 5, 6] and not list((out / "train").glob("[0-9]*"))
+
+
+def test_a_trace_of_some_steps(tmp_path):
+    training = Training(steps=8, batch_size=8, shards=(2,), trains="codebooks")
+    options = dict(memory=ONE_DEVICE, source={}, save_every=9, label="test")
+    train(make_model(), training, Batches(8), tmp_path / "run", **options, profile=tmp_path / "trace")
+    assert [path.suffix for path in (tmp_path / "trace").rglob("*.pb")] == [".pb"]
+    assert {row["tokens"] for row in logged(tmp_path / "run")} == {8 * 16}
 
 
 def test_shard_counts_are_drawn_by_step_and_seed():
@@ -223,12 +245,13 @@ def run_until(out: Path, steps: int, number: signal.Signals) -> str:
 
 
 @pytest.mark.slow
-def test_kill_and_interrupt_then_resume(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_kill_and_interrupt_then_resume(tmp_path, number):
     training = Training(steps=40, batch_size=8, shards=(2,))
     run_until(tmp_path / "run", 6, signal.SIGKILL)
-    stopped = run_until(tmp_path / "run", 20, signal.SIGINT)
+    stopped = run_until(tmp_path / "run", 20, number)
     assert int(stopped.split("done")[1]) < 40  # it finished its step, saved, and said how far it came
     resumed, done = fit(make_model(), training, tmp_path / "run", save_every=4)
     whole, _ = fit(make_model(), training, tmp_path / "whole", save_every=40)
     assert done == 40 and same(resumed, whole)
-    assert (tmp_path / "run" / "train.jsonl").read_text() == (tmp_path / "whole" / "train.jsonl").read_text()
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")

@@ -1,6 +1,5 @@
 """Finetuning that generalises: a teacher's words and states, cuts at random places, and packets that are lost."""
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from astra_jax.codecs.config import VQConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import Shards
 from astra_jax.strategies.base import Single
+from tests.helpers.training import logged
 from train.loop import Training, draw_packet_loss, make_step, move_cuts, start, step_key, strategy_of, train, with_room
 from train.memory import Memory, training_mesh
 from train.objective import Batch, divergence, hidden_distance, mean_of, run_task
@@ -264,7 +264,7 @@ ALL = Training(
 def fit(model: Any, training: Training, out: Path, data_devices: int = 1) -> tuple[Any, list[dict]]:
     memory, texts = Memory(training_mesh(data_devices) if data_devices > 1 else None), Texts(training.batch_size)
     model, _ = train(model, training, texts, out, memory=memory, source={}, save_every=5, label="test")
-    return model, [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return model, logged(out)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What a training step saves memory with: split arrays, blocks that are computed again, and logits in parts."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -15,7 +16,8 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from eval.cost.hlo import collectives_in
-from train.loop import Training, make_step, start
+from tests.helpers.training import Batches, logged, make_model
+from train.loop import Training, make_step, start, train
 from train.memory import FSDP, ONE_DEVICE, Memory, split, training_mesh
 
 CODES = VQConfig(groups=4, codewords=16)
@@ -131,6 +133,35 @@ def test_logits_in_parts(tiny_gpt2, batch, monkeypatch):
     monkeypatch.setattr("eval.quality.perplexity.LOGITS", 8 * 4 * 4000)
     after = compiled(model, TRAINING, batch, ONE_DEVICE).memory_analysis().temp_size_in_bytes
     assert after < 0.6 * before
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path, all_split):
+    """As if it had had one device all along."""
+    logs = {}
+    for name, devices in {"one": (1, 1), "several": (8, 2)}.items():
+        for meshes, steps in zip(devices, (3, 6), strict=True):
+            memory = Memory(training_mesh(meshes)) if meshes > 1 else ONE_DEVICE
+            training = Training(steps=6, batch_size=8, shards=(2,), learning_rate=1e-3)
+            data = Stopping(8, steps)
+            with contextlib.suppress(KeyboardInterrupt):
+                train(make_model(), training, data, tmp_path / name, memory=memory, source={}, save_every=3, label="")
+        logs[name] = logged(tmp_path / name)
+    assert [row["step"] for row in logs["several"]] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(logs["several"], logs["one"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+class Stopping(Batches):
+    """Batches up to a step."""
+
+    def __init__(self, batch_size, last):
+        super().__init__(batch_size)
+        self.last = last
+
+    def __next__(self):
+        if self.position == self.last:
+            raise KeyboardInterrupt
+        return super().__next__()
 
 
 def test_a_batch_that_devices_cannot_share():

@@ -1,0 +1,73 @@
+"""What finetunings take on TPU chips: makes the table of docs/accelerators.md.
+
+    make accelerators
+
+Each row is a command, `python -m train.fits ...`, which compiles a step for chips that need not be here. All together
+take a quarter of an hour on two cores.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from astra_jax.cli.arguments import parse
+from astra_jax.cli.main import guarded
+from astra_jax.errors import AstraError
+from astra_jax.report import Report, progress
+from eval.reports.tables import insert, markdown
+
+COMMAND, NAME = "make accelerators", "memory"
+CASES = (
+    "vit-base --tokens 196 --on v6e-4 --batch-size 64 --dtype bfloat16",
+    "gpt2-m --on v6e-1 --batch-size 16 --dtype bfloat16 --remat block",
+    "llama-3-8b --site kv --on v5e-4 --batch-size 8 --dtype bfloat16 --trains codebooks",
+    "llama-3-8b --site kv --on v6e-4 --batch-size 8 --dtype bfloat16 --trains lora --remat block",
+    "llama-3-8b --site kv --on v6e-8 --batch-size 8 --dtype bfloat16 --remat block",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Arguments of the recipe."""
+
+    markdown: Path | None = None
+    """Also put the table into this file, between its marks."""
+    json: Path | None = None
+    """Also write everything printed to this file."""
+
+
+def run(words: str) -> dict[str, Any]:
+    """A row, and the command that made it. Raises AstraError where it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        call = [sys.executable, "-m", "train.fits", *shlex.split(words), "--json", str(out)]
+        ended = subprocess.run(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if ended.returncode:
+            raise AstraError(f"`python -m train.fits {words}` failed: {ended.stderr.strip()}")
+        (row,) = json.loads(out.read_text(encoding="utf8"))["rows"]
+    return {"`python -m train.fits`": f"`{words}`", **{name: row[name] for name in SHOWN}}
+
+
+SHOWN = ("arguments GB", "working GB", "all GB", "there GB")
+
+
+def main(args: Args) -> None:
+    """Runs the recipe."""
+    report, rows = Report("accelerators", args.json), []
+    with progress("compiling", len(CASES)) as advance:
+        for words in CASES:
+            rows.append(run(words))
+            advance()
+    report.table("rows", "a step of finetuning, per chip", rows)
+    if args.markdown:
+        insert(args.markdown, NAME, markdown(rows), COMMAND)
+    report.close()
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(parse(Args, description=__doc__))))
