@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int, Key
 
 from astra_jax.cli.arguments import Integers
-from astra_jax.codecs.base import BY_GRADIENT, Prediction, Quantizer
+from astra_jax.codecs.base import BY_GRADIENT, Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.files import in_utf8
 from astra_jax.mesh.sharding import Shards
@@ -152,7 +152,8 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 def divide(model: Any, training: Training) -> tuple[Any, Any, Any, Any]:
     """A model's graph, the parameters that are trained, those that stay as they are, and its codecs."""
-    trained = {"all": BY_GRADIENT, "lora": nnx.Any(nnx.LoRAParam, Prediction), "codebooks": nnx.Nothing()}
+    of_codecs = nnx.All(BY_GRADIENT, nnx.Not(nnx.Param))
+    trained = {"all": BY_GRADIENT, "lora": nnx.Any(nnx.LoRAParam, of_codecs), "codebooks": nnx.Nothing()}
     return nnx.split(model, trained[training.trains], BY_GRADIENT, ...)  # type: ignore[call-overload]
 
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """A model of torch is the same whatever tests ran before."""
-    torch.manual_seed(0)
+    """A model of torch is the same whatever tests ran before. Not 0, which `randomised` begins with once more."""
+    torch.manual_seed(1)
 
 
 @pytest.fixture(scope="session")
