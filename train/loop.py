@@ -91,7 +91,7 @@ class Training:
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What activations are computed in; parameters and statistics stay float32."""
+    """What activations are computed in. What is trained stays float32."""
     seed: int = 0
     """Seed of the data order, the noise, and of all that is drawn for a batch."""
 
