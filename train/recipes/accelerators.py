@@ -2,8 +2,8 @@
 
     make accelerators
 
-Each row is a command, `python -m train.fits ...`, which compiles a step for chips that need not be here. All together
-take a quarter of an hour on two cores.
+Each row is a command, `python -m train.fits ...`, which compiles a step for chips that need not be here. Each takes some
+minutes.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from eval.reports.tables import insert, markdown
 
 COMMAND, NAME = "make accelerators", "memory"
 CASES = (
-    "vit-base --tokens 196 --on v6e-4 --batch-size 64 --dtype bfloat16",
     "gpt2-m --on v6e-1 --batch-size 16 --dtype bfloat16 --remat block",
     "llama-3-8b --site kv --on v5e-4 --batch-size 8 --dtype bfloat16 --trains codebooks",
     "llama-3-8b --site kv --on v6e-4 --batch-size 8 --dtype bfloat16 --trains lora --remat block",
