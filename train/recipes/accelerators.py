@@ -2,8 +2,7 @@
 
     make accelerators
 
-Each row is a command, `python -m train.fits ...`, which compiles a step for chips that need not be here. Each takes some
-minutes.
+Each row is a command, `python -m train.fits ...`, which compiles a step for chips that need not be here: some minutes.
 """
 
 import dataclasses
