@@ -1,5 +1,5 @@
-# make demo | docs | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv. PYTHON=python3.12
-# picks another Python for it, once `make clean` has removed it.
+# make demo | docs | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv.
+# PYTHON=python3.12 picks another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -89,6 +89,7 @@ def main(args: Args) -> None:
     mesh, dtype = training_mesh(fsdp, data), jnp.dtype(training.dtype)
     memory = Memory(mesh if mesh.size > 1 else None, args.remat, dtype)
     memory.check(training.batch_size)
+    args.lora.check(training.trains)
     checkpoint = checkpoints.load(
         args.checkpoint,
         dtype=dtype,

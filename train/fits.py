@@ -167,7 +167,9 @@ def measure(work: Workload, training: Training, remat: Remat, on: str, lora: Lor
 
 def main(args: Args) -> None:
     """Runs the report."""
+    jax.config.update("jax_platforms", "cpu")  # nothing is run
     report = Report("fits", args.json)
+    args.lora.check(args.training.trains)
     work = open_workload(args.model, args.tokens, args.site, args.training.dtype)
     row = measure(work, args.training, args.remat, args.on, args.lora)
     report.table("rows", f"a step of finetuning {args.model} for {args.training.shards[0]} devices, per chip", [row])

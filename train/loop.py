@@ -370,18 +370,24 @@ class Log:
         self.advance(**{name: values[name] for name in ("loss", "accuracy", "perplexity") if name in values}, **speed)
 
 
+TRACED = range(3, 6)  # the steps of a run of which a trace is written: the first ones compile
+
+
 @contextmanager
-def traced(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Yields what is called before every step: so that a trace has the third to the fifth, which compile nothing."""
+def traced(folder: Path | None, wait: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Yields what is called before every step. `wait` waits for those that were begun, so that a trace has all of its
+    own steps and nothing of others."""
     calls, running = 0, False
 
     def step() -> None:
         nonlocal calls, running
         calls += 1
-        if folder is not None and calls == 3:
+        if folder is not None and calls == TRACED.start:
+            wait()
             jax.profiler.start_trace(str(folder))
             running = True
-        elif running and calls == 6:
+        elif running and calls == TRACED.stop:
+            wait()
             jax.profiler.stop_trace()
             running = False
 
@@ -421,7 +427,8 @@ def train(
 
     Raises:
       AstraError: `save_every` is below 1, `out` holds a run with other settings, or a damaged one, another process
-        trains into it, the batch does not divide over the devices, the disk is full, or the loss is not finite.
+        trains into it, the batch does not divide over the devices, too few steps are left for a trace, the disk is
+        full, or the loss is not finite.
     """
     if save_every < 1:
         raise AstraError(f"--save-every is {save_every}; it must be at least 1: try 100")
@@ -442,13 +449,17 @@ def train(
         if manager.latest_step() is not None:
             state = restore(manager, state, data, settings, out)
         done = int(state.step)
+        if profile is not None and training.steps - done < len(TRACED) + TRACED.start - 1:
+            raise AstraError(
+                f"--profile is of the third to the fifth step, and {training.steps - done} are left: leave it out"
+            )
         journal = Journal(out / "train.jsonl", done)
         steps = {N: make_step(graphdef, training, N, memory) for N in sorted(set(training.shards))}
         with (
             journal.file,
             stop_on_signal() as stopped,
             progress(label, training.steps, done) as advance,
-            traced(profile) as trace,
+            traced(profile, lambda: log.flush()) as trace,
         ):
             log = Log(journal, advance, memory.devices)
             while done < training.steps and not stopped():

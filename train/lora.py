@@ -1,6 +1,6 @@
 """Low-rank adaptation (LoRA, 2106.09685): beside a frozen kernel a product of two narrow ones is trained.
 
-`add` puts adapters beside the linear layers of a model's blocks, and `merged` puts what they learned into the kernels.
+`add` puts adapters beside the linear layers of a model's blocks, and `merge_into` adds what they learned to kernels.
 """
 
 import dataclasses
@@ -38,6 +38,15 @@ class Lora:
             raise AstraError(f"--rank is {self.rank}; it must be at least 1: try 16")
         if not self.alpha > 0:
             raise AstraError(f"--alpha is {self.alpha}; it must be above 0: try {2 * self.rank}")
+        if not self.targets:
+            raise AstraError("--targets is empty: name layers, such as attention.*")
+
+    def check(self, trains: str) -> None:
+        """Raises AstraError where this is set, and nothing is done with it."""
+        if trains != "lora" and self != Lora():
+            raise AstraError(
+                f"--rank, --alpha and --targets are for --trains lora, and not for {trains}: leave them out"
+            )
 
 
 def linears(model: Any) -> Iterator[tuple[str, Any]]:
@@ -54,10 +63,11 @@ def add(model: Any, lora: Lora, seed: int) -> int:
       AstraError: a target is none of its layers.
     """
     layers = dict(linears(model))
-    for target in lora.targets:
-        if not fnmatch.filter(layers, target):
+    found = {target: {name for name in layers if fnmatch.fnmatchcase(name, target)} for target in lora.targets}
+    for target, names in found.items():
+        if not names:
             raise AstraError(f"--targets {target} is no layer of this model: it has {', '.join(layers)}")
-    chosen = [name for name in layers if any(fnmatch.fnmatchcase(name, target) for target in lora.targets)]
+    chosen = sorted(set().union(*found.values()))
     for number, name in enumerate(chosen):
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), number))
         layers[name].adapter = _adapters(layers[name], lora, rngs)

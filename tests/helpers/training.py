@@ -3,11 +3,14 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+import checkpoints
+from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.models.vit import ViT, ViTConfig
 from tests.helpers.models import draw
@@ -62,3 +65,16 @@ def logged(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert all(row.pop("seconds") > 0 for row in rows)
     return rows
+
+
+def finetune(folder: Path, model: Any, tokenizer_files: Path, options: str) -> Any:
+    """What the verb makes of a GPT-2 with codebooks, as it is stored, in two steps on eight texts each."""
+    made = checkpoints.Checkpoint(
+        *("gpt2", model.config, model.astra, None, None, {}, "float32", (), model), tokenizer_files=tokenizer_files
+    )
+    checkpoints.save(folder / "codes", made)
+    words = np.random.default_rng(0).integers(0, 40, 600)
+    (folder / "text.txt").write_text(" ".join(f"w{n}" for n in words))
+    given = ["finetune", folder / "codes", folder / "tuned", "--data", folder / "text.txt", "--length", 32]
+    assert main([*map(str, given), "--steps", "2", "--batch-size", "8", *options.split()]) == 0
+    return checkpoints.load(folder / "tuned", param_dtype=None)

@@ -6,21 +6,18 @@ Each row is a command, `python -m train.fits ...`, which compiles a step for chi
 """
 
 import dataclasses
-import json
-import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
-from astra_jax.errors import AstraError
 from astra_jax.report import Report, progress
+from eval.reports.results import Commands
 from eval.reports.tables import insert, markdown
 
 COMMAND, NAME = "make accelerators", "memory"
+SHOWN = ("arguments GB", "working GB", "all GB", "there GB")
 CASES = (
     "gpt2-m --on v6e-1 --batch-size 16 --dtype bfloat16 --remat block",
     "llama-3-8b --site kv --on v5e-4 --batch-size 8 --dtype bfloat16 --trains codebooks",
@@ -41,17 +38,8 @@ class Args:
 
 def run(words: str) -> dict[str, Any]:
     """A row, and the command that made it. Raises AstraError where it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        call = [sys.executable, "-m", "train.fits", *shlex.split(words), "--json", str(out)]
-        ended = subprocess.run(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if ended.returncode:
-            raise AstraError(f"`python -m train.fits {words}` failed: {ended.stderr.strip()}")
-        (row,) = json.loads(out.read_text(encoding="utf8"))["rows"]
+    (row,) = Commands()(words, "python -m train.fits")["rows"]
     return {"`python -m train.fits`": f"`{words}`", **{name: row[name] for name in SHOWN}}
-
-
-SHOWN = ("arguments GB", "working GB", "all GB", "there GB")
 
 
 def main(args: Args) -> None:

@@ -161,6 +161,8 @@ def test_a_trace_of_some_steps(tmp_path):
     train(make_model(), training, Batches(8), tmp_path / "run", **options, profile=tmp_path / "trace")
     assert [path.suffix for path in (tmp_path / "trace").rglob("*.pb")] == [".pb"]
     assert {row["tokens"] for row in logged(tmp_path / "run")} == {8 * 16}
+    with pytest.raises(AstraError, match="--profile is of the third to the fifth step, and 0 are left"):
+        train(make_model(), training, Batches(8), tmp_path / "run", **options, profile=tmp_path / "trace")
 
 
 def test_shard_counts_are_drawn_by_step_and_seed():

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import checkpoints
-from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.strategies.coded import Astra
+from tests.helpers.training import finetune
 from train.loop import Training, make_step, start
 from train.lora import Lora, add, linears, merge_into
 
@@ -84,19 +83,19 @@ def test_settings_out_of_range(values, message):
         Lora(**values)
 
 
+def test_what_would_do_nothing_is_refused():
+    Lora().check("all")
+    Lora(rank=4).check("lora")
+    with pytest.raises(AstraError, match="--rank, --alpha and --targets are for --trains lora, and not for codebooks"):
+        Lora(rank=4).check("codebooks")
+
+
 def test_the_verb(tmp_path, tiny_gpt2, word_tokenizer, capsys):
     """On four devices in bfloat16; the checkpoint is that of a model without adapters, in float32."""
-    model, words = tiny_gpt2(CODES), np.random.default_rng(0).integers(0, 40, 600)
-    made = checkpoints.Checkpoint(
-        *("gpt2", model.config, CODES, None, None, {}, "float32", (), model), tokenizer_files=word_tokenizer(40)
-    )
-    checkpoints.save(tmp_path / "codes", made)
-    (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in words))
-    given = f"finetune {tmp_path / 'codes'} {tmp_path / 'tuned'} --data {tmp_path / 'text.txt'} --length 32 --steps 2"
-    options = "--batch-size 8 --trains lora --rank 2 --targets attention.* --dtype bfloat16 --devices 4 --remat block"
-    assert main([*given.split(), *options.split()]) == 0
+    model = tiny_gpt2(CODES)
+    options = "--trains lora --rank 2 --targets attention.* --dtype bfloat16 --devices 4 --remat block"
+    tuned = finetune(tmp_path, model, word_tokenizer(40), options)
     assert "4 layers of every block have an adapter of rank 2" in capsys.readouterr().out
-    tuned = checkpoints.load(tmp_path / "tuned", param_dtype=None)
     assert tuned.history[-1]["lora"] == {"rank": 2, "alpha": 32.0, "targets": ["attention.*"]}
     parameters = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
     for (path, before), after in zip(parameters, jax.tree.leaves(nnx.state(tuned.model, nnx.Param)), strict=True):

@@ -11,12 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-import checkpoints
-from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from eval.cost.hlo import collectives_in
-from tests.helpers.training import Batches, logged, make_model
+from tests.helpers.training import Batches, finetune, logged, make_model
 from train.loop import Training, make_step, start, train
 from train.memory import FSDP, ONE_DEVICE, Memory, split, training_mesh
 
@@ -171,16 +169,9 @@ def test_a_batch_that_devices_cannot_share():
 
 def test_frozen_weights_are_saved_as_they_were(tmp_path, tiny_gpt2, word_tokenizer):
     """The verb computes with them in bfloat16, split over devices."""
-    model, words = tiny_gpt2(CODES), np.random.default_rng(0).integers(0, 40, 600)
-    made = checkpoints.Checkpoint(
-        *("gpt2", model.config, CODES, None, None, {}, "float32", (), model), tokenizer_files=word_tokenizer(40)
-    )
-    checkpoints.save(tmp_path / "codes", made)
-    (tmp_path / "text.txt").write_text(" ".join(f"w{n}" for n in words))
-    given = f"finetune {tmp_path / 'codes'} {tmp_path / 'tuned'} --data {tmp_path / 'text.txt'} --length 32 --steps 2"
-    options = "--batch-size 8 --trains codebooks --dtype bfloat16 --devices 2x4 --remat block"
-    assert main([*given.split(), *options.split()]) == 0
-    tuned = checkpoints.load(tmp_path / "tuned", param_dtype=None).model
+    model = tiny_gpt2(CODES)
+    options = "--trains codebooks --dtype bfloat16 --devices 2x4 --remat block"
+    tuned = finetune(tmp_path, model, word_tokenizer(40), options).model
     for kept in (nnx.Param, nnx.Not(nnx.Param)):
         before, after = (jax.tree.leaves(nnx.state(m, kept)) for m in (model, tuned))
         same = [a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
