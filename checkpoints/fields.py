@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from astra_jax.errors import AstraError
+from checkpoints.tensor_maps import FAMILIES
 
 # Settings of `generate` that older versions of transformers kept in config.json. Today these have no effect there.
 _GENERATION = """
@@ -37,19 +38,6 @@ _DROPOUT = """
     hidden_dropout_prob resid_pdrop summary_first_dropout
 """
 
-_OF_FAMILIES = {
-    # Of heads that are not read here: a pooler, a decoder of masked patches.
-    "vit": "encoder_stride pooler_act pooler_output_size",
-    # Of the double-head class; the size of a mask that every position has today; how scores are rounded in float16.
-    "gpt2": "n_ctx n_special predict_special_tokens reorder_and_upcast_attn summary_activation summary_proj_to_labels "
-    "summary_type summary_use_proj",
-    # How matrices are cut that are multiplied as a whole; who else writes the same model.
-    "llama": "is_llama_config max_sequence_length pretraining_tp",
-    # Of the original release's pooler, which is always the class token behind a dense layer.
-    "bert": "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head "
-    "pooler_type",
-}
-
 # What a field may only be; where it says something else nothing here computes it. A family may have more.
 FIXED: dict[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "use_sliding_window": False}
 # What may be there, but hold nothing.
@@ -58,7 +46,7 @@ EMPTY = ("pruned_heads", "per_layer_config", "cross_attention_hidden_size")
 
 def known_to_change_nothing(family: str) -> frozenset[str]:
     """The fields of a family's config.json that are read past."""
-    return frozenset(" ".join((_GENERATION, _EVERYWHERE, _DROPOUT, _OF_FAMILIES[family])).split())
+    return frozenset(" ".join((_GENERATION, _EVERYWHERE, _DROPOUT, FAMILIES[family].harmless)).split())
 
 
 def refuse_unknown(content: Mapping[str, Any], known: Collection[str], where: Path, advice: str) -> None:

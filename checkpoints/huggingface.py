@@ -24,19 +24,13 @@ from astra_jax.files import is_disk_full, replacing, write_atomically, writing
 from astra_jax.inputs.tokenizer import FILES
 from checkpoints.configs import CONFIG, architecture_in, config_from_hf, config_to_hf, derived_fields
 from checkpoints.description import META, Checkpoint
+from checkpoints.families.rows import Family
 from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
 from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
 from checkpoints.streaming import Part, assemble, part_name
-from checkpoints.tensor_maps import (
-    FAMILIES,
-    Family,
-    Tensor,
-    build,
-    flat_state,
-    model_tensors,
-)
+from checkpoints.tensor_maps import FAMILIES, Tensor, build, flat_state, model_tensors
 
 # safetensors' names of the dtypes that float32 holds exactly, so that an export gives back every bit.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -129,8 +123,7 @@ class Folder:
                 views, finite = key.as_theirs([arrays[path] for path in key.paths], sizes), True
                 for rows, piece in self.stored[name].pieces():
                     finite &= bool(np.isfinite(piece).all())
-                    for view, columns in zip(views, np.split(piece, len(views), axis=-1), strict=True):
-                        view[rows] = columns
+                    key.fill(views, rows, piece)
                 if not finite:
                     not_finite.append(name)
                 advance()
@@ -355,7 +348,7 @@ def tensors_of(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.nda
         ours = [arrays[path] if block is None else arrays[path][block] for path in key.paths]
         theirs = np.empty(key.shape(sizes), jnp.dtype(dtype))
         with np.errstate(over="ignore"):  # reported below
-            np.concatenate(key.as_theirs(ours, sizes), axis=-1, out=theirs, casting="unsafe")
+            np.concatenate(key.as_theirs(ours, sizes), axis=key.shared, out=theirs, casting="unsafe")
         if not np.isfinite(theirs).all():
             raise AstraError(f"{name} has values that {dtype} cannot hold: export with --dtype float32")
         yield name, theirs

@@ -29,21 +29,9 @@ from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
 from checkpoints.tensor_maps import FAMILIES, config_class, flat_state, model_tensors
 from tests.helpers import SHARED
-from tests.parity.language import (
-    LLAMA3,
-    MODULES,
-    PAD,
-    VARIANTS,
-    YARN,
-    T,
-    V,
-    batch,
-    jnp_of,
-    recorded,
-    run,
-    to_torch,
-    torch_model,
-)
+from tests.parity.decoders import LAST_NORM, LLAMA3, YARN
+from tests.parity.language import MODULES, VARIANTS, batch, jnp_of, recorded, run, to_torch, torch_model
+from tests.parity.theirs import PAD, T, V
 
 
 @nnx.jit
@@ -87,9 +75,7 @@ def test_every_module_and_the_output(name: str, tmp_path: Path, randomised: Any,
             out = seen[base + expected][1]
             close(mine, out if third is None else out.chunk(3, dim=-1)[third])
     first = seen[prefix + where.format(l=0)][0]
-    given, out = (
-        seen[{"gpt2": "transformer.ln_f", "llama": "model.norm"}[family]] if hasattr(ours, "norm") else [first] * 2
-    )
+    given, out = seen[LAST_NORM[family]] if hasattr(ours, "norm") else [first] * 2
     embedded, normed = around_the_blocks(ours, full, jnp_of(given))
     close(embedded, first)
     close(normed, out)
@@ -228,7 +214,7 @@ def test_gradients_and_one_step_of_adamw(name: str, tmp_path: Path, randomised: 
         for tensor, (key, block) in model_tensors(family, ours).items():
             mine = [flat[path] if block is None else flat[path][block] for path in key.paths]
             original = parameters[tensor].grad if kind == "gradient" else parameters[tensor]
-            close(np.concatenate(key.as_theirs(mine, sizes), axis=-1), original)
+            close(np.concatenate(key.as_theirs(mine, sizes), axis=key.shared), original)
 
 
 ROUND_TRIPS = (

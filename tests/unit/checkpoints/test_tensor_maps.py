@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from checkpoints import configs
+from checkpoints.families.rows import Key
 from checkpoints.info import parameters
-from checkpoints.tensor_maps import FAMILIES, Key, build, flat_state, model_tensors
+from checkpoints.tensor_maps import FAMILIES, build, flat_state, model_tensors
 from tests.helpers.folders import ASTRA, CONFIGS, VIT, each_model
 
 
@@ -38,11 +39,21 @@ def test_patches_are_row_column_channel() -> None:
 
 
 def test_several_parameters_are_views_side_by_side() -> None:
-    key = Key("c_attn.weight", "Q D", "q k v", "D Q")
-    ours = [np.arange(8.0).reshape(4, 2) + 10 * i for i in range(3)]
-    views = key.as_theirs(ours, {"D": 12, "Q": 2})
-    assert all(np.shares_memory(view, part) for view, part in zip(views, ours, strict=True))
-    np.testing.assert_array_equal(np.concatenate(views, -1), np.concatenate([part.T for part in ours], -1))
+    sizes = {"D": 4, "H": 3, "J": 2}
+    ours = [np.arange(4.0 * n).reshape(4, n) + 100 * n for n in (3, 2, 2)]
+    for axes, axis in (("H+J+J D", 0), ("D H+J+J", 1)):
+        key = Key("c_attn.weight", axes, "q k v", "D H+J+J")
+        views, joined = key.as_theirs(ours, sizes), np.concatenate(ours, axis=1)
+        assert key.shape(sizes) == ((7, 4) if axis == 0 else (4, 7)) and key.shared == axis
+        assert all(np.shares_memory(view, part) for view, part in zip(views, ours, strict=True))
+        theirs = joined.T if axis == 0 else joined
+        np.testing.assert_array_equal(np.concatenate(views, axis), theirs)
+        filled = [np.zeros_like(part) for part in ours]
+        for start in range(0, len(theirs), 2):  # rows that belong to two of them, too
+            rows = slice(start, min(start + 2, len(theirs)))
+            key.fill(key.as_theirs(filled, sizes), rows, theirs[rows])
+        for part, expected in zip(filled, ours, strict=True):
+            np.testing.assert_array_equal(part, expected)
 
 
 def test_no_random_state_is_part_of_a_model() -> None:

@@ -1,0 +1,1 @@
+"""Hugging Face's names of every family's tensors and fields: a file of data for each."""

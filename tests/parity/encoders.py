@@ -1,0 +1,42 @@
+"""Encoders of texts of transformers that ours are compared with: which, and module by module."""
+
+from typing import Any
+
+from tests.parity.theirs import Theirs, same
+
+BASE: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 40,
+    },
+}
+
+# Name -> Hugging Face class and what differs from the base.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertModel", {}),
+    "bert, relu": ("BertModel", {"hidden_act": "relu"}),
+    "bert, epsilon": ("BertModel", {"layer_norm_eps": 1e-2}),
+    "bert, one head": ("BertModel", {"num_attention_heads": 1, "num_hidden_layers": 1}),
+    "bert, classes": ("BertForSequenceClassification", {"num_labels": 5}),
+}
+
+# Our module of a block (the block itself is empty) -> theirs, within their block.
+MODULES: dict[str, tuple[str, dict[str, Theirs]]] = {
+    "bert": (
+        "encoder.layer.{l}",
+        {
+            "attention.q": same(".attention.self.query"),
+            "attention.k": same(".attention.self.key"),
+            "attention.v": same(".attention.self.value"),
+            "attention.o": same(".attention.output.dense"),
+            "attention": Theirs("", ".attention.output.dense"),
+            "norm1": same(".attention.output.LayerNorm"),
+            "mlp": Theirs(".intermediate.dense", ".output.dense"),
+            "norm2": same(".output.LayerNorm"),
+            "": same(""),
+        },
+    ),
+}
