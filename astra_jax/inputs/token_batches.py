@@ -39,7 +39,7 @@ def check_text(option: str, value: Any) -> None:
 
 def longest(config: Any) -> int:
     """The most tokens of a text that a model of this configuration takes."""
-    limit = config.max_position_embeddings
+    limit = getattr(config, "most_tokens", config.max_position_embeddings)
     return min(getattr(config, "max_seq_length", None) or limit, limit)
 
 

@@ -213,7 +213,7 @@ class SplitTokens(Sharded):
         """
         (said,), keys, queries = content, self.remote_tokens(), self.tokens()
         position = keys.position
-        if self.transport.on_devices and self.shards.all_see_all:
+        if self.transport.on_devices and mask.all_see_all(self.shards, block):
             return Remote(type(content)(_in_rows(self.transport.senders(said))), position, None)
         if self.transport.on_devices and mask.one_query_says_all(block):
             queries = Tokens(*(a[..., :1] for a in queries))

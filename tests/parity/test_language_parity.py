@@ -37,10 +37,7 @@ from tests.parity.theirs import PAD, T, V
 @nnx.jit
 def around_the_blocks(model: Any, text: Text, last: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What our first block gets, and what our last norm, if there is one, makes of what theirs got."""
-    x = model.embed(jnp.asarray(text.ids))
-    if hasattr(model, "position"):
-        x = x + model.position[...][:T]
-    x = model.embed_norm(x + model.token_type[...][0]) if hasattr(model, "embed_norm") else x
+    x = model.embedded(jnp.asarray(text.ids), jnp.arange(T))
     return x, model.norm(last) if hasattr(model, "norm") else last
 
 
