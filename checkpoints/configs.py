@@ -240,7 +240,7 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in needed or value != getattr(Rotary, name)}
 
 
-def _rotaries_to_hf(config: Any) -> dict[str, Any]:
+def rotaries_to_hf(config: Any) -> dict[str, Any]:
     """The same of a configuration, which may have two."""
     first = rotary_to_hf(config.rope_parameters)
     if not hasattr(config, SLIDING_ROPE):
@@ -284,7 +284,7 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         if isinstance(value, Rotary):
             gone = {*ROPE_FIELDS, SLIDING_THETA, ORIGINAL} - ({ORIGINAL} & set(fields))
             content = {n: v for n, v in content.items() if n not in gone}
-            name, value = "rope_parameters", _rotaries_to_hf(ours)
+            name, value = "rope_parameters", rotaries_to_hf(ours)
         content[name] = value
     if (config.num_labels, labels) != (ours.num_labels, checkpoint.labels):
         names = checkpoint.labels or [f"LABEL_{c}" for c in range(ours.num_labels)]

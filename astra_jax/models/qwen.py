@@ -31,13 +31,13 @@ class _QwenConfig(DecoderConfig):
     layer_types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not self.use_sliding_window:  # then its width says nothing, as in transformers
+            object.__setattr__(self, "sliding_window", None)
         super().__post_init__()
         check_layer_types(self, self.layer_types)
 
     @property
     def windows(self) -> Windows | None:
-        if not self.use_sliding_window:
-            return None
         late = [number >= self.max_window_layers for number in range(self.num_hidden_layers)]
         kinds = self.layer_types or ["sliding_attention" if one else "full_attention" for one in late]
         return sliding(kinds, self.sliding_window)
