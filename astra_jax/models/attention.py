@@ -19,7 +19,7 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.registry import make_codec
 from astra_jax.models.interface import Codes, Content, Estimates, Inputs, Kept, Remote, Report, Source, Strategy
 from astra_jax.models.layers import ColumnLinear, RowLinear
-from astra_jax.models.mask import Block, Windows, window_at
+from astra_jax.models.mask import Block, Windows
 from astra_jax.models.rotary import Rotary, RotaryByBlock
 
 FIRST = Block(0)
@@ -285,7 +285,7 @@ class MixedPrecisionAttention(nnx.Module):
         Returns:
           the attention output [B,S,D], the new estimate, and what the block reports.
         """
-        block = block._replace(window=window_at(self.windows, block.number))
+        block = block._replace(windows=self.windows)
         k, v = self.k(y), self.v(y)
         sent = jnp.concatenate([k, v], axis=-1) if strategy.coded and self.site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.

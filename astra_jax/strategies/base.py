@@ -33,12 +33,14 @@ class Message(NamedTuple):
       bits: of an all-gather what the device contributes, of the others its whole operand.
       times: how often that is in one forward pass.
       in_blocks: False for what is sent once, before the first block or after the last.
+      sometimes: whether the program has it for some of its blocks, and something else for others.
     """
 
-    kind: Literal["all-gather", "all-reduce", "all-to-all"]
+    kind: Literal["all-gather", "all-reduce", "all-to-all", "collective-permute"]
     bits: int
     times: int
     in_blocks: bool = True
+    sometimes: bool = False
 
 
 class Whole:

@@ -18,7 +18,9 @@ from astra_jax.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
 from astra_jax.models.rotary import Rotary
 from astra_jax.models.smollm3 import SmolLM3, SmolLM3Config
 from astra_jax.serving.compile import parallelize
+from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import SequenceParallel, TensorParallel
+from eval.cost.traffic import messages
 from tests.helpers.models import TINY_LLAMA, WINDOW, maker
 from tests.helpers.sharded import cases, check, real, run_virtual
 
@@ -72,3 +74,35 @@ def test_tensor_parallelism_needs_heads_whose_norms_are_apart(random_text):
     qwen, text = MAKERS["qwen3"](), random_text(24, 7)
     on_mesh, expected = parallelize(qwen, make_mesh(2), TensorParallel.of)(text), run_virtual(qwen, text, 1)
     np.testing.assert_allclose(real(qwen, text, on_mesh), real(qwen, text, expected), rtol=1e-5, atol=1e-5)
+
+
+# Windows of both blocks -> what a device sends in them: a list of (kind, slots); 24 tokens on 4 devices are 6 each.
+SENT = {
+    (5, 5): [("collective-permute", 4), ("collective-permute", 2), ("collective-permute", 1)],
+    (1, 1): [],
+    (5, None): [
+        *[("collective-permute, sometimes", 4), ("collective-permute, sometimes", 2)],
+        *[("collective-permute, sometimes", 1), ("all-gather, sometimes", 6)],
+    ],
+    (12, 12): [("all-gather", 6)],
+}
+
+
+@pytest.mark.parametrize("windows", cases([(w,) for w in SENT], [((5, 5),), ((5, None),)]))
+def test_codes_go_where_a_query_can_see_them(random_text, windows):
+    """Predicted, compiled, and nothing that is not sent is missing."""
+    kinds = tuple("sliding_attention" if window else "full_attention" for window in windows)
+    options = {"use_sliding_window": True, "sliding_window": windows[0], "layer_types": kinds}
+    model = MAKERS["qwen2"](VQConfig(groups=4, codewords=16), **options)
+    check(model, random_text(23, 1, 2, 7, 24), 4)
+    predicted = messages(model, 4, random_text(24), Astra.of)  # raises where the program sends something else
+    found = [(m.kind + ", sometimes" * m.sometimes, m.bits // (4 * 4)) for m in predicted]
+    assert found == SENT[windows]
+    assert all(m.times == (1 if m.sometimes else 2) for m in predicted)
+
+
+def test_with_a_predictor_all_hear_all(random_text):
+    model = MAKERS["mistral"](VQConfig(groups=4, codewords=16, predictor="linear"))
+    (message,) = messages(model, 4, random_text(24), Astra.of)
+    assert (message.kind, message.bits) == ("all-gather", 6 * 4 * 4)
+    check(model, random_text(23, 1, 24), 4)

@@ -16,7 +16,7 @@ from astra_jax.models.mask import Block
     window=st.none() | st.integers(1, 40),
 )
 def test_every_token_is_seen_once_where_it_is_within_the_window(lengths, causal, window):
-    shards, block = Shards(tuple(lengths), causal=causal), Block(0, window=window)
+    shards, block = Shards(tuple(lengths), causal=causal), Block(0, windows=(window,))
     flat = Tokens(*(np.asarray(table).reshape(-1) for table in shards.tokens()))
     same = flat.shard[:, None] == flat.shard[None, :]
     local = np.asarray(mask.sees(flat, flat, causal, block)) & same
@@ -30,7 +30,39 @@ def test_every_token_is_seen_once_where_it_is_within_the_window(lengths, causal,
 
 
 def test_the_window_of_a_block_is_known_where_all_have_the_same():
-    assert mask.window_at(None, 1) is None
-    assert mask.window_at((7, 7), jnp.int32(1)) == 7
-    found = [int(mask.window_at((7, None, 3), jnp.int32(number))) for number in range(3)]
+    assert Block(1).window is None and Block(1, windows=(None, None)).window is None
+    assert Block(jnp.int32(1), windows=(7, 7)).window == 7
+    found = [int(Block(jnp.int32(number), windows=(7, None, 3)).window) for number in range(3)]
     assert found[0] == 7 and found[1] > 10**6 and found[2] == 3
+
+
+@given(N=st.integers(2, 5), S=st.integers(1, 6), window=st.integers(1, 20), causal=st.booleans())
+def test_hops_bring_all_that_a_query_can_see(N, S, window, causal):
+    """Of sequences of every length, also of fewer tokens than devices; and no more than half of everything is sent."""
+    lengths = jnp.arange(1, N * S + 1)
+    shards = Shards.ragged(lengths, N * S, N, causal=causal)
+    found = mask.hops(shards, window)
+    if found is None:
+        return
+    assert 2 * sum(hop.slots.shape[-1] for hop in found) <= (N - 1) * S
+    heard = np.zeros((len(lengths), N, N, S), bool)  # by receiver, of sender
+    for hop in found:
+        for sender in range(max(0, -hop.by), min(N, N - hop.by)):
+            rows = np.arange(len(lengths))[:, None]
+            heard[rows, sender + hop.by, sender, np.asarray(hop.slots)[:, sender]] = True
+    flat = Tokens(
+        *(jnp.asarray(table).reshape(-1, N * S) if table.ndim == 3 else table.reshape(-1) for table in shards.tokens())
+    )
+    seen = mask.remote(shards, flat, flat, Block(0, windows=(window,)))
+    valid = np.asarray(shards.tokens().valid)
+    seen = np.asarray(seen).reshape(len(lengths), N, S, N, S) & valid[..., None, None]
+    assert not (seen.any(axis=2) & ~heard).any()
+
+
+def test_what_is_uneven_or_sends_a_class_token_sends_everything():
+    text = Shards.ragged(jnp.asarray([64]), 64, 4, causal=True)
+    assert mask.hops(text, 4) and mask.hops(text, None) is None
+    assert mask.hops(text.in_proportion([1, 2, 1, 1]), 4) is None
+    assert mask.hops(Shards((16, 16, 16, 16), "single"), 4) is None
+    assert mask.hops(Shards((16, 16, 16, 16), "distributed"), 4)
+    assert mask.hops(Shards((16, 17, 16, 17)), 4) is None
