@@ -50,9 +50,8 @@ def test_hops_bring_all_that_a_query_can_see(N, S, window, causal):
         for sender in range(max(0, -hop.by), min(N, N - hop.by)):
             rows = np.arange(len(lengths))[:, None]
             heard[rows, sender + hop.by, sender, np.asarray(hop.slots)[:, sender]] = True
-    flat = Tokens(
-        *(jnp.asarray(table).reshape(-1, N * S) if table.ndim == 3 else table.reshape(-1) for table in shards.tokens())
-    )
+    by_row = [jnp.broadcast_to(table, (len(lengths), N, S)).reshape(-1, N * S) for table in shards.tokens()]
+    flat = Tokens(*by_row)._replace(shard=by_row[0][0])
     seen = mask.remote(shards, flat, flat, Block(0, windows=(window,)))
     valid = np.asarray(shards.tokens().valid)
     seen = np.asarray(seen).reshape(len(lengths), N, S, N, S) & valid[..., None, None]
@@ -62,7 +61,7 @@ def test_hops_bring_all_that_a_query_can_see(N, S, window, causal):
 def test_what_is_uneven_or_sends_a_class_token_sends_everything():
     text = Shards.ragged(jnp.asarray([64]), 64, 4, causal=True)
     assert mask.hops(text, 4) and mask.hops(text, None) is None
-    assert mask.hops(text.in_proportion([1, 2, 1, 1]), 4) is None
+    assert mask.hops(text.in_proportion([1.0, 2.0, 1.0, 1.0]), 4) is None
     assert mask.hops(Shards((16, 16, 16, 16), "single"), 4) is None
     assert mask.hops(Shards((16, 16, 16, 16), "distributed"), 4)
     assert mask.hops(Shards((16, 17, 16, 17)), 4) is None
