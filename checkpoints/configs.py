@@ -63,10 +63,32 @@ def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, st
                     f"{known[architecture]!r}: which of them is the model? Correct the other"
                 )
             return known[architecture], architecture
-    raise AstraError(
-        f"{folder / CONFIG}: architecture {architectures or model_type!r} is not known; known are "
-        f"{', '.join(sorted(known))}"
-    )
+    named = f"{folder / CONFIG}: architecture {shorten(architectures or model_type)}"
+    if why := _why_not(hf_config):
+        raise AstraError(f"{named} {why}: use another model")
+    raise AstraError(f"{named} is not known; known are {', '.join(sorted(known))}")
+
+
+# What keeps a model from being split by tokens with codes: fields that only such a model has, or their values.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+STATE = ("linear_attention", "mamba", "recurrent", "conv", "short_conv")
+STATE_FIELDS = ("state_size", "ssm_cfg", "mamba_d_state", "linear_num_value_heads", "lru_width", "rwkv_hidden_size")
+
+
+def _why_not(hf_config: Mapping[str, Any]) -> str | None:
+    """Why nobody here computes a model of a kind that is known; None for other kinds."""
+    kinds = [*_words(hf_config.get("layer_types")), *_words(hf_config.get("layers_block_type"))]
+    if hf_config.get("is_encoder_decoder") is True:
+        return "is an encoder with a decoder, which is not supported"
+    if any(hf_config.get(field) for field in EXPERTS):
+        return "is a mixture of experts, which is not supported: every host would have to hold all experts"
+    if any(hf_config.get(field) for field in STATE_FIELDS) or set(kinds) & set(STATE):
+        return "has layers whose state must pass from host to host (as Mamba or DeltaNet), which is not supported"
+    return None
+
+
+def _words(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def derived_fields(family: str, task: str | None, names: Iterable[str], folder: Path) -> dict[str, Any]:

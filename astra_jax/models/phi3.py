@@ -18,7 +18,10 @@ class Phi3Config(DecoderConfig):
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
 
-    FIXED: ClassVar[dict[str, Any]] = {"attention_bias": False, "mlp_bias": False}
+    FIXED: ClassVar[dict[str, Any]] = {
+        **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False),
+        **dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
+    }
     ROTATES_PARTS = True
 
     vocab_size: int = 32064

@@ -2,6 +2,7 @@
 of queries, keys and values, or with norms of every head's queries and keys; some of their blocks may have a window."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 from astra_jax.models.decoder import Biases, DecoderConfig, check_layer_types, sliding
 from astra_jax.models.llama import Llama
@@ -46,6 +47,8 @@ class _QwenConfig(DecoderConfig):
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config(_QwenConfig):
     """The numbers of a Qwen2 or Qwen2.5 under the names of Hugging Face's `Qwen2Config`."""
+
+    FIXED: ClassVar[dict[str, Any]] = {"use_mrope": False}
 
     @property
     def biases(self) -> Biases:

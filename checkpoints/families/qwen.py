@@ -8,4 +8,7 @@ HEAD_NORMS = (
     *norm("layers.{l}.self_attn.k_norm", "blocks.attention.k_norm", "E"),
 )
 
-FAMILIES = {"qwen2": decoder("Qwen2", "qwen", LLAMA), "qwen3": decoder("Qwen3", "qwen", (*LLAMA, *HEAD_NORMS))}
+FAMILIES = {
+    "qwen2": decoder("Qwen2", "qwen", LLAMA),
+    "qwen3": decoder("Qwen3", "qwen", (*LLAMA, *HEAD_NORMS)),
+}

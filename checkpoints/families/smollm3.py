@@ -2,4 +2,4 @@
 
 from checkpoints.families.llama import LLAMA, decoder
 
-FAMILIES = {"smollm3": decoder("SmolLM3", "smollm3", LLAMA)}
+FAMILIES = {"smollm3": decoder("SmolLM3", "smollm3", LLAMA, "max_window_layers")}

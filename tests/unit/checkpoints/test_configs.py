@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -19,6 +20,7 @@ from checkpoints import Checkpoint, configs, fields
 from checkpoints.configs import config_from_hf
 from checkpoints.problems import problem_of
 from checkpoints.tensor_maps import FAMILIES
+from eval.cost.presets import PRESETS
 from eval.service.service import class_rows
 from tests.helpers.folders import drawn
 
@@ -62,6 +64,70 @@ VIT = {
     "layer_norm_eps": 1e-12, "model_type": "vit", "num_attention_heads": 12, "num_channels": 3,
     "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True, "transformers_version": "4.13.0.dev0",
 }  # fmt: skip
+DECODER = {
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "rope_scaling": None,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+}  # fmt: skip
+QWEN3 = DECODER | {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN25 = DECODER | {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+GEMMA3 = DECODER | {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+    "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26,
+    "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+    "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+}  # fmt: skip
+GEMMA2 = DECODER | {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+    "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
+    "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+    "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
+}  # fmt: skip
+MISTRAL = DECODER | {
+    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+    "tie_word_embeddings": False, "vocab_size": 32768,
+}  # fmt: skip
+PHI4 = DECODER | {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "embd_pdrop": 0.0, "full_attn_mod": 1,
+    "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192, "interpolate_factor": 1,
+    "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3",
+    "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144,
+    "tie_word_embeddings": True, "vocab_size": 200064,
+    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+}  # fmt: skip
+SMOLLM3 = DECODER | {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+    "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_theta": 5000000.0, "sliding_window": None,
+    "use_sliding_window": False, "vocab_size": 128256,
+}  # fmt: skip
+OLMO2 = DECODER | {
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 16,
+    "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+    "rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
     "all-MiniLM-L6-v2": (
@@ -93,7 +159,35 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"transformers.js_config": {"dtype": "q4"}},
     ),
     "vit-base-patch16-224": ("vit", VIT),
+    "Qwen3-0.6B": ("qwen3", QWEN3),
+    "Qwen2.5-0.5B": ("qwen2", QWEN25),
+    "gemma-3-1b-it": ("gemma3_text", GEMMA3),
+    "gemma-2-2b": ("gemma2", GEMMA2),
+    "Mistral-7B-v0.3": ("mistral", MISTRAL),
+    "Phi-4-mini-instruct": ("phi3", PHI4),
+    "SmolLM3-3B": ("smollm3", SMOLLM3),
+    "OLMo-2-0425-1B": ("olmo2", OLMO2),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("qwen3-0.6b", "Qwen3-0.6B"),
+        ("gemma-3-1b", "gemma-3-1b-it"),
+        ("mistral-7b", "Mistral-7B-v0.3"),
+        ("phi-4-mini", "Phi-4-mini-instruct"),
+        ("smollm3-3b", "SmolLM3-3B"),
+    ],
+)
+def test_presets_compute_what_is_published(preset: str, name: str) -> None:
+    ours, theirs = PRESETS[preset][1], config_from_hf(*PUBLISHED[name], Path())[0]
+    assert (ours.windows or [None])[0] == (theirs.windows or [None])[0] or name.startswith("Phi-4")  # wider than texts
+    assert [ours.E, ours.J, ours.biases, ours.most_tokens] == [theirs.E, theirs.J, theirs.biases, theirs.most_tokens]
+    x = jnp.ones((1, 2, 1, ours.E))
+    for number in (0, ours.num_hidden_layers - 1):
+        turned = [config.rotary(x, np.arange(2), number) for config in (ours, theirs)]
+        np.testing.assert_array_equal(*turned)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -115,6 +209,26 @@ def test_what_transformers_writes_of_a_default_configuration_is_read(family: str
 
 
 SU: dict[str, Any] = {"type": "su", "long_factor": [1.0] * 48}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "is a mixture of experts, which is not"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "every host would have to hold all experts"),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"], "layer_types": ["linear_attention", "full_attention"]},
+            "has layers whose state must pass from host to host",
+        ),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "(as Mamba or DeltaNet), which is not supported"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "an encoder with a decoder"),
+        ({"architectures": ["ResNetForImageClassification"]}, "is not known; known are BertForSequenceClassification"),
+    ],
+)
+def test_kinds_of_models_that_are_not_supported(content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AstraError) as raised:
+        configs.architecture_in(content, Path("folder"))
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
