@@ -37,9 +37,14 @@ def check_text(option: str, value: Any) -> None:
         ) from error
 
 
+def most_tokens(config: Any) -> int:
+    """The most tokens that have places in a model of this configuration: some have no token's before the first."""
+    return int(config.max_position_embeddings - getattr(config, "position_offset", 0))
+
+
 def longest(config: Any) -> int:
     """The most tokens of a text that a model of this configuration takes."""
-    limit = config.max_position_embeddings
+    limit = most_tokens(config)
     return min(getattr(config, "max_seq_length", None) or limit, limit)
 
 

@@ -21,7 +21,7 @@ BERT = (
 )
 
 
-def _sizes(config: Any) -> dict[str, int]:
+def sizes(config: Any) -> dict[str, int]:
     """`type` counts the kinds of sentences."""
     D = config.hidden_size
     more = {"V": config.vocab_size, "T": config.max_position_embeddings, "type": config.type_vocab_size, "pooled": D}
@@ -35,7 +35,7 @@ FAMILIES = {
             "BertModel": Architecture("embedding"),
             "BertForSequenceClassification": Architecture("classification", linear("classifier", "head", "C", "D")),
         },
-        _sizes,
+        sizes,
         skipped=(r"embeddings\.position_ids",),
         renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
         # Of the original release's pooler, which is always the class token behind a dense layer.

@@ -17,6 +17,7 @@ from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.roberta import RobertaConfig
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
 from checkpoints.tensor_maps import build, flat_state, with_state
@@ -55,6 +56,10 @@ CONFIGS = {
     "bert": ("bert", BERT),
     "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+    "roberta, classes": (
+        "roberta",
+        RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),
+    ),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)
 ASTRA = VQConfig(groups=2, codewords=8)

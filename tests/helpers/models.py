@@ -33,6 +33,8 @@ TINY_BERT = {
     "max_position_embeddings": 64,
 }
 
+TINY_ROBERTA = {**TINY_BERT, "type_vocab_size": 1, "pad_token_id": 3, "max_position_embeddings": 68}
+
 TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
 
 

@@ -61,6 +61,7 @@ TEXT_MODELS = {
     "bert mean": ("tiny_bert", DISTRIBUTED, {"pooling": "mean", "normalize": True}),
     "bert distributed": ("tiny_bert", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
     "bert single": ("tiny_bert", SINGLE, {"pooling": "class"}),
+    "roberta": ("tiny_roberta", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
 MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches
 FAST_TEXT = [
@@ -71,6 +72,7 @@ FAST_TEXT = [
     ("llama classifier", 4, 2, KV),
     ("bert mean", 4, 2, KV),
     ("bert distributed", 3, 2, HIDDEN),
+    ("roberta", 2, 1, KV),
 ]
 # Every model meets every mesh and every site, every mesh both sites.
 PAIRS = [

@@ -1,8 +1,9 @@
-"""Our GPT-2, Llama and BERT against Hugging Face's in torch: modules, outputs, gradients, text, there and back."""
+"""Our models of texts against Hugging Face's in torch: modules, outputs, gradients, text, there and back."""
 
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -37,10 +38,7 @@ from tests.parity.theirs import PAD, T, V
 @nnx.jit
 def around_the_blocks(model: Any, text: Text, last: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What our first block gets, and what our last norm, if there is one, makes of what theirs got."""
-    x = model.embed(jnp.asarray(text.ids))
-    if hasattr(model, "position"):
-        x = x + model.position[...][:T]
-    x = model.embed_norm(x + model.token_type[...][0]) if hasattr(model, "embed_norm") else x
+    x = model.embedded(jnp.asarray(text.ids), jnp.arange(T))
     return x, model.norm(last) if hasattr(model, "norm") else last
 
 
@@ -65,8 +63,8 @@ def test_every_module_and_the_output(name: str, tmp_path: Path, randomised: Any,
     ours = huggingface.read(str(tmp_path)).model
     full, ragged = batch((T, T)), batch((T, 7, 13))
     _, seen = recorded(theirs, full)
-    prefix = "bert." if hasattr(theirs, "bert") else ""
     where, modules = MODULES[family]
+    prefix = "" if where.format(l=0) in seen else f"{theirs.base_model_prefix}."
     for number in range(theirs.config.num_hidden_layers):
         base = prefix + where.format(l=number)
         given = {path: jnp_of(seen[base + their.given][0]) for path, their in modules.items()}
@@ -161,10 +159,14 @@ def write_sentence_transformer(folder: Path, normalize: bool, **modes: bool) -> 
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_sentence_embeddings(pooling: str, normalize: bool, tmp_path: Path, randomised: Any, close: Any) -> None:
-    theirs = torch_model("bert", randomised)
+@pytest.mark.parametrize(
+    ("name", "pooling", "normalize"),
+    [*itertools.product(["bert"], POOLINGS, [False, True]), ("roberta", "cls", True)],
+)
+def test_sentence_embeddings(
+    name: str, pooling: str, normalize: bool, tmp_path: Path, randomised: Any, close: Any
+) -> None:
+    theirs = torch_model(name, randomised)
     theirs.save_pretrained(tmp_path)
     mode = "pooling_mode_mean_tokens" if pooling == "mean" else f"pooling_mode_{pooling}"
     modes = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False, "include_prompt": True}
@@ -219,7 +221,7 @@ def test_gradients_and_one_step_of_adamw(name: str, tmp_path: Path, randomised: 
 
 ROUND_TRIPS = (
     *("gpt2", "gpt2, untied", "gpt2, classes", "llama, tied", "llama, biases", "llama, yarn, mscale"),
-    *("llama, classes", "bert", "bert, classes"),
+    *("llama, classes", "bert", "bert, classes", "roberta", "xlm-roberta, classes"),
 )
 
 
@@ -302,7 +304,7 @@ def test_bfloat16_is_as_near_as_its_eight_bits_allow(name: str, tmp_path: Path, 
     assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta"])
 def test_defaults_are_those_of_hugging_face(family: str) -> None:
     architecture = next(iter(FAMILIES[family].architectures))
     theirs = getattr(transformers, architecture).config_class()

@@ -1,0 +1,26 @@
+"""The tensors of a RoBERTa and an XLM-RoBERTa: those of a BERT, but for the classifier."""
+
+from checkpoints.families.bert import BERT, sizes
+from checkpoints.families.rows import Architecture, Family, linear
+
+CLASSIFIER = (
+    *linear("classifier.dense", "head.dense", "pooled", "D"),
+    *linear("classifier.out_proj", "head.out", "C", "pooled"),
+)
+
+
+def _family(name: str) -> Family:
+    """The classes of transformers are `NameModel` and `NameForSequenceClassification`, our configuration is
+    `NameConfig`."""
+    return Family(
+        *("astra_jax.models.roberta", "Roberta", f"{name}Config", "roberta.", BERT),
+        {
+            f"{name}Model": Architecture("embedding"),
+            f"{name}ForSequenceClassification": Architecture("classification", CLASSIFIER),
+        },
+        sizes,
+        skipped=(r"embeddings\.position_ids",),
+    )
+
+
+FAMILIES = {"roberta": _family("Roberta"), "xlm-roberta": _family("XLMRoberta")}
