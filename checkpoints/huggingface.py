@@ -153,9 +153,9 @@ def open_folder(source: str) -> Folder:
     found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
     derived = derived_fields(family, head.task, by_name, folder)
-    if head.task == "embedding":
-        check_width(folder, hf_config.get("hidden_size", 768))
     config, labels = config_from_hf(family, hf_config, folder, derived)
+    if head.task == "embedding":
+        check_width(folder, config.hidden_size)
     called = {tensor.name: known.bare(tensor.name) for tensor in found}
     if head.tied and config.tie_word_embeddings and (own := by_name.get(head.keys[0].name)):
         # As in transformers: a tied head that is stored alone is the embedding, too; one that is stored beside it is

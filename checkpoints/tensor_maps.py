@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, gpt2, llama, roberta, vit
+from checkpoints.families import bert, distilbert, gpt2, llama, roberta, vit
 from checkpoints.families.rows import Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-FAMILIES: dict[str, Family] = vit.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES | roberta.FAMILIES
+_MODULES = (vit, gpt2, llama, bert, roberta, distilbert)
+FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 
 def config_class(family: str) -> type:

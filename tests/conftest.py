@@ -35,11 +35,12 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
+from astra_jax.models.distilbert import DistilBert, DistilBertConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.roberta import Roberta, RobertaConfig
 from astra_jax.models.vit import ViT, ViTConfig
-from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_ROBERTA, TINY_VIT, draw, maker
+from tests.helpers.models import TINY_BERT, TINY_DISTILBERT, TINY_GPT2, TINY_LLAMA, TINY_ROBERTA, TINY_VIT, draw, maker
 
 DEVICES = 8
 
@@ -110,6 +111,12 @@ def tiny_llama() -> Callable[..., Llama]:
 def tiny_bert() -> Callable[..., Bert]:
     """Makes a BERT of two blocks that takes up to 64 tokens and gives embeddings."""
     return maker(Bert, BertConfig, TINY_BERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert() -> Callable[..., DistilBert]:
+    """Makes a DistilBERT of two blocks that takes up to 64 tokens."""
+    return maker(DistilBert, DistilBertConfig, TINY_DISTILBERT)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ class BertConfig(EncoderConfig):
 class BertBlock(nnx.Module):
     """Post-norm block: attention, then MLP, each within a residual and followed by a LayerNorm."""
 
-    def __init__(self, config: BertConfig, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Any, astra: AstraConfig | None, dtype: Any, rngs: nnx.Rngs):
         D, H, F, eps = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         self.attention = MixedPrecisionAttention(D, H, H, D // H, qkv_bias=True, astra=astra, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
@@ -78,7 +78,7 @@ class Bert(nnx.Module):
     shard. Where tokens are averaged it is a token like any other. All tokens have type 0: one sentence at a time.
 
     Args:
-      config: the architecture.
+      config: the architecture; a `BertConfig`, or an `EncoderConfig` that has its fields as properties.
       astra: how it is compressed; None without codebooks.
       dtype: what activations are computed in. Softmax, statistics and the output are float32.
       rngs: initialisation.
@@ -87,14 +87,13 @@ class Bert(nnx.Module):
     input_kind: ClassVar[InputKind] = BertConfig.input_kind
     per_token = False
 
-    def __init__(
-        self, config: BertConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Any, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, init = config.hidden_size, nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(config.vocab_size, D, dtype=dtype, embedding_init=init, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.max_position_embeddings, D)))
-        self.token_type = nnx.Param(init(rngs.params(), (config.type_vocab_size, D)))
+        types = config.type_vocab_size
+        self.token_type = nnx.Param(init(rngs.params(), (types, D))) if types else None
         self.embed_norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = stack_blocks(lambda r: BertBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.pooler = nnx.Linear(D, D, dtype=dtype, rngs=rngs) if config.pooler else None
@@ -132,8 +131,10 @@ class Bert(nnx.Module):
 
     def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
         """The input of the first block: of tokens with these ids at these positions, class tokens included."""
-        x, places = self.embed(ids), self.config.position_offset + positions
-        return self.embed_norm(x + (self.position[...] + self.token_type[...][0])[places].astype(x.dtype))
+        x, places = self.embed(ids), self.position[...][self.config.position_offset + positions]
+        if self.token_type is not None:
+            places = places + self.token_type[...][0]
+        return self.embed_norm(x + places.astype(x.dtype))
 
     def features(self, tokens: Int[Array, "B S 2"], strategy: Strategy) -> tuple[Float[Array, "B D"], Report]:
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""

@@ -62,7 +62,7 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 # The most there can be of what is not only a size: blocks, and pixels on a side.
-MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384}
+MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "image_size": 16_384}
 LEAST = {"pad_token_id": 0}  # of what is no size
 
 

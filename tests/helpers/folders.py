@@ -15,6 +15,7 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.distilbert import DistilBertConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.roberta import RobertaConfig
@@ -59,6 +60,10 @@ CONFIGS = {
     "roberta, classes": (
         "roberta",
         RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),
+    ),
+    "distilbert": (
+        "distilbert",
+        DistilBertConfig(vocab_size=11, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=6),
     ),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)

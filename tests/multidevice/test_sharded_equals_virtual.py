@@ -61,6 +61,7 @@ TEXT_MODELS = {
     "bert mean": ("tiny_bert", DISTRIBUTED, {"pooling": "mean", "normalize": True}),
     "bert distributed": ("tiny_bert", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
     "bert single": ("tiny_bert", SINGLE, {"pooling": "class"}),
+    "distilbert": ("tiny_distilbert", SINGLE, {"pooling": "class", "task": "classification", "num_labels": 3}),
     "roberta": ("tiny_roberta", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
 MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches

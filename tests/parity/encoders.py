@@ -13,7 +13,14 @@ BERT: dict[str, Any] = {
 }
 # Places begin behind that of padding.
 ROBERTA = BERT | {"pad_token_id": PAD, "max_position_embeddings": 96, "type_vocab_size": 1}
-BASE = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA}
+DISTILBERT: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "max_position_embeddings": 40,
+}
+BASE = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT}
 
 # Name -> Hugging Face class and what differs from the base.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,6 +32,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaModel", {}),
     "roberta, classes": ("RobertaForSequenceClassification", {"num_labels": 5}),
     "xlm-roberta, classes": ("XLMRobertaForSequenceClassification", {"type_vocab_size": 2}),
+    "distilbert, sines": ("DistilBertModel", {"sinusoidal_pos_embds": True, "activation": "relu"}),
+    "distilbert, classes": ("DistilBertForSequenceClassification", {"num_labels": 5}),
 }
 
 # Our module of a block (the block itself is empty) -> theirs, within their block.
@@ -43,4 +52,18 @@ BERT_BLOCK: Modules = (
         "": same(""),
     },
 )
-MODULES = dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT_BLOCK)
+DISTILBERT_BLOCK: Modules = (
+    "transformer.layer.{l}",
+    {
+        "attention.q": same(".attention.q_lin"),
+        "attention.k": same(".attention.k_lin"),
+        "attention.v": same(".attention.v_lin"),
+        "attention.o": same(".attention.out_lin"),
+        "attention": same(".attention"),
+        "norm1": same(".sa_layer_norm"),
+        "mlp": same(".ffn"),
+        "norm2": same(".output_layer_norm"),
+        "": same(""),
+    },
+)
+MODULES = dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT_BLOCK) | {"distilbert": DISTILBERT_BLOCK}

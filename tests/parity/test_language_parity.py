@@ -161,7 +161,11 @@ def write_sentence_transformer(folder: Path, normalize: bool, **modes: bool) -> 
 
 @pytest.mark.parametrize(
     ("name", "pooling", "normalize"),
-    [*itertools.product(["bert"], POOLINGS, [False, True]), ("roberta", "cls", True)],
+    [
+        *itertools.product(["bert"], POOLINGS, [False, True]),
+        ("roberta", "cls", True),
+        ("distilbert, sines", "mean", False),
+    ],
 )
 def test_sentence_embeddings(
     name: str, pooling: str, normalize: bool, tmp_path: Path, randomised: Any, close: Any
@@ -221,7 +225,7 @@ def test_gradients_and_one_step_of_adamw(name: str, tmp_path: Path, randomised: 
 
 ROUND_TRIPS = (
     *("gpt2", "gpt2, untied", "gpt2, classes", "llama, tied", "llama, biases", "llama, yarn, mscale"),
-    *("llama, classes", "bert", "bert, classes", "roberta", "xlm-roberta, classes"),
+    *("llama, classes", "bert", "bert, classes", "roberta", "xlm-roberta, classes", "distilbert, classes"),
 )
 
 
@@ -304,7 +308,7 @@ def test_bfloat16_is_as_near_as_its_eight_bits_allow(name: str, tmp_path: Path, 
     assert 1e-4 < error < 0.03
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "xlm-roberta", "distilbert"])
 def test_defaults_are_those_of_hugging_face(family: str) -> None:
     architecture = next(iter(FAMILIES[family].architectures))
     theirs = getattr(transformers, architecture).config_class()

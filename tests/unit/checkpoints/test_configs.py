@@ -35,6 +35,13 @@ ROBERTA = BERT | {
     "max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1,
     "vocab_size": 50265,
 }  # fmt: skip
+DISTILBERT = {
+    "activation": "gelu", "architectures": ["DistilBertForMaskedLM"], "attention_dropout": 0.1, "dim": 768,
+    "dropout": 0.1, "hidden_dim": 3072, "initializer_range": 0.02, "max_position_embeddings": 512,
+    "model_type": "distilbert", "n_heads": 12, "n_layers": 6, "pad_token_id": 0, "qa_dropout": 0.1,
+    "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False, "tie_weights_": True, "transformers_version": "4.10.0",
+    "vocab_size": 30522,
+}  # fmt: skip
 GPT2 = {
     "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
     "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
@@ -84,6 +91,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "bge-small-en": ("bert", BERT | {"classifier_dropout": None, "id2label": {"0": "LABEL_0"}}),
     "roberta-base": ("roberta", ROBERTA),
     "xlm-roberta-base": ("xlm-roberta", ROBERTA | {"output_past": True, "vocab_size": 250002}),
+    "distilbert-base-uncased": ("distilbert", DISTILBERT),
+    "distilbert-base-uncased-finetuned-sst-2-english": (
+        "distilbert",
+        DISTILBERT
+        | {"architectures": ["DistilBertForSequenceClassification"], "finetuning_task": "sst-2", "output_past": True}
+        | {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}},
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2-medium": ("gpt2", GPT2 | {"n_special": 0, "predict_special_tokens": True}),
     "distilgpt2": ("gpt2", GPT2 | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
