@@ -14,7 +14,7 @@ from astra_jax.inputs.token_batches import Text, most_tokens
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
-from astra_jax.models.encoder import DenseHead, EncoderConfig
+from astra_jax.models.encoder import DenseHead, EncoderConfig, MaskedLMHead
 from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import MLP, LayerNorm, check_activation, check_divides
 from astra_jax.models.mask import Block
@@ -98,6 +98,7 @@ class Bert(nnx.Module):
         self.blocks = stack_blocks(lambda r: BertBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.pooler = nnx.Linear(D, D, dtype=dtype, rngs=rngs) if config.pooler else None
         self.head = self._classifier(dtype, rngs) if config.task == "classification" else None
+        self.masked_lm = MaskedLMHead(D, config.vocab_size, dtype=dtype, rngs=rngs) if config.masked_lm else None
 
     def _classifier(self, dtype: Any, rngs: nnx.Rngs) -> DenseHead | nnx.Linear:
         D, C, activation = self.config.hidden_size, self.config.num_labels, self.config.head_activation

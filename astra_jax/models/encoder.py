@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -10,7 +11,7 @@ from astra_jax.codecs.config import Similarity
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.mesh.sharding import Pooling
-from astra_jax.models.layers import ACTIVATIONS, check_choice, check_numbers
+from astra_jax.models.layers import ACTIVATIONS, LayerNorm, check_choice, check_numbers
 
 Task = Literal["classification", "embedding"]
 
@@ -29,6 +30,8 @@ class EncoderConfig:
       do_lower_case: whether sentence-transformers makes a text lower case before the tokenizer sees it.
       prompt: what stands before every text.
       similarity: how embeddings are compared; of distances the negative.
+      masked_lm: whether the model came with the head of a masked language model, which is kept and not computed.
+      tie_word_embeddings: whether that head's decoder is the embedding, and is stored but once.
       head_activation: of the layer that a classifier of the family has of its own; None where it reads through the
         pooler.
 
@@ -48,6 +51,8 @@ class EncoderConfig:
     do_lower_case: bool = False
     prompt: str = ""
     similarity: Similarity = "cosine"
+    masked_lm: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -56,6 +61,11 @@ class EncoderConfig:
         check_choice(self, "similarity", Similarity)
         if self.task == "classification" and not (self.pooling == "class" and (self.pooler or self.head_activation)):
             raise AstraError("config.json: a BERT classifier reads the class token through a pooler, which is missing")
+        if self.masked_lm and not self.tie_word_embeddings:
+            raise AstraError(
+                "config.json: the decoder of a masked language model must be its embedding (tie_word_embeddings), and "
+                "this one is another: give the model without that head, as transformers' AutoModel saves it"
+            )
 
     @property
     def position_offset(self) -> int:
@@ -73,3 +83,13 @@ class DenseHead(nnx.Module):
 
     def __call__(self, features: Float[Array, "B D"]) -> Float[Array, "B C"]:
         return self.out(ACTIVATIONS[self.activation](self.dense(features)))
+
+
+class MaskedLMHead(nnx.Module):
+    """What the head of a masked language model has of its own; the rest is the embedding. It is kept, so that an export
+    has it, and never computed."""
+
+    def __init__(self, D: int, V: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(D, D, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(D, dtype=dtype, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros((V,)))

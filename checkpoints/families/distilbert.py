@@ -1,7 +1,7 @@
 """The tensors of a DistilBERT."""
 
 from checkpoints.families.bert import sizes
-from checkpoints.families.rows import Architecture, Family, Key, linear, norm
+from checkpoints.families.rows import Architecture, Family, Key, linear, masked_lm, norm
 
 DISTILBERT = (
     Key("embeddings.word_embeddings.weight", "V D", "embed.embedding"),
@@ -26,6 +26,9 @@ FAMILIES = {
         *("astra_jax.models.distilbert", "DistilBert", "DistilBertConfig", "distilbert.", DISTILBERT),
         {
             "DistilBertModel": Architecture("embedding"),
+            "DistilBertForMaskedLM": masked_lm(
+                "vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.bias"
+            ),
             "DistilBertForSequenceClassification": Architecture("classification", CLASSIFIER),
         },
         sizes,

@@ -57,6 +57,7 @@ CONFIGS = {
     "bert": ("bert", BERT),
     "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+    "bert, masked words": ("bert", dataclasses.replace(BERT, masked_lm=True, pooler=False)),
     "roberta, classes": (
         "roberta",
         RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),

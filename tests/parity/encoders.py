@@ -36,6 +36,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert, classes": ("DistilBertForSequenceClassification", {"num_labels": 5}),
 }
 
+# What is kept and not computed: only how it is read and written is compared.
+MASKED_LM: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert, masked words": ("BertForMaskedLM", {}),
+    "roberta, masked words": ("RobertaForMaskedLM", {}),
+    "distilbert, masked words": ("DistilBertForMaskedLM", {}),
+}
+
 # Our module of a block (the block itself is empty) -> theirs, within their block.
 Modules = tuple[str, dict[str, Theirs]]
 BERT_BLOCK: Modules = (

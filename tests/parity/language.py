@@ -22,7 +22,7 @@ MODULES = decoders.MODULES | encoders.MODULES
 
 def torch_model(name: str, randomised: Callable[[Any], Any], **more: Any) -> Any:
     """A tiny random model of transformers."""
-    architecture, options = VARIANTS[name]
+    architecture, options = (VARIANTS | encoders.MASKED_LM)[name]
     cls, family = getattr(transformers, architecture), name.split(",")[0]
     options = {"vocab_size": V, "initializer_range": 0.1, **BASE[family], **options, **more}
     return randomised(cls(cls.config_class(**options, attn_implementation="eager")))
