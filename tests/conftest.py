@@ -152,7 +152,7 @@ def random_text() -> Callable[..., Text]:
 @pytest.fixture(scope="session")
 def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
     """Makes the folder of a tokenizer with a token for each of the words w0, w1, ...; with `special` it also puts [CLS]
-    before a text and [SEP] behind it. Its ids are 0 to 3 + `words`."""
+    before a text and [SEP] behind it, and types to two of them. Its ids are 0 to 3 + `words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     def make(words: int, *, special: bool = False) -> Path:
@@ -161,7 +161,9 @@ def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
         inner.pre_tokenizer = pre_tokenizers.Whitespace()
         if special:
             inner.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
             )
         folder = tmp_path_factory.mktemp("tokenizer")
         inner.save(str(folder / "tokenizer.json"))

@@ -75,7 +75,8 @@ class Bert(nnx.Module):
     """BERT as a sentence encoder or a classifier.
 
     Where the class token is read, it is a class token as ViT's: `distributed` puts a replica at the head of every
-    shard. Where tokens are averaged it is a token like any other. All tokens have type 0: one sentence at a time.
+    shard. Where tokens are averaged it is a token like any other. The types of tokens, by which a pair of texts is told
+    apart, come with their ids (`inputs.token_batches.typed`).
 
     Args:
       config: the architecture; a `BertConfig`, or an `EncoderConfig` that has its fields as properties.
@@ -131,10 +132,12 @@ class Bert(nnx.Module):
         return ids[:, 1:] if self._reads_class else ids
 
     def embedded(self, ids: Int[Array, "B S"], positions: Any) -> Float[Array, "B S D"]:
-        """The input of the first block: of tokens with these ids at these positions, class tokens included."""
-        x, places = self.embed(ids), self.position[...][self.config.position_offset + positions]
+        """The input of the first block: of tokens with these ids, which may say types, at these positions; class tokens
+        included."""
+        V, places = self.config.vocab_size, self.position[...][self.config.position_offset + positions]
         if self.token_type is not None:
-            places = places + self.token_type[...][0]
+            places = places + self.token_type[...][ids // V]
+        x = self.embed(ids % V)
         return self.embed_norm(x + places.astype(x.dtype))
 
     def features(self, tokens: Int[Array, "B S 2"], strategy: Strategy) -> tuple[Float[Array, "B D"], Report]:

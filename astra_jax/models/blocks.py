@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.config import CODED, Kind
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.models.interface import Report, Strategy, TokenIds
 from astra_jax.models.mask import Block
 from astra_jax.models.weight_quantization import dequantized, is_quantized
@@ -152,7 +153,7 @@ def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
 
     if ids is None:
         raise AstraError("schedule has a known block, which is for texts: calibrate it again")
-    return TokenIds(ids, model.config.vocab_size, vectors_of)
+    return TokenIds(ids, numbers_of_tokens(model.config), vectors_of)
 
 
 def scan_blocks(

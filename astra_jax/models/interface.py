@@ -103,7 +103,7 @@ class TokenIds(NamedTuple):
 
     Attributes:
       ids: of the slots that are here.
-      vocabulary: how many ids there are.
+      vocabulary: how many ids there are, those of other types included.
       vectors_of: what the first block's codec sees of tokens with these ids [B,S] at these positions [*B,S]: [B,S,W].
     """
 

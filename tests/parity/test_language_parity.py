@@ -20,7 +20,7 @@ from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import checkpoints
-from astra_jax.inputs.token_batches import Text, longest
+from astra_jax.inputs.token_batches import Text, longest, pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.models.mask import Block
@@ -186,6 +186,24 @@ def test_sentence_embeddings(
     assert longest(checkpoint.config) == 19
     huggingface.write_folder(checkpoint, tmp_path / "back")
     assert huggingface.read(str(tmp_path / "back")).config == checkpoint.config
+
+
+@pytest.mark.parametrize("name", ["bert, classes", "roberta, classes"])
+def test_pairs_of_texts(name: str, tmp_path: Path, randomised: Any, word_tokenizer: Any, close: Any) -> None:
+    """Of which the tokenizer tells the types that the model has: RoBERTa has none to tell apart."""
+    theirs = torch_model(name, randomised)
+    theirs.save_pretrained(tmp_path)
+    files = word_tokenizer(V - 4, special=True)
+    checkpoint = dataclasses.replace(huggingface.read(str(tmp_path)), tokenizer_files=files)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files)
+    pairs = [("w1 w2", "w3"), ("w4", "w5 w6 w7 w8"), ("w9 w10 w11", " ".join(f"w{i}" for i in range(20)))]
+    ours = run(checkpoint.model, pad([checkpoint.tokenizer.encode(pair, T) for pair in pairs], T))
+    types = theirs.config.type_vocab_size > 1
+    for row, pair in zip(ours, pairs, strict=True):
+        inputs = tokenizer(*pair, truncation=True, max_length=T, return_tensors="pt", return_token_type_ids=types)
+        assert not types or set(inputs["token_type_ids"].flatten().tolist()) == {0, 1}
+        with torch.no_grad():
+            close(row, theirs(**inputs).logits[0], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama, llama3"])
