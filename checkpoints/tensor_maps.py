@@ -12,12 +12,28 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, distilbert, gpt2, llama, roberta, vit
+from checkpoints.families import (
+    bert,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen,
+    roberta,
+    smollm3,
+    vit,
+)
 from checkpoints.families.rows import Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-_MODULES = (vit, gpt2, llama, bert, roberta, distilbert)
-FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
+FAMILIES: dict[str, Family] = {
+    name: family
+    for one in (vit, gpt2, llama, bert, roberta, distilbert, qwen, mistral, smollm3, phi3, olmo2, gemma)
+    for name, family in one.FAMILIES.items()
+}
 
 
 def config_class(family: str) -> type:

@@ -36,11 +36,22 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.distilbert import DistilBert, DistilBertConfig
+from astra_jax.models.gemma import Gemma3Text, Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.roberta import Roberta, RobertaConfig
 from astra_jax.models.vit import ViT, ViTConfig
-from tests.helpers.models import TINY_BERT, TINY_DISTILBERT, TINY_GPT2, TINY_LLAMA, TINY_ROBERTA, TINY_VIT, draw, maker
+from tests.helpers.models import (
+    TINY_BERT,
+    TINY_DISTILBERT,
+    TINY_GEMMA3,
+    TINY_GPT2,
+    TINY_LLAMA,
+    TINY_ROBERTA,
+    TINY_VIT,
+    draw,
+    maker,
+)
 
 DEVICES = 8
 
@@ -105,6 +116,12 @@ def tiny_gpt2() -> Callable[..., GPT2]:
 def tiny_llama() -> Callable[..., Llama]:
     """Makes a Llama of two blocks that takes up to 64 tokens; two query heads share a key/value head."""
     return maker(Llama, LlamaConfig, TINY_LLAMA)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3() -> Callable[..., Gemma3Text]:
+    """Makes a Gemma 3 of two blocks, the first with a window of 5 tokens and a rotary embedding of its own."""
+    return maker(Gemma3Text, Gemma3TextConfig, TINY_GEMMA3)
 
 
 @pytest.fixture(scope="session")

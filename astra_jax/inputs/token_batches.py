@@ -51,8 +51,8 @@ def numbers_of_tokens(config: Any) -> int:
 
 
 def most_tokens(config: Any) -> int:
-    """The most tokens that have places in a model of this configuration: some have no token's before the first."""
-    return int(config.max_position_embeddings - getattr(config, "position_offset", 0))
+    """The most tokens that have places in a model of this configuration."""
+    return int(getattr(config, "most_tokens", config.max_position_embeddings))
 
 
 def longest(config: Any) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,24 @@ def _read(folder: Path, lower: bool, plain: bool) -> Any:
             kind: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
             with in_utf8(folder) as where:
                 inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+                if _is_another(inner, folder / "tokenizer.json"):
+                    inner = PreTrainedTokenizerFast.from_pretrained(str(where), local_files_only=True)
             if lower:
                 backend = inner.backend_tokenizer
                 backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
             return inner
     finally:
         logging.disable(disabled)
+
+
+def _is_another(inner: Any, file: Path) -> bool:
+    """Whether `transformers` made another kind of tokenizer than a tokenizer.json says: for some families it takes the
+    class that these had first, whose rules then are not those of the file."""
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return False
+    kind = re.search(r'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"', file.read_text(encoding="utf8", errors="replace"))
+    return kind is not None and kind[1] != type(backend.model).__name__
 
 
 class Tokenizer:

@@ -29,7 +29,6 @@ class DistilBertConfig(EncoderConfig):
 
     pooler: bool = False
     vocab_size: int = 30522
-    max_position_embeddings: int = 512
     n_layers: int = 6
     n_heads: int = 12
     dim: int = 768

@@ -42,6 +42,7 @@ class EncoderConfig:
     input_kind: ClassVar[InputKind] = "text"
     head_activation: ClassVar[str | None] = None
 
+    max_position_embeddings: int = 512
     task: Task = "embedding"
     num_labels: int = 2
     pooling: Pooling = "mean"
@@ -71,6 +72,11 @@ class EncoderConfig:
     def position_offset(self) -> int:
         """The place of a text's first token in the table of positions; those before it are no token's."""
         return 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a text: so many have places."""
+        return self.max_position_embeddings - self.position_offset
 
 
 class DenseHead(nnx.Module):

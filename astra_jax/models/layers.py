@@ -48,6 +48,26 @@ LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False, scale_metadata=OF_HI
 RMSNorm = partial(nnx.RMSNorm, scale_metadata=OF_HIDDEN)
 
 
+class GemmaNorm(nnx.Module):
+    """RMSNorm that multiplies with 1 + scale, in float32.
+
+    Args:
+      width: of what is normalised.
+      hidden: whether that is the hidden state, and not a head.
+    """
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Any, hidden: bool = True):
+        axes: dict[str, Any] = OF_HIDDEN if hidden else {}
+        self.scale = nnx.Param(jnp.zeros(width), **axes)
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(square + self.epsilon) * (1 + self.scale[...].astype(jnp.float32))
+        return normed.astype(self.dtype)
+
+
 def check_activation(field: str, name: str) -> None:
     """Raises AstraError for an activation that is not known."""
     if name not in ACTIVATIONS:

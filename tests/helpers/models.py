@@ -46,6 +46,14 @@ TINY_DISTILBERT = {
 
 TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
 
+WINDOW = 5
+TINY_GEMMA3 = {
+    **TINY_LLAMA,
+    "head_dim": 4,
+    "sliding_window": WINDOW,
+    "layer_types": ("sliding_attention", "full_attention"),
+}
+
 
 def draw(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:
     """A module whose variables are all random, also those that start as 0 or 1 and would hide a mistake.

@@ -135,6 +135,63 @@ def test_what_transformers_writes_of_a_default_configuration_is_read(family: str
             assert {name: getattr(config, name) for name in said} == {name: getattr(plain, name) for name in said}
 
 
+SU: dict[str, Any] = {"type": "su", "long_factor": [1.0] * 48}
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "expected"),
+    [
+        (
+            "phi3",
+            {"rope_scaling": SU | {"short_factor": [1]}},
+            "short_factor of the rotary embedding has 1 numbers",
+        ),
+        ("phi3", {"rope_scaling": SU | {"short_factor": ["a"]}}, "short_factor[0] is 'a'; it must be of type float"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a Phi-3 has default or longrope"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 32 blocks"),
+        ("qwen2", {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "layer_types has 'linear_attention'"),
+        ("qwen2", {"layer_types": "full_attention"}, "layer_types is 'full_attention'; it must be of type"),
+        ("mistral", {"sliding_window": 4.5}, "sliding_window is 4.5; it must be of type int or null"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a whole number of at least 1"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is (1, 2); it must be 0 or 1 for each of 36 blocks"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "a bound of scores or logits is -1.0; it must be above 0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True; only None"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {}, "other": {"a": 1}}}, "has other {'a': 1}"),
+    ],
+)
+def test_a_value_that_fits_no_model_is_refused(family: str, content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AstraError) as raised:
+        config_from_hf(family, content, Path("folder"))
+    assert expected in str(raised.value) and "config.json: " in str(raised.value)
+
+
+def test_a_gemma_3_of_old_has_two_bases_and_a_pattern() -> None:
+    """As google/gemma-3-1b-it's config.json says it."""
+    content = {
+        "num_hidden_layers": 7, "sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 1e4,
+        "rope_theta": 1e6, "rope_scaling": None, "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+    }  # fmt: skip
+    config = config_from_hf("gemma3_text", content, Path())[0]
+    assert config.windows == (*[512] * 5, None, 512)
+    assert (config.rope_parameters.rope_theta, config.sliding_rope.rope_theta) == (1e6, 1e4)
+    assert [rotary.rope_theta for rotary in config.rotary.blocks] == [*[1e4] * 5, 1e6, 1e4]
+    scaled = content | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config = config_from_hf("gemma3_text", scaled, Path())[0]
+    assert (config.rope_parameters.factor, config.sliding_rope.factor) == (8.0, 1.0)
+
+
+def test_longrope_takes_texts_up_to_its_original_length() -> None:
+    """As microsoft/Phi-4-mini-instruct's config.json says it, but for its size."""
+    content = {
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 36, "long_factor": [2.0] * 36},
+    }  # fmt: skip
+    config = config_from_hf("phi3", content, Path())[0]
+    assert config.most_tokens == 4096 and config.max_position_embeddings == 131072
+    assert config.rope_parameters.factor == 32.0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_is_read_and_said_to_change_nothing(family: str) -> None:
     """But for those that only some families read."""
