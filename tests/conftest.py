@@ -39,6 +39,7 @@ from astra_jax.models.distilbert import DistilBert, DistilBertConfig
 from astra_jax.models.gemma import Gemma3Text, Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
+from astra_jax.models.mpnet import MPNet, MPNetConfig
 from astra_jax.models.roberta import Roberta, RobertaConfig
 from astra_jax.models.vit import ViT, ViTConfig
 from tests.helpers.models import (
@@ -47,6 +48,7 @@ from tests.helpers.models import (
     TINY_GEMMA3,
     TINY_GPT2,
     TINY_LLAMA,
+    TINY_MPNET,
     TINY_ROBERTA,
     TINY_VIT,
     draw,
@@ -134,6 +136,12 @@ def tiny_bert() -> Callable[..., Bert]:
 def tiny_distilbert() -> Callable[..., DistilBert]:
     """Makes a DistilBERT of two blocks that takes up to 64 tokens."""
     return maker(DistilBert, DistilBertConfig, TINY_DISTILBERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_mpnet() -> Callable[..., MPNet]:
+    """Makes an MPNet of two blocks that takes up to 64 tokens."""
+    return maker(MPNet, MPNetConfig, TINY_MPNET)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,11 @@ class Bert(nnx.Module):
         return self.blocks.attention.codec
 
     @property
+    def relative_positions(self) -> Any:
+        """What all blocks add to scores (`Block.relative`): nothing."""
+        return None
+
+    @property
     def _reads_class(self) -> bool:
         return self.config.pooling == "class"
 
@@ -145,7 +150,7 @@ class Bert(nnx.Module):
         if self._reads_class:
             ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
-        x, reports = scan_blocks(self, x, strategy, ids)
+        x, reports = scan_blocks(self, x, strategy, ids, self.relative_positions)
         return strategy.pool(x, self.config.pooling), reports
 
     def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:

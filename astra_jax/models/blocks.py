@@ -157,12 +157,17 @@ def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
 
 
 def scan_blocks(
-    model: Any, x: Float[Array, "B S D"], strategy: Strategy, ids: Int[Array, "B S"] | None = None
+    model: Any,
+    x: Float[Array, "B S D"],
+    strategy: Strategy,
+    ids: Int[Array, "B S"] | None = None,
+    relative: Any = None,
 ) -> tuple[Float[Array, "B S D"], Report]:
     """Runs the stack of a model: x [B,S,D] -> x [B,S,D] and the reports, stacked on a leading axis L.
 
     Args:
       ids: of a text, those of the slots that are here.
+      relative: what all blocks add to scores (`Block.relative`).
     """
     blocks = model.blocks
     graphdef, state = nnx.split(blocks)
@@ -173,7 +178,7 @@ def scan_blocks(
         x, estimate = carry
         block_state, number = xs
         block = nnx.merge(graphdef, dequantized(block_state))
-        x, estimate, report = block(x, strategy, estimate, Block(number, kind))
+        x, estimate, report = block(x, strategy, estimate, Block(number, kind, relative=relative))
         return (x, estimate), report
 
     kinds = model.astra.kinds(L) if model.astra else CODED * L

@@ -62,6 +62,11 @@ class EncoderConfig:
         check_choice(self, "similarity", Similarity)
         if self.task == "classification" and not (self.pooling == "class" and (self.pooler or self.head_activation)):
             raise AstraError("config.json: a BERT classifier reads the class token through a pooler, which is missing")
+        if self.most_tokens < 1:
+            raise AstraError(
+                f"config.json: max_position_embeddings is {self.max_position_embeddings}; it must be above "
+                f"{self.position_offset}, which is the place of a text's first token"
+            )
         if self.masked_lm and not self.tie_word_embeddings:
             raise AstraError(
                 "config.json: the decoder of a masked language model must be its embedding (tie_word_embeddings), and "

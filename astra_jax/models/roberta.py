@@ -4,7 +4,6 @@ layer of its own."""
 import dataclasses
 from typing import ClassVar
 
-from astra_jax.errors import AstraError
 from astra_jax.models.bert import Bert, BertConfig
 
 
@@ -23,14 +22,6 @@ class RobertaConfig(BertConfig):
 
     vocab_size: int = 50265
     pad_token_id: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_position_embeddings <= self.position_offset:
-            raise AstraError(
-                f"config.json: max_position_embeddings is {self.max_position_embeddings}; with a pad_token_id of "
-                f"{self.pad_token_id}, behind which places begin, it must be above {self.position_offset}"
-            )
 
     @property
     def position_offset(self) -> int:

@@ -19,6 +19,7 @@ from astra_jax.models.distilbert import DistilBertConfig
 from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.mpnet import MPNetConfig
 from astra_jax.models.olmo2 import Olmo2Config
 from astra_jax.models.phi3 import Phi3Config
 from astra_jax.models.qwen import Qwen3Config
@@ -77,6 +78,14 @@ CONFIGS = {
     "roberta, classes": (
         "roberta",
         RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),
+    ),
+    "mpnet": (
+        "mpnet",
+        MPNetConfig(
+            **{name: getattr(BERT, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            **{name: getattr(BERT, name) for name in ("num_attention_heads", "intermediate_size")},
+            max_position_embeddings=8,
+        ),
     ),
     "distilbert": (
         "distilbert",

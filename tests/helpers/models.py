@@ -44,6 +44,8 @@ TINY_DISTILBERT = {
     "max_position_embeddings": 64,
 }
 
+TINY_MPNET = {**TINY_BERT, "max_position_embeddings": 66}
+
 TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
 
 WINDOW = 5

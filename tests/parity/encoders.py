@@ -20,7 +20,7 @@ DISTILBERT: dict[str, Any] = {
     "hidden_dim": 48,
     "max_position_embeddings": 40,
 }
-BASE = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT}
+BASE = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT, "mpnet": BERT}
 
 # Name -> Hugging Face class and what differs from the base.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +33,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta, classes": ("RobertaForSequenceClassification", {"num_labels": 5}),
     "xlm-roberta, classes": ("XLMRobertaForSequenceClassification", {"type_vocab_size": 2}),
     "distilbert, sines": ("DistilBertModel", {"sinusoidal_pos_embds": True, "activation": "relu"}),
+    "mpnet": ("MPNetModel", {}),
+    "mpnet, classes": ("MPNetForSequenceClassification", {"num_labels": 5, "relative_attention_num_buckets": 40}),
     "distilbert, classes": ("DistilBertForSequenceClassification", {"num_labels": 5}),
 }
 
@@ -40,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 MASKED_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, masked words": ("BertForMaskedLM", {}),
     "roberta, masked words": ("RobertaForMaskedLM", {}),
+    "mpnet, masked words": ("MPNetForMaskedLM", {}),
     "distilbert, masked words": ("DistilBertForMaskedLM", {}),
 }
 
@@ -73,4 +76,21 @@ DISTILBERT_BLOCK: Modules = (
         "": same(""),
     },
 )
-MODULES = dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT_BLOCK) | {"distilbert": DISTILBERT_BLOCK}
+MPNET_BLOCK: Modules = (
+    "encoder.layer.{l}",
+    {
+        "attention.q": same(".attention.attn.q"),
+        "attention.k": same(".attention.attn.k"),
+        "attention.v": same(".attention.attn.v"),
+        "attention.o": same(".attention.attn.o"),
+        "attention": same(".attention.attn"),
+        "norm1": same(".attention.LayerNorm"),
+        "mlp": Theirs(".intermediate.dense", ".output.dense"),
+        "norm2": same(".output.LayerNorm"),
+        "": same(""),
+    },
+)
+MODULES = dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT_BLOCK) | {
+    "distilbert": DISTILBERT_BLOCK,
+    "mpnet": MPNET_BLOCK,
+}

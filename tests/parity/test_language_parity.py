@@ -18,12 +18,14 @@ import torch
 import transformers
 from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 import checkpoints
 from astra_jax.inputs.token_batches import Text, longest, pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.models.mask import Block
+from astra_jax.models.relative import bucket
 from astra_jax.serving import batch as batches
 from astra_jax.serving.generate import Generator
 from astra_jax.strategies.base import Single
@@ -54,7 +56,8 @@ def around_the_blocks(model: Any, text: Text, last: jax.Array) -> tuple[jax.Arra
 def in_a_block(model: Any, text: Text, number: int, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What every module of our block `number` makes of what theirs got."""
     block, strategy = block_at(model.blocks, number), Single(model.shards(1, text))
-    more = {"attention": (strategy, (), Block(number)), "": (strategy, (), Block(number))}
+    which = Block(number, relative=getattr(model, "relative_positions", None))
+    more = {"attention": (strategy, (), which), "": (strategy, (), which)}
     more |= {"attention.o": (strategy,), "mlp": (strategy,)}  # whose outputs a strategy may have to add up
 
     def out(path: str, x: jax.Array) -> jax.Array:
@@ -145,6 +148,12 @@ def test_rotary_embeddings_are_read_as_transformers_reads_them(form: str) -> Non
     ours = configs.config_from_hf("llama", content, Path())[0].rope_parameters
     np.testing.assert_allclose(ours.frequencies(16), theirs.inv_freq.numpy(), rtol=1e-6)
     assert ours.scale == pytest.approx(theirs.attention_scaling)
+
+
+def test_relative_positions_are_in_the_buckets_of_transformers() -> None:
+    away = np.arange(-600, 601)
+    theirs = MPNetEncoder.relative_position_bucket(torch.tensor(-away))
+    np.testing.assert_array_equal(bucket(away), theirs.numpy())
 
 
 POOLINGS = {

@@ -98,6 +98,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"architectures": ["DistilBertForSequenceClassification"], "finetuning_task": "sst-2", "output_past": True}
         | {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}},
     ),
+    "all-mpnet-base-v2": (
+        "mpnet",
+        {name: value for name, value in ROBERTA.items() if name not in ("type_vocab_size", "use_cache")}
+        | {"architectures": ["MPNetForMaskedLM"], "model_type": "mpnet", "relative_attention_num_buckets": 32},
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2-medium": ("gpt2", GPT2 | {"n_special": 0, "predict_special_tokens": True}),
     "distilgpt2": ("gpt2", GPT2 | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),

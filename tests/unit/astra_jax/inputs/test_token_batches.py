@@ -30,7 +30,7 @@ def test_places_before_the_first_token_are_none():
     assert longest(RobertaConfig(max_position_embeddings=514)) == 512
     assert longest(RobertaConfig(max_position_embeddings=514, pad_token_id=0, max_seq_length=600)) == 513
     assert longest(RobertaConfig(max_position_embeddings=514, max_seq_length=128)) == 128
-    with pytest.raises(AstraError, match="max_position_embeddings is 2; with a pad_token_id of 1"):
+    with pytest.raises(AstraError, match="max_position_embeddings is 2; it must be above 2, which is the place"):
         RobertaConfig(max_position_embeddings=2)
     with pytest.raises(AstraError, match="pad_token_id is -1; it must be a whole number of at least 0"):
         RobertaConfig(pad_token_id=-1)
