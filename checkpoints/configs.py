@@ -5,7 +5,7 @@ field that nobody here knows.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,12 +16,12 @@ from checkpoints.description import Checkpoint
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
 from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
-from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class
+from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class, has_masked_lm
 
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
-DERIVED = ("task", "pooler", *(field.name for field in dataclasses.fields(Sentences)))
+DERIVED = ("task", "pooler", "masked_lm", *(field.name for field in dataclasses.fields(Sentences)))
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -91,9 +91,13 @@ def _words(value: Any) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
-def derived_fields(family: str, task: str | None, names: Iterable[str], folder: Path) -> dict[str, Any]:
-    """The fields of a configuration that are not in the config.json."""
-    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names}
+def derived_fields(family: str, task: str | None, names: Collection[str], folder: Path) -> dict[str, Any]:
+    """The fields of a configuration that are not in the config.json, but in other files and the names of tensors.
+
+    A config.json of a sentence-transformers model may name a class with a head that its tensors do not have.
+    """
+    head = task == "embedding" and has_masked_lm(family, names)
+    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names, "masked_lm": head}
     # A classifier reads the class token.
     sentences = read_sentences(folder) if task == "embedding" else Sentences(pooling="class")
     values |= dataclasses.asdict(sentences)

@@ -5,19 +5,34 @@ To add a family: a file in `checkpoints/families`, and its entry here.
 
 import functools
 import importlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, gemma, gpt2, llama, mistral, olmo2, phi3, qwen, smollm3, vit
+from checkpoints.families import (
+    bert,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mpnet,
+    olmo2,
+    phi3,
+    qwen,
+    roberta,
+    smollm3,
+    vit,
+)
 from checkpoints.families.rows import Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
 FAMILIES: dict[str, Family] = {
     name: family
-    for one in (vit, gpt2, llama, bert, qwen, mistral, smollm3, phi3, olmo2, gemma)
+    for one in (vit, gpt2, llama, bert, roberta, distilbert, mpnet, qwen, mistral, smollm3, phi3, olmo2, gemma)
     for name, family in one.FAMILIES.items()
 }
 
@@ -29,8 +44,15 @@ def config_class(family: str) -> type:
 
 def architecture_of(family: str, config: Any) -> str:
     """The Hugging Face class of a configuration."""
-    task = getattr(config, "task", None)
-    return next(name for name, known in FAMILIES[family].architectures.items() if known.task == task)
+    kind = getattr(config, "task", None), getattr(config, "masked_lm", False)
+    known = FAMILIES[family].architectures
+    return next(name for name, architecture in known.items() if (architecture.task, architecture.masked_lm) == kind)
+
+
+def has_masked_lm(family: str, names: Collection[str]) -> bool:
+    """Whether tensors with these names, without prefix, have something of the head of a masked language model."""
+    heads = (known for known in FAMILIES[family].architectures.values() if known.masked_lm)
+    return any(key.name in names for head in heads for key in head.keys)
 
 
 def classifies(config: Any) -> bool:

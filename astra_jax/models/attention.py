@@ -88,12 +88,15 @@ def _attend_by_head(query: Float[Array, "B S H E"], source: Source, how: Scores)
     J = source.key.shape[2]
 
     @jax.checkpoint
-    def one_head(head: tuple[Array, Array, Array]) -> Partial:
-        q, k, v = head
-        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None]), how)
+    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Partial:
+        q, k, v, table = head
+        bias = source.bias and source.bias._replace(table=table)
+        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None], bias=bias), how)
 
     q = query.reshape(B, S, J, H // J, E).transpose(2, 0, 1, 3, 4)
-    by_head = jax.lax.map(one_head, (q, *(jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))))
+    k, v = (jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))
+    tables = source.bias and source.bias.table.reshape(-1, J, H // J).swapaxes(0, 1)
+    by_head = jax.lax.map(one_head, (q, k, v, tables))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, H, *a.shape[3:]), by_head)
 
 
@@ -111,6 +114,8 @@ def _attend_all_heads(query: Float[Array, "B S H E"], source: Source, how: Score
     scores = jnp.einsum("bjme,bjre->bjmr", q, k, preferred_element_type=jnp.float32).reshape(B, H, S, R)
     if how.softcap is not None:
         scores = how.softcap * jnp.tanh(scores / how.softcap)
+    if source.bias is not None:
+        scores = scores + source.bias.scores()
     if source.mask is not None:
         scores = jnp.where(_for_heads(source.mask), scores, -jnp.inf)
     # A finite floor: where nothing is visible, exp(-inf - floor) is 0 instead of nan.
@@ -161,6 +166,14 @@ def count_codes(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K:
     """How often each of K codewords occurs among the tokens that can be seen."""
     seen = jnp.broadcast_to(True if mask is None else mask[..., 0, :], z.shape).astype(jnp.int32)
     return jax.vmap(lambda codes, ones: jnp.zeros(K, jnp.int32).at[codes].add(ones))(z, seen)[:, None]
+
+
+def _biased(source: Source, block: Block, strategy: Strategy, remote: Remote | None) -> Source:
+    """Local keys, or remote ones, with what their scores get by their places."""
+    if block.relative is None:
+        return source
+    places = strategy.tokens().position
+    return source._replace(bias=block.relative.bias(places, places if remote is None else remote.position))
 
 
 class MixedPrecisionAttention(nnx.Module):
@@ -244,11 +257,11 @@ class MixedPrecisionAttention(nnx.Module):
     def remote_source(self, remote: Remote, dtype: Any, block: Block = FIRST) -> Source:
         """Remote tokens as attention sees them: one by one, or where that is less, as codewords with their counts.
 
-        Without a rotary embedding, tokens with the same code (G=1) have the same key and value, wherever they are.
-        So attention to all of them is attention to K codewords that count as often as they were sent (the log-count
-        bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
+        Without a rotary embedding or relative positions, tokens with the same code (G=1) are the same to a query,
+        wherever they are. So attention to all of them is attention to K codewords that count as often as they were sent
+        (the log-count bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
         """
-        if isinstance(remote.content, Codes) and self._counts(remote.content.z, remote.mask):
+        if isinstance(remote.content, Codes) and not block.relative and self._counts(remote.content.z, remote.mask):
             table = self.tables[...][0].astype(dtype)  # type: ignore[index]  # `_counts` says that there are tables
             count = count_codes(remote.content.z[..., 0], remote.mask, len(table))
             k, v = jnp.split(table[None], 2, axis=-1)
@@ -293,9 +306,10 @@ class MixedPrecisionAttention(nnx.Module):
         position = strategy.positions() if self.rotary else None
         q = self.rotate(self.normed(self.q(y), self.q_norm), position, block)
         k, v = self.rotate(self.normed(k, self.k_norm), position, block), self.heads(v)
-        sources = [Source(k, v, strategy.local_mask(block)), *strategy.cached(block)]
+        local = Source(k, v, strategy.local_mask(block))
+        sources = [_biased(local, block, strategy, None), *strategy.cached(block)]
         if remote is not None:
-            sources.append(self.remote_source(remote, k.dtype, block))
+            sources.append(_biased(self.remote_source(remote, k.dtype, block), block, strategy, remote))
         if strategy.keep:
             report = report._replace(kept=Kept(k, v, None if remote is None else remote.content))
         attended = merge([attend(q, source, self.scores) for source in sources]).astype(y.dtype)

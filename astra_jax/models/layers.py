@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -81,23 +82,24 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 # The most there can be of what is not only a size: blocks, and pixels on a side.
-MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384}
+MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "image_size": 16_384}
+LEAST = {"pad_token_id": 0}  # of what is no size
 
 
 def check_numbers(config: Any) -> None:
     """Raises AstraError unless every number of a configuration is one.
 
-    Whole numbers are from 1 to `MOST` or `LARGEST` (or None if they may be); fractions, which are norms' epsilons, from
-    0 to 1.
+    Whole numbers are from 1 or `LEAST` to `MOST` or `LARGEST` (or None if they may be); fractions, which are norms'
+    epsilons, from 0 to 1.
     """
     for field in dataclasses.fields(config):
-        value, most = getattr(config, field.name), MOST.get(field.name, LARGEST)
+        value, most, least = getattr(config, field.name), MOST.get(field.name, LARGEST), LEAST.get(field.name, 1)
         wanted = None
         if field.type in ("int", int, "int | None", int | None):
             optional = value is None and "None" in str(field.type)
-            if not optional and not (isinstance(value, int) and 1 <= value <= most):
+            if not optional and not (isinstance(value, int) and least <= value <= most):
                 above = isinstance(value, int) and value > most
-                wanted = f"a whole number of at most {most:,}" if above else "a whole number of at least 1"
+                wanted = f"a whole number of at most {most:,}" if above else f"a whole number of at least {least}"
         elif field.type in ("float", float) and not (isinstance(value, int | float) and 0 <= value <= 1):
             wanted = "a number from 0 to 1"
         if wanted:

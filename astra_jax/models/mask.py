@@ -17,11 +17,13 @@ class Block(NamedTuple):
       number: its place, 0..L-1; may be traced.
       kind: what devices know of each other's tokens in it (`AstraConfig.schedule`).
       windows: of every block of the stack, how far a query sees: tokens that are fewer places away. None for all.
+      relative: what scores get by places (`relative.RelativePositions`); None for nothing.
     """
 
     number: Any
     kind: Kind = "coded"
     windows: "Windows | None" = None
+    relative: Any = None
 
     @property
     def window(self) -> Any:

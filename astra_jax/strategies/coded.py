@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
 from astra_jax.models.mask import Block, Hop, Windows, hops
@@ -91,7 +92,7 @@ class Astra(SplitTokens):
     def messages(self, model: Any) -> list[Message]:
         codec, kinds, first = need_codec(model.codec), model.astra.kinds(model.config.num_hidden_layers), []
         if "known" in kinds:
-            ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
+            ids = self.shards.sent_slots * 8 * _id_dtype(numbers_of_tokens(model.config)).itemsize
             first = [Message("all-gather", ids, 1, in_blocks=False)]
         windows = model.blocks.attention.windows
         ways, codes = self.ways(codec, windows), []

@@ -178,7 +178,9 @@ class Service:
             return self.engine.encode(map(decode_image, request.files, request.names))
         if task == "embedding" and len(request.prompts) < 2:
             raise AstraError(f"{self.name}: is a sentence encoder: give two or more texts with --prompt")
-        text = self.engine.encode(request.prompts)
+        if request.pairs and task != "classification":
+            raise AstraError(f"{self.name}: --pair is for classifiers, and this is a model for {task}: leave it out")
+        text = self.engine.encode(request.texts)
         if task == "causal-lm":
             self._new_tokens(text, request)
         return text
@@ -208,7 +210,7 @@ class Service:
             yield ShortText(shortest, self.N)
 
     def _table(self, request: Request, inputs: Any) -> Iterator[Message]:
-        names, engine, config = request.names or request.prompts, self.engine, self.checkpoint.config
+        names, engine, config = request.called, self.engine, self.checkpoint.config
         if engine.task == "embedding":
             kind, rows = "similarities", similarity_rows(engine.embed(inputs), names, config.similarity)
         else:

@@ -15,12 +15,15 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.distilbert import DistilBertConfig
 from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.mpnet import MPNetConfig
 from astra_jax.models.olmo2 import Olmo2Config
 from astra_jax.models.phi3 import Phi3Config
 from astra_jax.models.qwen import Qwen3Config
+from astra_jax.models.roberta import RobertaConfig
 from astra_jax.models.rotary import Rotary
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
@@ -71,6 +74,23 @@ CONFIGS = {
     "bert": ("bert", BERT),
     "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+    "bert, masked words": ("bert", dataclasses.replace(BERT, masked_lm=True, pooler=False)),
+    "roberta, classes": (
+        "roberta",
+        RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),
+    ),
+    "mpnet": (
+        "mpnet",
+        MPNetConfig(
+            **{name: getattr(BERT, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            **{name: getattr(BERT, name) for name in ("num_attention_heads", "intermediate_size")},
+            max_position_embeddings=8,
+        ),
+    ),
+    "distilbert": (
+        "distilbert",
+        DistilBertConfig(vocab_size=11, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=6),
+    ),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)
 ASTRA = VQConfig(groups=2, codewords=8)

@@ -1,8 +1,9 @@
-"""Our GPT-2, Llama and BERT against Hugging Face's in torch: modules, outputs, gradients, text, there and back."""
+"""Our models of texts against Hugging Face's in torch: modules, outputs, gradients, text, there and back."""
 
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 import transformers
 from flax import nnx
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 import checkpoints
-from astra_jax.inputs.token_batches import Text, longest
+from astra_jax.inputs.token_batches import Text, longest, pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.models.mask import Block
+from astra_jax.models.relative import bucket
 from astra_jax.serving import batch as batches
 from astra_jax.serving.generate import Generator
 from astra_jax.strategies.base import Single
@@ -31,6 +34,7 @@ from checkpoints.tensor_maps import FAMILIES, config_class, flat_state, model_te
 from tests.helpers import SHARED
 from tests.helpers.sharded import cases
 from tests.parity.decoders import LAST_NORM, LLAMA3, YARN
+from tests.parity.encoders import MASKED_LM
 from tests.parity.language import BASE, MODULES, VARIANTS, batch, jnp_of, recorded, run, to_torch, torch_model
 from tests.parity.theirs import PAD, T, V
 
@@ -52,7 +56,8 @@ def around_the_blocks(model: Any, text: Text, last: jax.Array) -> tuple[jax.Arra
 def in_a_block(model: Any, text: Text, number: int, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What every module of our block `number` makes of what theirs got."""
     block, strategy = block_at(model.blocks, number), Single(model.shards(1, text))
-    more = {"attention": (strategy, (), Block(number)), "": (strategy, (), Block(number))}
+    which = Block(number, relative=getattr(model, "relative_positions", None))
+    more = {"attention": (strategy, (), which), "": (strategy, (), which)}
     more |= {"attention.o": (strategy,), "mlp": (strategy,)}  # whose outputs a strategy may have to add up
 
     def out(path: str, x: jax.Array) -> jax.Array:
@@ -69,8 +74,8 @@ def test_every_module_and_the_output(name: str, tmp_path: Path, randomised: Any,
     ours = huggingface.read(str(tmp_path)).model
     full, ragged = batch((T, T)), batch((T, 7, 13))
     _, seen = recorded(theirs, full)
-    prefix = "bert." if hasattr(theirs, "bert") else ""
     where, modules = MODULES[family]
+    prefix = "" if where.format(l=0) in seen else f"{theirs.base_model_prefix}."
     for number in range(theirs.config.num_hidden_layers):
         base = prefix + where.format(l=number)
         given = {path: jnp_of(seen[base + their.given][0]) for path, their in modules.items()}
@@ -145,6 +150,12 @@ def test_rotary_embeddings_are_read_as_transformers_reads_them(form: str) -> Non
     assert ours.scale == pytest.approx(theirs.attention_scaling)
 
 
+def test_relative_positions_are_in_the_buckets_of_transformers() -> None:
+    away = np.arange(-600, 601)
+    theirs = MPNetEncoder.relative_position_bucket(torch.tensor(-away))
+    np.testing.assert_array_equal(bucket(away), theirs.numpy())
+
+
 POOLINGS = {
     "mean": lambda states, mask: (states * mask[..., None]).sum(1) / mask.sum(1)[:, None],
     "cls": lambda states, mask: states[:, 0],
@@ -165,10 +176,18 @@ def write_sentence_transformer(folder: Path, normalize: bool, **modes: bool) -> 
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_sentence_embeddings(pooling: str, normalize: bool, tmp_path: Path, randomised: Any, close: Any) -> None:
-    theirs = torch_model("bert", randomised)
+@pytest.mark.parametrize(
+    ("name", "pooling", "normalize"),
+    [
+        *itertools.product(["bert"], POOLINGS, [False, True]),
+        ("roberta", "cls", True),
+        ("distilbert, sines", "mean", False),
+    ],
+)
+def test_sentence_embeddings(
+    name: str, pooling: str, normalize: bool, tmp_path: Path, randomised: Any, close: Any
+) -> None:
+    theirs = torch_model(name, randomised)
     theirs.save_pretrained(tmp_path)
     mode = "pooling_mode_mean_tokens" if pooling == "mean" else f"pooling_mode_{pooling}"
     modes = {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False, "include_prompt": True}
@@ -183,6 +202,24 @@ def test_sentence_embeddings(pooling: str, normalize: bool, tmp_path: Path, rand
     assert longest(checkpoint.config) == 19
     huggingface.write_folder(checkpoint, tmp_path / "back")
     assert huggingface.read(str(tmp_path / "back")).config == checkpoint.config
+
+
+@pytest.mark.parametrize("name", ["bert, classes", "roberta, classes"])
+def test_pairs_of_texts(name: str, tmp_path: Path, randomised: Any, word_tokenizer: Any, close: Any) -> None:
+    """Of which the tokenizer tells the types that the model has: RoBERTa has none to tell apart."""
+    theirs = torch_model(name, randomised)
+    theirs.save_pretrained(tmp_path)
+    files = word_tokenizer(V - 4, special=True)
+    checkpoint = dataclasses.replace(huggingface.read(str(tmp_path)), tokenizer_files=files)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files)
+    pairs = [("w1 w2", "w3"), ("w4", "w5 w6 w7 w8"), ("w9 w10 w11", " ".join(f"w{i}" for i in range(20)))]
+    ours = run(checkpoint.model, pad([checkpoint.tokenizer.encode(pair, T) for pair in pairs], T))
+    types = theirs.config.type_vocab_size > 1
+    for row, pair in zip(ours, pairs, strict=True):
+        inputs = tokenizer(*pair, truncation=True, max_length=T, return_tensors="pt", return_token_type_ids=types)
+        assert not types or set(inputs["token_type_ids"].flatten().tolist()) == {0, 1}
+        with torch.no_grad():
+            close(row, theirs(**inputs).logits[0], 1e-4)
 
 
 TRAINED = ("gpt2", "llama, llama3", *FAMILY_CASES)
@@ -226,7 +263,9 @@ def test_gradients_and_one_step_of_adamw(name: str, tmp_path: Path, randomised: 
 
 ROUND_TRIPS = (
     *("gpt2", "gpt2, untied", "gpt2, classes", "llama, tied", "llama, biases", "llama, yarn, mscale"),
-    *("llama, classes", "bert", "bert, classes", *FAMILY_CASES),
+    *("llama, classes", "bert", "bert, classes", "roberta", "xlm-roberta, classes", "distilbert, classes"),
+    *MASKED_LM,
+    *FAMILY_CASES,
 )
 
 
@@ -257,7 +296,7 @@ def test_there_and_back_is_bit_for_bit(
         assert after[tensor].tobytes() == original.tobytes(), tensor
     names = {file.name for file in source.iterdir()} - {"model.safetensors"}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert ("generation_config.json" in names) == ("ForCausalLM" in VARIANTS[name][0] or "LMHead" in VARIANTS[name][0])
+    assert ("generation_config.json" in names) == type(theirs).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     for file in names:
         assert huggingface.read_json(back / file) == huggingface.read_json(source / file)
         assert "token" not in file or (back / file).read_bytes() == (source / file).read_bytes()

@@ -124,7 +124,7 @@ def test_a_model_of_text_takes_what_its_positions_allow():
     assert opened("llama-3-8b", 8192).T == 8192
 
 
-def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_bert):
+def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_bert, tiny_roberta):
     vit = saved(tmp_path / "vit", "vit", tiny_vit(VQConfig(4, 16)), VQConfig(4, 16))
     work = opened(vit)
     assert work.T == 25 and opened(vit, 25).T == 25 and work.astra.codewords == 16 and work.astra.site == "hidden"
@@ -137,6 +137,10 @@ def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_be
         opened(gpt2, 65)
     bert = opened(saved(tmp_path / "bert", "bert", tiny_bert(pooling="class")))
     assert bert.T == 63 and bert.inputs().ids.shape == (1, 64)  # a class token of its own
+    roberta = saved(tmp_path / "roberta", "roberta", tiny_roberta())
+    assert opened(roberta).T == 64
+    with pytest.raises(AstraError, match="takes at most 64"):
+        opened(roberta, 65)
 
 
 def test_positions_of_a_known_bert_are_stretched(monkeypatch, tiny_bert):
