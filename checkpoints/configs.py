@@ -36,9 +36,9 @@ READ = (
     *("sentence_transformers", "sbert_ce_default_activation_function", *EMPTY),
 )
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-# A second rotary embedding, of blocks with a window: where it stands in `rope_parameters`, and its base as of old.
+# A second rotary embedding, of blocks with a window: where it stands in `rope_parameters`. The bases of both as of old
+# are called as a configuration's `THETAS` says.
 SLIDING_ROPE, SLIDING, FULL = "sliding_rope", "sliding_attention", "full_attention"
-SLIDING_THETA = "rope_local_base_freq"
 ORIGINAL = "original_max_position_embeddings"
 # `finetuned` only says how a model was made.
 ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "finetuned")
@@ -132,8 +132,8 @@ def config_from_hf(
         if field.name in DERIVED:
             continue
         if field.type is Rotary:
-            two = any(other.name == SLIDING_ROPE for other in dataclasses.fields(cls))
-            found = _one_of_two(hf_config, field.name == SLIDING_ROPE, where) if two else hf_config
+            thetas, sliding = getattr(cls, "THETAS", ()), field.name == SLIDING_ROPE
+            found = _one_of_two(hf_config, sliding, thetas, where) if thetas else hf_config
             values[field.name] = _rotary(found, getattr(cls, field.name), values["max_position_embeddings"], where)
             continue
         if field.name in aliases:
@@ -169,7 +169,7 @@ def _check_fields(family: str, hf_config: Mapping[str, Any], where: Path) -> Non
         if hf_config.get(name):
             raise AstraError(f"{where}: {name} is {shorten(hf_config[name])}, which is not supported: it must be empty")
     rotary: tuple[str, ...] = (*ROPE_FIELDS, ORIGINAL) if any(field.type is Rotary for field in fields) else ()
-    rotary += (SLIDING_THETA,) if SLIDING_ROPE in names else ()
+    rotary += getattr(cls, "THETAS", ())
     own = (field.name for field in fields if field.name not in DERIVED)
     aliases = getattr(cls, "ALIASES", {}).values()
     known = {*READ, *own, *aliases, *rotary, *fixed, *known_to_change_nothing(family)}
@@ -213,9 +213,13 @@ def _typed_list(name: str, value: list[Any], annotation: Any, where: Path) -> tu
     return tuple(_typed(f"{name}[{n}]", one, get_args(of)[0], where) for n, one in enumerate(value))
 
 
-def _one_of_two(hf_config: Mapping[str, Any], sliding: bool, where: Path) -> dict[str, Any]:
-    """A config.json with one of its two rotary embeddings: that of blocks with a window, or of the others."""
-    content = {name: value for name, value in hf_config.items() if name != SLIDING_THETA}
+def _one_of_two(hf_config: Mapping[str, Any], sliding: bool, thetas: tuple[str, ...], where: Path) -> dict[str, Any]:
+    """A config.json with one of its two rotary embeddings: that of blocks with a window, or of the others.
+
+    Args:
+      thetas: the fields of the bases of the others and of those, where they stand outside of `rope_parameters`.
+    """
+    content = {name: value for name, value in hf_config.items() if name not in thetas}
     both = hf_config.get("rope_parameters")
     if isinstance(both, dict) and {FULL, SLIDING} & set(both):
         refuse_unknown(both, (FULL, SLIDING), where, "rope_parameters are of two kinds of blocks here")
@@ -223,8 +227,7 @@ def _one_of_two(hf_config: Mapping[str, Any], sliding: bool, where: Path) -> dic
         return content | {"rope_parameters": both.get(SLIDING if sliding else FULL)}
     if sliding:  # as of old: without scaling
         content = {name: value for name, value in content.items() if name not in ROPE_FIELDS}
-        return content | {"rope_theta": hf_config.get(SLIDING_THETA)}
-    return content
+    return content | {"rope_theta": hf_config.get(thetas[sliding])}
 
 
 def _rotary(hf_config: Mapping[str, Any], default: Rotary, limit: int, where: Path) -> Rotary:
@@ -308,7 +311,7 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         if value == getattr(config, name) or name == "num_labels":
             continue
         if isinstance(value, Rotary):
-            gone = {*ROPE_FIELDS, SLIDING_THETA, ORIGINAL} - ({ORIGINAL} & set(fields))
+            gone = {*ROPE_FIELDS, *getattr(ours, "THETAS", ()), ORIGINAL} - ({ORIGINAL} & set(fields))
             content = {n: v for n, v in content.items() if n not in gone}
             name, value = "rope_parameters", rotaries_to_hf(ours)
         content[name] = value

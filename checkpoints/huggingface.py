@@ -110,6 +110,7 @@ class Folder:
         for name, (key, block) in self.tensors.items():
             groups[part_name(key.path, block)].append(name)
         shapes = flat_state(self.checkpoint.model)
+        needless = [key for key in FAMILIES[self.checkpoint.family].keys if key.since and key.path in shapes]
         sizes = FAMILIES[self.checkpoint.family].sizes(self.checkpoint.config)
         not_finite: list[str] = []
 
@@ -127,7 +128,13 @@ class Folder:
                 if not finite:
                     not_finite.append(name)
                 advance()
-            return arrays
+            return arrays | unused(names)
+
+        def unused(names: Iterable[str]) -> dict[str, np.ndarray]:
+            """What the first blocks have in our stack alone."""
+            blocks = {self.tensors[name].block for name in names} - {None}
+            rows = [key for key in needless for block in blocks if block < key.since]  # type: ignore[operator]
+            return {key.path: np.ones(shapes[key.path].shape[1:], jnp.dtype(self.checkpoint.dtype)) for key in rows}
 
         with progress("reading weights", len(self.tensors)) as advance:
             for part, names in sorted(groups.items()):

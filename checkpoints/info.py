@@ -8,6 +8,7 @@ that are effectively chosen among (K at best). A share far below 1 means that co
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import checkpoints
 from astra_jax.codecs.base import usage
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.report import Report
-from checkpoints.configs import rotary_to_hf
+from checkpoints.configs import SLIDING_ROPE, rotary_to_hf
 from checkpoints.description import Checkpoint
 from checkpoints.tensor_maps import build
 
@@ -61,8 +62,19 @@ def codebook_usage(model: Any) -> list[dict[str, Any]]:
 def settings(config: Any) -> dict[str, Any]:
     """The fields of a configuration that are set, and what it says of a rotary embedding."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    rotary = values.pop("rope_parameters", None)
-    return {n: v for n, v in values.items() if v is not None} | (rotary_to_hf(rotary) if rotary else {})
+    rotary, sliding = values.pop("rope_parameters", None), values.pop(SLIDING_ROPE, None)
+    values |= (rotary_to_hf(rotary) if rotary else {}) | {
+        f"{name} of blocks with a window": value for name, value in (rotary_to_hf(sliding) if sliding else {}).items()
+    }
+    return {name: _shown(value) for name, value in values.items() if value is not None}
+
+
+def _shown(value: Any) -> Any:
+    """A list as its runs of equal values: `5 x sliding_attention, full_attention`."""
+    if not isinstance(value, tuple):
+        return value
+    runs = [(len(list(run)), one) for one, run in itertools.groupby(value)]
+    return ", ".join(f"{count} x {one}" if count > 1 else str(one) for count, one in runs)
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from checkpoints.families import (
     gpt2,
     llama,
     mistral,
+    modernbert,
     mpnet,
     olmo2,
     phi3,
@@ -32,7 +33,22 @@ from checkpoints.families.rows import Family, Key
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
 FAMILIES: dict[str, Family] = {
     name: family
-    for one in (vit, gpt2, llama, bert, roberta, distilbert, mpnet, qwen, mistral, smollm3, phi3, olmo2, gemma)
+    for one in (
+        vit,
+        gpt2,
+        llama,
+        bert,
+        roberta,
+        distilbert,
+        mpnet,
+        qwen,
+        mistral,
+        modernbert,
+        smollm3,
+        phi3,
+        olmo2,
+        gemma,
+    )
     for name, family in one.FAMILIES.items()
 }
 

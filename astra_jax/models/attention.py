@@ -303,7 +303,7 @@ class MixedPrecisionAttention(nnx.Module):
         sent = jnp.concatenate([k, v], axis=-1) if strategy.coded and self.site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
         remote, estimate, report = strategy.exchange(self.codec, sent, estimate, block)
-        position = strategy.positions() if self.rotary else None
+        position = strategy.tokens().position if self.rotary else None
         q = self.rotate(self.normed(self.q(y), self.q_norm), position, block)
         k, v = self.rotate(self.normed(k, self.k_norm), position, block), self.heads(v)
         local = Source(k, v, strategy.local_mask(block))

@@ -97,7 +97,7 @@ class Bert(nnx.Module):
         self.embed_norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.blocks = stack_blocks(lambda r: BertBlock(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.pooler = nnx.Linear(D, D, dtype=dtype, rngs=rngs) if config.pooler else None
-        self.head = self._classifier(dtype, rngs) if config.task == "classification" else None
+        self.head: Any = self._classifier(dtype, rngs) if config.task == "classification" else None
         self.masked_lm = MaskedLMHead(D, config.vocab_size, dtype=dtype, rngs=rngs) if config.masked_lm else None
 
     def _classifier(self, dtype: Any, rngs: nnx.Rngs) -> DenseHead | nnx.Linear:
@@ -118,7 +118,7 @@ class Bert(nnx.Module):
 
     @property
     def _reads_class(self) -> bool:
-        return self.config.pooling == "class"
+        return self.config.pooled == "class"
 
     def shards(self, N: int, text: Text | None = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
@@ -151,7 +151,11 @@ class Bert(nnx.Module):
             ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
         x, reports = scan_blocks(self, x, strategy, ids, self.relative_positions)
-        return strategy.pool(x, self.config.pooling), reports
+        return strategy.pool(self.finished(x), self.config.pooled), reports
+
+    def finished(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What follows on the blocks, before states are pooled: nothing."""
+        return x
 
     def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:
         """Pooled states -> logits [B,C], or of a model without a classifier its embeddings [B,D], float32."""

@@ -74,6 +74,11 @@ class EncoderConfig:
             )
 
     @property
+    def pooled(self) -> Pooling:
+        """The state that is read: a classifier's is that of the class token."""
+        return self.pooling
+
+    @property
     def position_offset(self) -> int:
         """The place of a text's first token in the table of positions; those before it are no token's."""
         return 0
@@ -100,7 +105,17 @@ class MaskedLMHead(nnx.Module):
     """What the head of a masked language model has of its own; the rest is the embedding. It is kept, so that an export
     has it, and never computed."""
 
-    def __init__(self, D: int, V: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(D, D, dtype=dtype, rngs=rngs)
-        self.norm = LayerNorm(D, dtype=dtype, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros((V,)))
+    def __init__(
+        self,
+        D: int,
+        V: int,
+        dense_bias: bool = True,
+        norm_bias: bool = True,
+        decoder_bias: bool = True,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.dense = nnx.Linear(D, D, use_bias=dense_bias, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(D, use_bias=norm_bias, dtype=dtype, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros((V,))) if decoder_bias else None

@@ -91,6 +91,7 @@ class Gemma3TextConfig(Gemma2Config):
     """
 
     FIXED: ClassVar[dict[str, Any]] = {"use_bidirectional_attention": False}
+    THETAS = ("rope_theta", "rope_local_base_freq")  # of blocks without a window and with one, in older files
 
     vocab_size: int = 262_208
     max_position_embeddings: int = 131_072

@@ -82,11 +82,11 @@ def hops(shards: Shards, window: int | None) -> tuple[Hop, ...] | None:
 
     With h - 1 shards between them, none of which is shorter than the sender's l tokens (they are even, the longer ones
     last), a receiver's first query can see `min(l, window - 1 - (h - 1) l)` of these: at most `(window - 1) / h`,
-    whatever the length of the sequence. A class token that is sent is at no end of a shard, and shards in proportion to
-    speeds are not even: then all is sent. So it is where hops would be more than half of that (our choice: each is an
-    exchange of its own).
+    whatever the length of the sequence. A class token is at the front of the text, whichever shard it is in, and shards
+    in proportion to speeds are not even: then all is sent. So it is where hops would be more than half of that (our
+    choice: each is an exchange of its own).
     """
-    if window is None or not shards.even or shards.class_slots > shards.home_slots:
+    if window is None or not shards.even or shards.class_slots:
         return None
     found = []
     for h in range(1, shards.N):

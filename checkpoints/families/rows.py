@@ -133,12 +133,14 @@ class Architecture(NamedTuple):
         return dict(zip((key.name for key in self.keys), self.tied.split(), strict=False))
 
 
-def masked_lm(dense: str, norm_name: str, decoder: str, bias: str) -> Architecture:
+def masked_lm(
+    dense: str, norm_name: str, decoder: str, bias: str, embedding: str = "embeddings.word_embeddings"
+) -> Architecture:
     """The head of a masked language model. Its decoder is the embedding; its bias is stored by itself, in some families
     also as the decoder's.
 
     Args:
-      dense, norm_name, decoder, bias: what Hugging Face calls its layers, and the tensor of its bias.
+      dense, norm_name, decoder, bias, embedding: what Hugging Face calls its layers, and the tensor of its bias.
     """
     # No model here has parameters of these rows: tied tensors are their others.
     weight, other_bias = Key(f"{decoder}.weight", "V D", "decoder"), Key(f"{decoder}.bias", "V", "decoder")
@@ -147,7 +149,7 @@ def masked_lm(dense: str, norm_name: str, decoder: str, bias: str) -> Architectu
     return Architecture(
         "embedding",
         (*tied, Key(bias, "V", "masked_lm.bias"), *own),
-        " ".join(("embeddings.word_embeddings.weight", bias)[: len(tied)]),
+        " ".join((f"{embedding}.weight", bias)[: len(tied)]),
         masked_lm=True,
     )
 

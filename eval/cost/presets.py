@@ -7,6 +7,7 @@ from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.mistral import MistralConfig
+from astra_jax.models.modernbert import ModernBertConfig
 from astra_jax.models.phi3 import Phi3Config
 from astra_jax.models.qwen import Qwen3Config
 from astra_jax.models.rotary import Rotary
@@ -128,4 +129,5 @@ PRESETS: dict[str, tuple[str, Any]] = {
     "llama-s": ("llama", LLAMA_S),
     "llama-3-8b": ("llama", LLAMA_3_8B),
     **DECODERS,
+    "modernbert-base": ("modernbert", ModernBertConfig()),
 }

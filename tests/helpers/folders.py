@@ -19,6 +19,7 @@ from astra_jax.models.distilbert import DistilBertConfig
 from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.modernbert import ModernBertConfig
 from astra_jax.models.mpnet import MPNetConfig
 from astra_jax.models.olmo2 import Olmo2Config
 from astra_jax.models.phi3 import Phi3Config
@@ -27,7 +28,7 @@ from astra_jax.models.roberta import RobertaConfig
 from astra_jax.models.rotary import Rotary
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
-from checkpoints.tensor_maps import build, flat_state, with_state
+from checkpoints.tensor_maps import FAMILIES, build, flat_state, with_state
 
 VIT = ViTConfig(
     hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
@@ -71,6 +72,12 @@ CONFIGS = {
     "phi3": ("phi3", Phi3Config(**SMALL, rope_parameters=Rotary("longrope", **LONG))),
     "olmo2": ("olmo2", Olmo2Config(**SMALL, attention_bias=True)),
     "gemma3": ("gemma3_text", Gemma3TextConfig(**SMALL, layer_types=("sliding_attention", "full_attention"))),
+    "modernbert": (
+        "modernbert",
+        ModernBertConfig(
+            vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2
+        ),
+    ),
     "bert": ("bert", BERT),
     "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
@@ -102,9 +109,11 @@ NORM = "vit.layernorm.weight"
 def drawn(family: str, config: Any, dtype: Any = np.float32) -> Any:
     """A model with random weights, which take no compiling."""
     rng, model = np.random.default_rng(0), build(family, config)
-    return with_state(
-        model, {p: jnp.asarray(rng.normal(size=a.shape).astype(dtype)) for p, a in flat_state(model).items()}
-    )
+    flat = {path: rng.normal(size=a.shape).astype(dtype) for path, a in flat_state(model).items()}
+    for key in FAMILIES[family].keys:
+        if key.since and key.path in flat:  # no file says it
+            flat[key.path][: key.since] = 1
+    return with_state(model, {path: jnp.asarray(a) for path, a in flat.items()})
 
 
 def described(family: str, config: Any, **more: Any) -> checkpoints.Checkpoint:

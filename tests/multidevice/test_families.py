@@ -12,6 +12,7 @@ from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.gemma import Gemma2, Gemma2Config
 from astra_jax.models.mistral import Mistral, MistralConfig
+from astra_jax.models.modernbert import ModernBert, ModernBertConfig
 from astra_jax.models.olmo2 import Olmo2, Olmo2Config
 from astra_jax.models.phi3 import Phi3, Phi3Config
 from astra_jax.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
@@ -21,7 +22,7 @@ from astra_jax.serving.compile import parallelize
 from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import SequenceParallel, TensorParallel
 from eval.cost.traffic import messages
-from tests.helpers.models import TINY_LLAMA, WINDOW, maker
+from tests.helpers.models import TINY_BERT, TINY_LLAMA, WINDOW, maker
 from tests.helpers.sharded import cases, check, real, run_virtual
 
 WINDOWED = {"sliding_window": WINDOW}
@@ -33,11 +34,22 @@ MAKERS = {
     "phi3": maker(Phi3, Phi3Config, TINY_LLAMA | WINDOWED | {"rope_parameters": Rotary(partial_rotary_factor=0.5)}),
     "olmo2": maker(Olmo2, Olmo2Config, TINY_LLAMA),
     "gemma2": maker(Gemma2, Gemma2Config, TINY_LLAMA | WINDOWED | {"head_dim": 4, "attn_logit_softcapping": 2.0}),
+    "modernbert": maker(
+        ModernBert,
+        ModernBertConfig,
+        TINY_BERT | {"local_attention": 2 * WINDOW, "layer_types": ("sliding_attention", "full_attention")},
+    ),
 }
 SITES = ("hidden", "kv")
 # Every family meets every number of devices, and both sites.
 ALL = [(name, N, SITES[(n + N) % 2]) for (n, name), N in itertools.product(enumerate(MAKERS), (1, 2, 3, 4, 8))]
-FAST = [("mistral", 4, "hidden"), ("qwen3", 3, "kv"), ("olmo2", 8, "kv"), ("gemma2", 2, "hidden")]
+FAST = [
+    ("mistral", 4, "hidden"),
+    ("modernbert", 3, "hidden"),
+    ("qwen3", 3, "kv"),
+    ("olmo2", 8, "kv"),
+    ("gemma2", 2, "hidden"),
+]
 
 
 def made(name: str, site: str) -> Any:
@@ -106,3 +118,15 @@ def test_with_a_predictor_all_hear_all(random_text):
     (message,) = messages(model, 4, random_text(24), Astra.of)
     assert (message.kind, message.bits) == ("all-gather", 6 * 4 * 4)
     check(model, random_text(23, 1, 24), 4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", pytest.param("class", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("class_token", ["distributed", pytest.param("single", marks=pytest.mark.slow)])
+def test_an_encoder_whose_windows_reach_to_both_sides(random_text, pooling, class_token):
+    """Of 64 tokens on 4 devices, 5 to each side: the last ones go to the next device, the first to the one before."""
+    astra = VQConfig(groups=4, codewords=16, class_token=class_token)
+    model = MAKERS["modernbert"](astra, pooling=pooling, layer_types=("sliding_attention",) * 2)
+    check(model, random_text(64, 1, 3, 33, 50, T=64), 4)
+    found = messages(model, 4, random_text(64, T=64), Astra.of)
+    hops = [m.bits // 16 for m in found if m.kind == "collective-permute"]
+    assert hops == ([] if pooling == "class" else [5, 5, 2, 3, 1, 2])

@@ -20,7 +20,24 @@ DISTILBERT: dict[str, Any] = {
     "hidden_dim": 48,
     "max_position_embeddings": 40,
 }
-BASE = {"bert": BERT, "roberta": ROBERTA, "xlm-roberta": ROBERTA, "distilbert": DISTILBERT, "mpnet": BERT}
+# Three blocks: the first without a norm, one that sees all and two with a window of 3 tokens to each side.
+MODERN: dict[str, Any] = {
+    **{name: BERT[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
+    "num_hidden_layers": 3,
+    "local_attention": 6,
+    "max_position_embeddings": 64,
+    "pad_token_id": PAD,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "initializer_range": 0.2,
+}
+BASE = {
+    "modernbert": MODERN,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "mpnet": BERT,
+}
 
 # Name -> Hugging Face class and what differs from the base.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,6 +49,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaModel", {}),
     "roberta, classes": ("RobertaForSequenceClassification", {"num_labels": 5}),
     "xlm-roberta, classes": ("XLMRobertaForSequenceClassification", {"type_vocab_size": 2}),
+    "modernbert": ("ModernBertModel", {}),
+    "modernbert, biases, mean": (
+        "ModernBertForSequenceClassification",
+        {
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "num_labels": 5,
+            "classifier_pooling": "mean",
+            "classifier_activation": "relu",
+        },
+    ),
+    "modernbert, classes": ("ModernBertForSequenceClassification", {"num_labels": 5}),
     "distilbert, sines": ("DistilBertModel", {"sinusoidal_pos_embds": True, "activation": "relu"}),
     "mpnet": ("MPNetModel", {}),
     "mpnet, classes": ("MPNetForSequenceClassification", {"num_labels": 5, "relative_attention_num_buckets": 40}),
@@ -41,6 +72,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # What is kept and not computed: only how it is read and written is compared.
 MASKED_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, masked words": ("BertForMaskedLM", {}),
+    "modernbert, masked words": ("ModernBertForMaskedLM", {}),
+    "modernbert, masked words, no bias": ("ModernBertForMaskedLM", {"decoder_bias": False, "norm_bias": True}),
     "roberta, masked words": ("RobertaForMaskedLM", {}),
     "mpnet, masked words": ("MPNetForMaskedLM", {}),
     "distilbert, masked words": ("DistilBertForMaskedLM", {}),
@@ -59,6 +92,16 @@ BERT_BLOCK: Modules = (
         "norm1": same(".attention.output.LayerNorm"),
         "mlp": Theirs(".intermediate.dense", ".output.dense"),
         "norm2": same(".output.LayerNorm"),
+        "": same(""),
+    },
+)
+MODERN_BLOCK: Modules = (
+    "layers.{l}",
+    {
+        "attention.o": same(".attn.Wo"),
+        "attention": same(".attn"),
+        "norm2": same(".mlp_norm"),
+        "mlp": same(".mlp"),
         "": same(""),
     },
 )
@@ -91,6 +134,7 @@ MPNET_BLOCK: Modules = (
     },
 )
 MODULES = dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT_BLOCK) | {
+    "modernbert": MODERN_BLOCK,
     "distilbert": DISTILBERT_BLOCK,
     "mpnet": MPNET_BLOCK,
 }

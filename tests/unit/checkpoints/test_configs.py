@@ -140,6 +140,18 @@ OLMO2 = DECODER | {
     "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
     "rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352,
 }  # fmt: skip
+MODERNBERT = {
+    "architectures": ["ModernBertForMaskedLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 50281, "classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0,
+    "classifier_pooling": "mean", "cls_token_id": 50281, "decoder_bias": True, "deterministic_flash_attn": False,
+    "embedding_dropout": 0.0, "eos_token_id": 50282, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
+    "gradient_checkpointing": False, "hidden_activation": "gelu", "hidden_size": 768, "initializer_cutoff_factor": 2.0,
+    "initializer_range": 0.02, "intermediate_size": 1152, "layer_norm_eps": 1e-05, "local_attention": 128,
+    "local_rope_theta": 10000.0, "max_position_embeddings": 8192, "mlp_bias": False, "mlp_dropout": 0.0,
+    "model_type": "modernbert", "norm_bias": False, "norm_eps": 1e-05, "num_attention_heads": 12,
+    "num_hidden_layers": 22, "pad_token_id": 50283, "position_embedding_type": "absolute", "sep_token_id": 50282,
+    "tie_word_embeddings": True, "torch_dtype": "float32", "transformers_version": "4.47.0.dev0", "vocab_size": 50368,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
     "all-MiniLM-L6-v2": (
@@ -193,6 +205,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-4-mini-instruct": ("phi3", PHI4),
     "SmolLM3-3B": ("smollm3", SMOLLM3),
     "OLMo-2-0425-1B": ("olmo2", OLMO2),
+    "ModernBERT-base": ("modernbert", MODERNBERT),
 }  # fmt: skip
 
 

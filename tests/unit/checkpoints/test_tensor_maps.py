@@ -23,7 +23,8 @@ def test_the_table_names_every_parameter_once(name: str) -> None:
     tensors, parameters, sizes = model_tensors(family, model), flat_state(model), FAMILIES[family].sizes(config)
     blocks = {path: a.shape[0] if path.startswith("blocks.") else 1 for path, a in parameters.items()}
     named = [(path, block or 0) for key, block in tensors.values() for path in key.paths]
-    assert sorted(named) == sorted((path, block) for path, L in blocks.items() for block in range(L))
+    since = {path: key.since for key, _ in tensors.values() for path in key.paths}
+    assert sorted(named) == sorted((path, block) for path, L in blocks.items() for block in range(since[path], L))
     for key, _ in tensors.values():
         ours = sum(math.prod(parameters[path].shape[1 if key.stacked else 0 :]) for path in key.paths)
         assert ours == math.prod(key.shape(sizes))

@@ -63,5 +63,6 @@ def test_what_is_uneven_or_sends_a_class_token_sends_everything():
     assert mask.hops(text, 4) and mask.hops(text, None) is None
     assert mask.hops(text.in_proportion([1.0, 2.0, 1.0, 1.0]), 4) is None
     assert mask.hops(Shards((16, 16, 16, 16), "single"), 4) is None
-    assert mask.hops(Shards((16, 16, 16, 16), "distributed"), 4)
+    assert mask.hops(Shards((16, 16, 16, 16), "distributed"), 4) is None
+    assert mask.hops(Shards((16, 16, 16, 16)), 4)
     assert mask.hops(Shards((16, 17, 16, 17)), 4) is None
