@@ -88,7 +88,7 @@ def _attend_by_head(query: Float[Array, "B S H E"], source: Source, how: Scores)
     J = source.key.shape[2]
 
     @jax.checkpoint
-    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Partial:
+    def one_head(head: tuple[Any, ...]) -> Partial:
         q, k, v, table = head
         bias = source.bias and source.bias._replace(table=table)
         return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None], bias=bias), how)

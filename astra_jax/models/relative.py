@@ -24,9 +24,9 @@ def _by_distance() -> Int[np.ndarray, "distances"]:
 BY_DISTANCE = _by_distance()
 
 
-def bucket(away: Int[Table, "*places"]) -> Int[Array, "*places"]:
+def bucket(away: Int[Array, "*places"]) -> Int[Array, "*places"]:
     """Of keys that are so many places before their query, or behind it where that is negative."""
-    return jnp.asarray(BY_DISTANCE)[jnp.minimum(abs(away), FARTHEST)] + BUCKETS // 2 * (away < 0)
+    return jnp.asarray(BY_DISTANCE)[jnp.minimum(jnp.abs(away), FARTHEST)] + BUCKETS // 2 * (away < 0)
 
 
 class RelativePositions(NamedTuple):

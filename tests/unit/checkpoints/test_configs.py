@@ -37,6 +37,7 @@ ROBERTA = BERT | {
     "max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1,
     "vocab_size": 50265,
 }  # fmt: skip
+NOT_MPNET = ("type_vocab_size", "use_cache", "position_embedding_type", "gradient_checkpointing")
 DISTILBERT = {
     "activation": "gelu", "architectures": ["DistilBertForMaskedLM"], "attention_dropout": 0.1, "dim": 768,
     "dropout": 0.1, "hidden_dim": 3072, "initializer_range": 0.02, "max_position_embeddings": 512,
@@ -178,7 +179,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "all-mpnet-base-v2": (
         "mpnet",
-        {name: value for name, value in ROBERTA.items() if name not in ("type_vocab_size", "use_cache")}
+        {name: value for name, value in ROBERTA.items() if name not in NOT_MPNET}
         | {"architectures": ["MPNetForMaskedLM"], "model_type": "mpnet", "relative_attention_num_buckets": 32},
     ),
     "gpt2": ("gpt2", GPT2),
