@@ -76,7 +76,9 @@ def _read(folder: Path, lower: bool, plain: bool) -> Any:
             with in_utf8(folder) as where:
                 inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
                 if _is_another(inner, folder / "tokenizer.json"):
-                    inner = PreTrainedTokenizerFast.from_pretrained(str(where), local_files_only=True)
+                    inner = PreTrainedTokenizerFast.from_pretrained(
+                        str(where), local_files_only=True, trust_remote_code=False
+                    )
             if lower:
                 backend = inner.backend_tokenizer
                 backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])

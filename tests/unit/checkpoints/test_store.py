@@ -321,7 +321,8 @@ def test_every_model_is_kept(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["info", str(tmp_path / "out"), "--json", str(tmp_path / "info.json")]) == 0
     facts = {row["name"]: row["value"] for row in json.loads((tmp_path / "info.json").read_text())["facts"]}
     assert facts["family"] == family and facts["parameters"] == parameters(plain.model)
-    assert facts.get("rope_theta") == (1e4 if family == "llama" else None) and facts["bits per token and block"] == 6
+    rotary = getattr(config, "rope_parameters", None)
+    assert facts.get("rope_theta") == (rotary and rotary.rope_theta) and facts["bits per token and block"] == 6
 
 
 @pytest.mark.parametrize(
