@@ -13,6 +13,7 @@ from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
 from astra_jax.models.rotary import ROPE_TYPES, Rotary
 from checkpoints.description import Checkpoint
+from checkpoints.families.rows import Architecture
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
 from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
@@ -21,7 +22,8 @@ from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, confi
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
-DERIVED = ("task", "pooler", *(field.name for field in dataclasses.fields(Sentences)))
+_SETTINGS = {name for family in FAMILIES.values() for head in family.architectures.values() for name in head.settings}
+DERIVED = ("task", "pooler", *sorted(_SETTINGS), *(field.name for field in dataclasses.fields(Sentences)))
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -65,9 +67,10 @@ def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, st
     )
 
 
-def derived_fields(family: str, task: str | None, names: Iterable[str], folder: Path) -> dict[str, Any]:
+def derived_fields(family: str, head: Architecture, names: Iterable[str], folder: Path) -> dict[str, Any]:
     """The fields of a configuration that are not in the config.json."""
-    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names}
+    task = head.task
+    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names, **head.settings}
     # A classifier reads the class token.
     sentences = read_sentences(folder) if task == "embedding" else Sentences(pooling="class")
     values |= dataclasses.asdict(sentences)

@@ -152,7 +152,7 @@ def open_folder(source: str) -> Folder:
     head = known.architectures[architecture]
     found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
-    derived = derived_fields(family, head.task, by_name, folder)
+    derived = derived_fields(family, head, by_name, folder)
     if head.task == "embedding":
         check_width(folder, hf_config.get("hidden_size", 768))
     config, labels = config_from_hf(family, hf_config, folder, derived)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, gpt2, llama, vit
-from checkpoints.families.rows import Family, Key
+from checkpoints.families import bert, deit, gpt2, llama, vit
+from checkpoints.families.rows import Architecture, Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-FAMILIES: dict[str, Family] = vit.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES
+FAMILIES: dict[str, Family] = vit.FAMILIES | deit.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES
 
 
 def config_class(family: str) -> type:
@@ -26,7 +26,11 @@ def config_class(family: str) -> type:
 def architecture_of(family: str, config: Any) -> str:
     """The Hugging Face class of a configuration."""
     task = getattr(config, "task", None)
-    return next(name for name, known in FAMILIES[family].architectures.items() if known.task == task)
+
+    def is_meant(known: Architecture) -> bool:
+        return known.task == task and all(getattr(config, field) == value for field, value in known.settings.items())
+
+    return next(name for name, known in FAMILIES[family].architectures.items() if is_meant(known))
 
 
 def classifies(config: Any) -> bool:

@@ -35,6 +35,7 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
+from astra_jax.models.deit import DeiT, DeiTConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
@@ -91,6 +92,12 @@ def random_module() -> Callable[..., Any]:
 def tiny_vit() -> Callable[..., ViT]:
     """Makes a ViT of two blocks and 5x5 patches: no number of devices from 2 to 8 but 5 divides its tokens."""
     return maker(ViT, ViTConfig, TINY_VIT)
+
+
+@pytest.fixture(scope="session")
+def tiny_deit() -> Callable[..., DeiT]:
+    """Makes a DeiT of the same size: two class tokens."""
+    return maker(DeiT, DeiTConfig, TINY_VIT)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from astra_jax.codecs.config import AstraConfig, Similarity, class_kind
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text
-from astra_jax.mesh.sharding import Pooling, Shards
+from astra_jax.mesh.sharding import Pooling, Reading, Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.interface import Report, Strategy
@@ -135,6 +135,11 @@ class Bert(nnx.Module):
         return self.blocks.attention.codec
 
     @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What an embedding, or what a head reads, is made of."""
+        return (self.config.pooling,)
+
+    @property
     def _reads_class(self) -> bool:
         return self.config.pooling == "class"
 
@@ -162,10 +167,10 @@ class Bert(nnx.Module):
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
         ids = tokens[..., 0]
         if self._reads_class:
-            ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
+            ids = strategy.prepend_class(tokens[:, :1, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
         x, reports = scan_blocks(self, x, strategy, ids)
-        return strategy.pool(x, self.config.pooling), reports
+        return strategy.pool(x, *self.reads), reports
 
     def logits(self, features: Float[Array, "B D"]) -> Float[Array, "B _"]:
         """Pooled states -> logits [B,C], or of a model without a classifier its embeddings [B,D], float32."""

@@ -8,6 +8,7 @@ same rows serve reading and writing, so the two cannot disagree.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,11 +119,13 @@ class Architecture(NamedTuple):
       task: the configuration's `task`; None for a family that has but one.
       keys: rows of the head; none for the common part alone, whose tensors Hugging Face then saves without prefix.
       tied: the tensor of the common part that the head repeats where `tie_word_embeddings` is set.
+      settings: fields of the configuration that say which class it is, where `task` is not enough.
     """
 
     task: str | None
     keys: tuple[Key, ...] = ()
     tied: str = ""
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 class Family(NamedTuple):

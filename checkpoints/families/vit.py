@@ -23,10 +23,14 @@ VIT = (
 )
 
 
-def _sizes(config: Any) -> dict[str, int]:
-    """T counts the class token."""
+# Of heads that are not read: pooler, masked patches.
+HARMLESS = "encoder_stride pooler_act pooler_output_size"
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """Lengths of the axes of families that read pictures. T counts class tokens."""
     D, P = config.hidden_size, config.patch_size
-    more = {"T": 1 + config.num_patches, "channel": config.num_channels, "row": P, "column": P}
+    more = {"T": config.class_count + config.num_patches, "channel": config.num_channels, "row": P, "column": P}
     return common_sizes(D, D, D, config) | more
 
 
@@ -34,7 +38,7 @@ FAMILIES = {
     "vit": Family(
         *("astra_jax.models.vit", "ViT", "ViTConfig", "vit.", VIT),
         {"ViTForImageClassification": Architecture(None, linear("classifier", "head", "C", "D"))},
-        _sizes,
-        harmless="encoder_stride pooler_act pooler_output_size",  # of heads that are not read: pooler, masked patches
+        sizes,
+        harmless=HARMLESS,
     )
 }

@@ -82,8 +82,8 @@ def read_config(folder):
     """Family, configuration and labels of the config.json in a folder."""
     content = read_json(folder / configs.CONFIG)
     family, architecture = configs.architecture_in(content, folder)
-    task = tensor_maps.FAMILIES[family].architectures[architecture].task
-    derived = configs.derived_fields(family, task, ["pooler.dense.weight"], folder)
+    head = tensor_maps.FAMILIES[family].architectures[architecture]
+    derived = configs.derived_fields(family, head, ["pooler.dense.weight"], folder)
     return family, content, *configs.config_from_hf(family, content, folder, derived)
 
 
@@ -195,7 +195,8 @@ ADDED = {
 
 
 def read_embedding(folder):
-    derived = configs.derived_fields("bert", "embedding", [], folder)
+    head = tensor_maps.FAMILIES["bert"].architectures["BertModel"]
+    derived = configs.derived_fields("bert", head, [], folder)
     return configs.config_from_hf("bert", BERT, folder, derived)[0]
 
 

@@ -15,6 +15,7 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.deit import DeiTConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
@@ -46,6 +47,7 @@ BERT = BertConfig(
 )
 CONFIGS = {
     "vit": ("vit", VIT),
+    "deit, teacher": ("deit", DeiTConfig(**dataclasses.asdict(VIT), with_teacher=True)),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),
     "gpt2, classes": ("gpt2", dataclasses.replace(GPT2, task="classification", num_labels=3)),

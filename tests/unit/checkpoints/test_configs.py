@@ -93,6 +93,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"transformers.js_config": {"dtype": "q4"}},
     ),
     "vit-base-patch16-224": ("vit", VIT),
+    "deit-tiny-distilled-patch16-224": (
+        "deit",
+        VIT | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 192}
+        | {"intermediate_size": 768, "num_attention_heads": 3, "torch_dtype": "float32"},
+    ),
 }  # fmt: skip
 
 
