@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, deit, gpt2, llama, vit
+from checkpoints.families import bert, deit, dinov2, gpt2, llama, vit
 from checkpoints.families.rows import Architecture, Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-FAMILIES: dict[str, Family] = vit.FAMILIES | deit.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES
+FAMILIES: dict[str, Family] = (
+    vit.FAMILIES | deit.FAMILIES | dinov2.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES
+)
 
 
 def config_class(family: str) -> type:
@@ -36,6 +38,11 @@ def architecture_of(family: str, config: Any) -> str:
 def classifies(config: Any) -> bool:
     """Whether a model's output is classes."""
     return getattr(config, "task", "classification") == "classification"
+
+
+def embeds(config: Any) -> bool:
+    """Whether a model's output is embeddings, of texts or of pictures."""
+    return getattr(config, "task", None) in ("embedding", "image-embedding")
 
 
 def build(

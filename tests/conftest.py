@@ -36,10 +36,11 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.deit import DeiT, DeiTConfig
+from astra_jax.models.dinov2 import Dinov2, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.vit import ViT, ViTConfig
-from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
+from tests.helpers.models import TINY_BERT, TINY_DINOV2, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
 
 DEVICES = 8
 
@@ -98,6 +99,12 @@ def tiny_vit() -> Callable[..., ViT]:
 def tiny_deit() -> Callable[..., DeiT]:
     """Makes a DeiT of the same size: two class tokens."""
     return maker(DeiT, DeiTConfig, TINY_VIT)
+
+
+@pytest.fixture(scope="session")
+def tiny_dinov2() -> Callable[..., Dinov2]:
+    """Makes a DINOv2 of the same size with three registers."""
+    return maker(Dinov2, Dinov2WithRegistersConfig, TINY_DINOV2)
 
 
 @pytest.fixture(scope="session")

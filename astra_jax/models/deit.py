@@ -1,7 +1,7 @@
 """DeiT (`DeiTForImageClassification`, `DeiTForImageClassificationWithTeacher`): a ViT with a distillation token."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,9 +21,12 @@ class DeiTConfig(ViTConfig):
       with_teacher: whether a second head reads the distillation token; the logits are then the mean of both heads'.
     """
 
-    class_count: ClassVar[int] = 2
-
     with_teacher: bool = False
+
+    @property
+    def class_count(self) -> int:
+        """The class token and the distillation token."""
+        return 2
 
 
 class DeiT(VisionTransformer):
@@ -39,7 +42,7 @@ class DeiT(VisionTransformer):
     def __init__(
         self, config: DeiTConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        super().__init__(config, astra, PreNormBlock, 2 + config.num_patches, dtype=dtype, rngs=rngs)
+        super().__init__(config, astra, PreNormBlock, dtype=dtype, rngs=rngs)
         D, C = config.hidden_size, config.num_labels
         self.cls, self.distillation = nnx.Param(jnp.zeros((D,))), nnx.Param(jnp.zeros((D,)))
         self.head = nnx.Linear(D, C, dtype=dtype, rngs=rngs)

@@ -61,7 +61,7 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 # The most there can be of what is not only a size: blocks, and pixels on a side.
-MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384}
+MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384, "picture_size": 16_384}
 
 
 def check_numbers(config: Any) -> None:

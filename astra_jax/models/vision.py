@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from astra_jax.codecs.base import Quantizer
-from astra_jax.codecs.config import AstraConfig, class_kind
+from astra_jax.codecs.config import AstraConfig, Similarity, class_kind
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.mesh.sharding import Reading, Shards
@@ -27,7 +27,7 @@ class VisionConfig:
     """
 
     input_kind: ClassVar[InputKind] = "images"
-    class_count: ClassVar[int] = 1
+    similarity: ClassVar[Similarity] = "cosine"  # how embeddings, where these are the output, are compared
 
     hidden_size: int
     num_attention_heads: int
@@ -42,9 +42,24 @@ class VisionConfig:
         check_activation("hidden_act", self.hidden_act)
 
     @property
+    def class_count(self) -> int:
+        """Class tokens: all that are no patches."""
+        return 1
+
+    @property
+    def side(self) -> int:
+        """Pixels on a side of a picture as the model reads it."""
+        return self.image_size
+
+    @property
     def num_patches(self) -> int:
         """T: tokens of an image, class tokens not counted."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.side // self.patch_size) ** 2
+
+    @property
+    def positions(self) -> int:
+        """Rows of the table of places: those of class tokens, and then those of patches."""
+        return self.class_count + self.num_patches
 
 
 class PreNormBlock(nnx.Module):
@@ -78,7 +93,6 @@ class VisionTransformer(nnx.Module):
       config: the architecture.
       astra: how it is compressed; None without codebooks.
       block: makes a block.
-      positions: how many places the table has: those of class tokens, if these have places, and then of the patches.
       dtype: what activations are computed in. Parameters, softmax and statistics are float32.
       rngs: initialisation.
     """
@@ -91,7 +105,6 @@ class VisionTransformer(nnx.Module):
         config: Any,
         astra: AstraConfig | None,
         block: Callable[..., nnx.Module],
-        positions: int,
         *,
         dtype: Any,
         rngs: nnx.Rngs,
@@ -99,7 +112,7 @@ class VisionTransformer(nnx.Module):
         self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, P, init = config.hidden_size, config.patch_size, nnx.initializers.truncated_normal(0.02)
         self.embed = nnx.Linear(P * P * config.num_channels, D, dtype=dtype, rngs=rngs)
-        self.position = nnx.Param(init(rngs.params(), (positions, D)))
+        self.position = nnx.Param(init(rngs.params(), (config.positions, D)))
         self.blocks = stack_blocks(lambda r: block(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
@@ -119,7 +132,7 @@ class VisionTransformer(nnx.Module):
 
     def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
         """Cuts images into patches, row by row; a patch is (row, column, channel)."""
-        B, P, n = images.shape[0], self.config.patch_size, self.config.image_size // self.config.patch_size
+        B, P, n = images.shape[0], self.config.patch_size, self.config.side // self.config.patch_size
         expected = (n * P, n * P, self.config.num_channels)
         if images.shape[1:] != expected:
             raise AstraError(f"images are {images.shape[1:]}; this model takes {expected} (height, width, channels)")
@@ -130,10 +143,14 @@ class VisionTransformer(nnx.Module):
         """The class tokens as the first block gets them."""
         raise NotImplementedError
 
+    def patch_positions(self) -> Float[Array, "T D"]:
+        """What is added to a patch at every place."""
+        return self.position[...][-self.config.num_patches :]
+
     def embedded(self, patches: Float[Array, "B S PPC"], positions: Any) -> Float[Array, "B S D"]:
         """Patches, whose places are `positions`, as the first block gets them."""
         x = self.embed(patches)
-        return x + self.position[...][-self.config.num_patches :][positions].astype(x.dtype)
+        return x + self.patch_positions()[positions].astype(x.dtype)
 
     def features(self, patches: Float[Array, "B S PPC"], strategy: Strategy) -> tuple[Float[Array, "B states"], Report]:
         """Patches of the shards that this device holds -> what the head reads, and the strategy's reports."""

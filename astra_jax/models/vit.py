@@ -45,7 +45,7 @@ class ViT(VisionTransformer):
     def __init__(
         self, config: ViTConfig, astra: AstraConfig | None = None, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        super().__init__(config, astra, PreNormBlock, 1 + config.num_patches, dtype=dtype, rngs=rngs)
+        super().__init__(config, astra, PreNormBlock, dtype=dtype, rngs=rngs)
         self.cls = nnx.Param(jnp.zeros((config.hidden_size,)))
         self.head = nnx.Linear(config.hidden_size, config.num_labels, dtype=dtype, rngs=rngs)
 

@@ -16,6 +16,7 @@ from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
 from astra_jax.models.deit import DeiTConfig
+from astra_jax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
 from astra_jax.models.vit import ViTConfig
@@ -45,9 +46,15 @@ BERT = BertConfig(
     intermediate_size=12,
     max_position_embeddings=6,
 )
+DINOV2 = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 8}
 CONFIGS = {
     "vit": ("vit", VIT),
     "deit, teacher": ("deit", DeiTConfig(**dataclasses.asdict(VIT), with_teacher=True)),
+    "dinov2": ("dinov2", Dinov2Config(**DINOV2, patch_size=4, use_swiglu_ffn=True, use_mask_token=False)),
+    "dinov2, registers, classes": (
+        "dinov2_with_registers",
+        Dinov2WithRegistersConfig(**DINOV2, patch_size=4, task="classification", num_labels=3),
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),
     "gpt2, classes": ("gpt2", dataclasses.replace(GPT2, task="classification", num_labels=3)),

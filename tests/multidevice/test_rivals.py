@@ -25,6 +25,7 @@ from tests.helpers.sharded import real
 MODELS = {
     "vit": ("tiny_vit", {"num_attention_heads": 4}),
     "deit": ("tiny_deit", {"num_attention_heads": 4, "with_teacher": True}),
+    "dinov2": ("tiny_dinov2", {"num_attention_heads": 4, "task": "classification"}),
     "gpt2": ("tiny_gpt2", {"n_head": 4}),
     "gpt2 classifier": ("tiny_gpt2", {"n_head": 4, "task": "classification", "num_labels": 3}),
     "llama": ("tiny_llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
@@ -35,7 +36,7 @@ MODELS = {
     "bert mean": ("tiny_bert", {"pooling": "mean", "normalize": True}),
     "bert class": ("tiny_bert", {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
-PICTURES = ("vit", "deit")
+PICTURES = ("vit", "deit", "dinov2")
 FAST = {
     ("vit", "sp", 4),
     ("vit", "tp", 2),

@@ -35,8 +35,10 @@ def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
 # Name -> fixture, and values of the configuration. All have other numbers of class tokens than ViT, or other heads.
 PICTURE_MODELS = {
     "deit": ("tiny_deit", {"with_teacher": True}),
+    "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
+    "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
 }
-FAST_PICTURES = [("deit", 3, HIDDEN, DISTRIBUTED), ("deit", 2, KV, SINGLE)]
+FAST_PICTURES = [("deit", 3, HIDDEN, DISTRIBUTED), ("deit", 2, KV, SINGLE), ("dinov2 classifier", 3, KV, DISTRIBUTED)]
 # Every model meets every number of devices with both class tokens, and both sites.
 EVERY_PICTURE = [
     (name, N, (HIDDEN, KV)[(N + kind) % 2], class_token)

@@ -8,26 +8,41 @@ TINY: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 48,
     "image_size": 16,
     "patch_size": 4,
     "initializer_range": 0.1,
 }
 BASE: dict[str, dict[str, Any]] = {
-    "deit": {**TINY, "num_labels": 5},
+    "deit": {**TINY, "intermediate_size": 48, "num_labels": 5},
+    "dinov2": {**TINY, "mlp_ratio": 2, "num_labels": 5},
+    "dinov2_with_registers": {**TINY, "mlp_ratio": 2, "num_register_tokens": 3},
 }
 
 # Name -> Hugging Face class and what differs from the base.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("DeiTForImageClassification", {}),
     "deit, teacher": ("DeiTForImageClassificationWithTeacher", {"qkv_bias": False, "hidden_act": "relu"}),
+    "dinov2": ("Dinov2Model", {"use_swiglu_ffn": True, "use_mask_token": False}),
+    "dinov2, classes": ("Dinov2ForImageClassification", {}),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", {"qkv_bias": False}),
+    "dinov2_with_registers, classes": ("Dinov2WithRegistersForImageClassification", {"num_labels": 4}),
 }
 
+# Name -> pixels on a side of what the model reads, where the table of places is for another size.
+SIDES = {"dinov2": 24, "dinov2, classes": 12, "dinov2_with_registers": 12, "dinov2_with_registers, classes": 20}
+
 PROJECTIONS = {f"attention.{name}": same(f".attention.{name}_proj") for name in "qkvo"}
+DINOV2: dict[str, Theirs] = {
+    "norm1": same(".norm1"),
+    **PROJECTIONS,
+    "attention": same(".attention"),
+    "norm2": same(".norm2"),
+    "": same(""),
+}
 # Our module of a block (the block itself is empty) -> theirs, within their block.
 MODULES: dict[str, tuple[str, dict[str, Theirs]]] = {
     "deit": (
-        "deit.layers.{l}",
+        "layers.{l}",
         {
             "norm1": same(".layernorm_before"),
             **PROJECTIONS,
@@ -37,7 +52,9 @@ MODULES: dict[str, tuple[str, dict[str, Theirs]]] = {
             "": same(""),
         },
     ),
+    "dinov2": ("encoder.layer.{l}", DINOV2),
+    "dinov2_with_registers": ("encoder.layer.{l}", DINOV2),
 }
-# Their norm behind the last block, and what they return that is ours.
-LAST_NORM = {"deit": "deit.layernorm"}
-OUTPUT = {"deit": "logits"}
+# Their norm behind the last block; and what is ours of what they return, of which the first that is there.
+LAST_NORM = {"deit": "layernorm", "dinov2": "layernorm", "dinov2_with_registers": "layernorm"}
+OUTPUT = ("logits", "pooler_output")

@@ -62,6 +62,15 @@ VIT = {
     "layer_norm_eps": 1e-12, "model_type": "vit", "num_attention_heads": 12, "num_channels": 3,
     "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True, "transformers_version": "4.13.0.dev0",
 }  # fmt: skip
+DINOV2 = {
+    "apply_layernorm": True, "architectures": ["Dinov2Model"], "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "image_size": 518,
+    "initializer_range": 0.02, "layer_norm_eps": 1e-06, "layerscale_value": 1.0, "mlp_ratio": 4,
+    "model_type": "dinov2", "num_attention_heads": 12, "num_channels": 3, "num_hidden_layers": 12,
+    "out_features": ["stage12"], "out_indices": [12], "patch_size": 14, "qkv_bias": True,
+    "reshape_hidden_states": True, "stage_names": ["stem", "stage1"], "torch_dtype": "float32",
+    "transformers_version": "4.31.0.dev0", "use_swiglu_ffn": False,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
     "all-MiniLM-L6-v2": (
@@ -93,6 +102,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"transformers.js_config": {"dtype": "q4"}},
     ),
     "vit-base-patch16-224": ("vit", VIT),
+    "dinov2-base": ("dinov2", DINOV2),
+    "dinov2-giant": (
+        "dinov2",
+        DINOV2 | {"hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 40, "use_swiglu_ffn": True},
+    ),
+    "dinov2-with-registers-small": (
+        "dinov2_with_registers",
+        DINOV2 | {"hidden_size": 384, "num_attention_heads": 6, "num_register_tokens": 4}
+        | {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"},
+    ),
     "deit-tiny-distilled-patch16-224": (
         "deit",
         VIT | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 192}
