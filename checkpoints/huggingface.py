@@ -28,6 +28,7 @@ from checkpoints.families.rows import Family
 from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
+from checkpoints.parts import part_of
 from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
 from checkpoints.streaming import Part, assemble, part_name
 from checkpoints.tensor_maps import FAMILIES, Tensor, build, flat_state, model_tensors
@@ -147,10 +148,12 @@ def open_folder(source: str) -> Folder:
     check_folder(folder)
     hf_config = read_json(folder / CONFIG)
     check_plain(hf_config, folder / CONFIG)
+    hf_config = part_of(hf_config, folder / CONFIG) or hf_config
     family, architecture = architecture_in(hf_config, folder)
     known = FAMILIES[family]
     head = known.architectures[architecture]
-    found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
+    everything = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
+    found = [tensor for tensor in everything if not known.is_other(known.bare(tensor.name))]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
     derived = derived_fields(family, head, by_name, folder)
     if head.task == "embedding":
@@ -187,13 +190,15 @@ def open_folder(source: str) -> Folder:
         generation=generation,
         tokenizer_files=folder if reads_text else None,
     )
-    return Folder(folder, checkpoint, tensors, stored, tuple(_notes(checkpoint, folder)))
+    return Folder(folder, checkpoint, tensors, stored, tuple(_notes(checkpoint, folder, len(everything) - len(found))))
 
 
-def _notes(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, folder: Path, others: int) -> Iterator[str]:
     """What a folder says that is known and not done here. Raises AstraError where a setting is of a wrong type."""
     if code := checkpoint.hf_config.get("auto_map"):
         yield f"{CONFIG} asks for code of its own ({shorten(code)}), which is never run: the model is what it is here"
+    if others:
+        yield f"{others:,} tensors of the encoder of texts are left out: this is the encoder of pictures alone"
     if checkpoint.config.input_kind == "images" and checkpoint.preprocessing is not None:
         checkpoint.processor  # noqa: B018  # raises unless it can be read
     if checkpoint.generation is not None:

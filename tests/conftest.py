@@ -35,6 +35,7 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
+from astra_jax.models.clip import CLIPVision, CLIPVisionConfig
 from astra_jax.models.deit import DeiT, DeiTConfig
 from astra_jax.models.dinov2 import Dinov2, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
@@ -105,6 +106,13 @@ def tiny_deit() -> Callable[..., DeiT]:
 def tiny_dinov2() -> Callable[..., Dinov2]:
     """Makes a DINOv2 of the same size with three registers."""
     return maker(Dinov2, Dinov2WithRegistersConfig, TINY_DINOV2)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Callable[..., CLIPVision]:
+    """Makes a CLIP of the same size."""
+    sizes = {name: value for name, value in TINY_VIT.items() if name != "num_labels"}
+    return maker(CLIPVision, CLIPVisionConfig, {**sizes, "projection_dim": 6})
 
 
 @pytest.fixture(scope="session")

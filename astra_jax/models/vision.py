@@ -93,6 +93,7 @@ class VisionTransformer(nnx.Module):
       config: the architecture.
       astra: how it is compressed; None without codebooks.
       block: makes a block.
+      patch_bias: whether a bias is added to every patch.
       dtype: what activations are computed in. Parameters, softmax and statistics are float32.
       rngs: initialisation.
     """
@@ -106,12 +107,13 @@ class VisionTransformer(nnx.Module):
         astra: AstraConfig | None,
         block: Callable[..., nnx.Module],
         *,
+        patch_bias: bool = True,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
         self.config, self.astra, self.dtype = config, astra, jnp.dtype(dtype)
         D, P, init = config.hidden_size, config.patch_size, nnx.initializers.truncated_normal(0.02)
-        self.embed = nnx.Linear(P * P * config.num_channels, D, dtype=dtype, rngs=rngs)
+        self.embed = nnx.Linear(P * P * config.num_channels, D, use_bias=patch_bias, dtype=dtype, rngs=rngs)
         self.position = nnx.Param(init(rngs.params(), (config.positions, D)))
         self.blocks = stack_blocks(lambda r: block(config, astra, dtype, r), config.num_hidden_layers, rngs)
         self.norm = LayerNorm(D, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)

@@ -140,6 +140,7 @@ class Family(NamedTuple):
       skipped: patterns of tensors that are no parameters, names without the prefix.
       renamed: old parts of names -> what they are called today.
       harmless: fields of a config.json that change nothing of what is computed, besides those of all families.
+      others: patterns of tensors of other models in the same file, which are left out, and said.
     """
 
     module: str
@@ -152,6 +153,7 @@ class Family(NamedTuple):
     skipped: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     harmless: str = ""
+    others: tuple[str, ...] = ()
 
     def bare(self, name: str) -> str:
         """What a tensor in a file is called today, without the prefix."""
@@ -162,6 +164,10 @@ class Family(NamedTuple):
     def is_skipped(self, bare: str) -> bool:
         """Whether a tensor is none of a model's parameters."""
         return any(re.fullmatch(pattern, bare) for pattern in self.skipped)
+
+    def is_other(self, bare: str) -> bool:
+        """Whether a tensor is of another model in the same file."""
+        return any(re.fullmatch(pattern, bare) for pattern in self.others)
 
     def is_mapped(self, bare: str) -> bool:
         """Whether a row of some class of the family is for a tensor."""

@@ -15,6 +15,7 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.clip import CLIPVisionConfig
 from astra_jax.models.deit import DeiTConfig
 from astra_jax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2Config
@@ -54,6 +55,18 @@ CONFIGS = {
     "dinov2, registers, classes": (
         "dinov2_with_registers",
         Dinov2WithRegistersConfig(**DINOV2, patch_size=4, task="classification", num_labels=3),
+    ),
+    "clip": (
+        "clip_vision_model",
+        CLIPVisionConfig(
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            image_size=8,
+            patch_size=4,
+            projection_dim=6,
+        ),
     ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),

@@ -37,6 +37,7 @@ PICTURE_MODELS = {
     "deit": ("tiny_deit", {"with_teacher": True}),
     "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
     "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
+    "clip": ("tiny_clip", {}),
 }
 FAST_PICTURES = [("deit", 3, HIDDEN, DISTRIBUTED), ("deit", 2, KV, SINGLE), ("dinov2 classifier", 3, KV, DISTRIBUTED)]
 # Every model meets every number of devices with both class tokens, and both sites.

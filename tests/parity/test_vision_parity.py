@@ -23,7 +23,7 @@ from astra_jax.models.mask import Block
 from astra_jax.strategies.base import Single
 from checkpoints import configs, huggingface
 from checkpoints.tensor_maps import FAMILIES
-from tests.parity.pictures import BASE, LAST_NORM, MODULES, OUTPUT, SIDES, VARIANTS
+from tests.parity.pictures import BASE, LAST_NORM, MODULES, OUTPUT, SIDES, VARIANTS, WHOLES
 
 
 def torch_model(name: str, randomised: Any) -> Any:
@@ -37,9 +37,9 @@ def family_of(name: str) -> str:
     return name.split(",")[0]
 
 
-def pictures(side: int, B: int = 2) -> np.ndarray:
-    """Random pictures [B, side, side, 3]."""
-    return np.random.default_rng(1).normal(size=(B, side, side, 3)).astype(np.float32)
+def pictures(side: int, channels: int, B: int = 2) -> np.ndarray:
+    """Random pictures [B, side, side, channels]."""
+    return np.random.default_rng(1).normal(size=(B, side, side, channels)).astype(np.float32)
 
 
 def output(out: Any) -> torch.Tensor:
@@ -51,7 +51,7 @@ def save(theirs: Any, name: str, folder: Path) -> np.ndarray:
     theirs.save_pretrained(folder)
     side = SIDES.get(name, BASE[family_of(name)]["image_size"])
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": side}))
-    return pictures(side)
+    return pictures(side, theirs.config.num_channels)
 
 
 def to_torch(images: np.ndarray) -> torch.Tensor:
@@ -169,3 +169,25 @@ def test_defaults_are_those_of_hugging_face(family: str) -> None:
     for field in dataclasses.fields(ours):
         if field.name not in ("num_labels", *configs.DERIVED):  # the labels say it; a folder does
             assert getattr(theirs, field.name) == field.default, field.name
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_the_encoder_of_pictures_of_a_whole(whole: str, tmp_path: Path, randomised: Any, close: Any) -> None:
+    """It is read as if it were alone, written so, and what else is there is counted."""
+    cls, family, texts = getattr(transformers, whole), *WHOLES[whole]
+    part = BASE[family]
+    theirs = randomised(cls(cls.config_class(text_config=texts, vision_config=part, initializer_range=0.1, **texts)))
+    theirs.save_pretrained(tmp_path / "whole")
+    opened = huggingface.open_folder(str(tmp_path / "whole"))
+    others = len(theirs.state_dict()) - len(opened.tensors)
+    assert opened.notes == (
+        f"{others} tensors of the encoder of texts are left out: this is the encoder of pictures alone",
+    )
+    checkpoint = huggingface.read(str(tmp_path / "whole"))
+    huggingface.write_folder(checkpoint, tmp_path / "part")
+    architecture = next(iter(FAMILIES[family].architectures))
+    alone, problems = getattr(transformers, architecture).from_pretrained(tmp_path / "part", output_loading_info=True)
+    assert not any(problems.values()), problems
+    images = to_torch(pictures(part["image_size"], 3))
+    with torch.no_grad():
+        close(output(alone(images)), theirs.get_image_features(images).pooler_output)

@@ -17,6 +17,7 @@ from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.serving.engine import classes
 from checkpoints import Checkpoint, configs, fields
 from checkpoints.configs import config_from_hf
+from checkpoints.parts import part_of
 from checkpoints.problems import problem_of
 from checkpoints.tensor_maps import FAMILIES
 from eval.service.service import class_rows
@@ -71,6 +72,27 @@ DINOV2 = {
     "reshape_hidden_states": True, "stage_names": ["stem", "stage1"], "torch_dtype": "float32",
     "transformers_version": "4.31.0.dev0", "use_swiglu_ffn": False,
 }  # fmt: skip
+CLIP = {
+    "architectures": ["CLIPModel"], "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "clip",
+    "projection_dim": 512, "text_config": {"model_type": "clip_text_model"},
+    "vision_config": {
+        "_name_or_path": "", "add_cross_attention": False, "architectures": None, "attention_dropout": 0.0,
+        "bad_words_ids": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
+        "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
+        "encoder_no_repeat_ngram_size": 0, "finetuning_task": None, "hidden_act": "quick_gelu", "hidden_size": 768,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "image_size": 224, "initializer_factor": 1.0,
+        "initializer_range": 0.02, "intermediate_size": 3072, "is_decoder": False, "is_encoder_decoder": False,
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "layer_norm_eps": 1e-05, "length_penalty": 1.0, "max_length": 20,
+        "min_length": 0, "model_type": "clip_vision_model", "no_repeat_ngram_size": 0, "num_attention_heads": 12,
+        "num_beam_groups": 1, "num_beams": 1, "num_hidden_layers": 12, "num_return_sequences": 1,
+        "output_attentions": False, "output_hidden_states": False, "output_scores": False, "pad_token_id": None,
+        "patch_size": 32, "prefix": None, "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False,
+        "repetition_penalty": 1.0, "return_dict": True, "return_dict_in_generate": False, "temperature": 1.0,
+        "tie_encoder_decoder": False, "tie_word_embeddings": True, "top_k": 50, "top_p": 1.0, "torch_dtype": None,
+        "torchscript": False, "transformers_version": "4.16.0.dev0", "use_bfloat16": False,
+    },
+}  # fmt: skip
+WIDE = {"hidden_size": 1280, "num_attention_heads": 16, "patch_size": 14}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
     "all-MiniLM-L6-v2": (
@@ -112,6 +134,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         DINOV2 | {"hidden_size": 384, "num_attention_heads": 6, "num_register_tokens": 4}
         | {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"},
     ),
+    "clip-vit-base-patch32": ("clip_vision_model", part_of({**CLIP, "vision_config_dict": None}, Path())),
+    "CLIP-ViT-H-14-laion2B": (
+        "clip_vision_model",
+        part_of(CLIP | {"projection_dim": 1024, "vision_config_dict": WIDE}, Path()),
+    ),
     "deit-tiny-distilled-patch16-224": (
         "deit",
         VIT | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 192}
@@ -125,6 +152,7 @@ def test_published_configurations_are_read(name: str) -> None:
     family, content = PUBLISHED[name]
     config, _ = config_from_hf(family, content, Path())
     assert config.hidden_size == content.get("hidden_size", 768)
+    assert content.get("projection_dim") == getattr(config, "projection_dim", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
