@@ -10,8 +10,9 @@ from checkpoints.fields import shorten
 # `model_type` of the whole -> that of the part, and the class that has it alone.
 PARTS = {
     "clip": ("clip_vision_model", "CLIPVisionModelWithProjection"),
+    "siglip": ("siglip_vision_model", "SiglipVisionModel"),
 }
-WIDTH = "projection_dim"  # of the embeddings of both encoders, which the whole says
+WIDTH = "projection_dim"  # of the embeddings of both encoders, which the whole says of CLIP
 
 
 def part_of(hf_config: Mapping[str, Any], where: Path) -> dict[str, Any] | None:

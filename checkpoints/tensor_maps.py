@@ -11,12 +11,19 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, clip, deit, dinov2, gpt2, llama, vit
+from checkpoints.families import bert, clip, deit, dinov2, gpt2, llama, siglip, vit
 from checkpoints.families.rows import Architecture, Family, Key
 
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
 FAMILIES: dict[str, Family] = (
-    vit.FAMILIES | deit.FAMILIES | dinov2.FAMILIES | clip.FAMILIES | gpt2.FAMILIES | llama.FAMILIES | bert.FAMILIES
+    vit.FAMILIES
+    | deit.FAMILIES
+    | dinov2.FAMILIES
+    | clip.FAMILIES
+    | siglip.FAMILIES
+    | gpt2.FAMILIES
+    | llama.FAMILIES
+    | bert.FAMILIES
 )
 
 

@@ -40,6 +40,7 @@ from astra_jax.models.deit import DeiT, DeiTConfig
 from astra_jax.models.dinov2 import Dinov2, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
+from astra_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from astra_jax.models.vit import ViT, ViTConfig
 from tests.helpers.models import TINY_BERT, TINY_DINOV2, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
 
@@ -113,6 +114,12 @@ def tiny_clip() -> Callable[..., CLIPVision]:
     """Makes a CLIP of the same size."""
     sizes = {name: value for name, value in TINY_VIT.items() if name != "num_labels"}
     return maker(CLIPVision, CLIPVisionConfig, {**sizes, "projection_dim": 6})
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip() -> Callable[..., SiglipVision]:
+    """Makes a SigLIP of the same size: no class token, and a head that attends to all patches."""
+    return maker(SiglipVision, SiglipVisionConfig, {n: value for n, value in TINY_VIT.items() if n != "num_labels"})
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,8 @@ MOST_CPU_DEVICES = 256  # that are made on demand: each has threads of its own, 
 
 CLASSES = ("class", "second class")  # class tokens that heads read; there may be more, such as registers
 Pooling = Literal["class", "mean", "last"]  # what a configuration may say that a head reads
-Reading = Pooling | Literal["second class", "input"]  # what a head may read: see `Shards.weights`
+# What a head may read: see `Shards.weights`; or all tokens by attention of its own, see `Strategy.attend`.
+Reading = Pooling | Literal["second class", "input", "attention"]
 Table = Array | np.ndarray  # a numpy table is known when a program is traced, and becomes a constant of it
 
 

@@ -164,6 +164,11 @@ class Strategy(Protocol):
     def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
         """The states that a head reads (`Shards.weights`), side by side."""
 
+    def attend(
+        self, query: Float[Array, "B Q H E"], key: Float[Array, "B S J E"], value: Float[Array, "B S J E"]
+    ) -> Float[Array, "B Q H E"]:
+        """Attention of queries that all devices have to all tokens, of which these are here."""
+
 
 Step = Callable[[Any, Kind, Any, Any], tuple[Any, Report]]
 

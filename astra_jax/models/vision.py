@@ -130,7 +130,8 @@ class VisionTransformer(nnx.Module):
 
     def shards(self, N: int, images: Any = None) -> Shards:
         """The split of an image's patches over N devices."""
-        return Shards.split(self.config.num_patches, N, class_kind(self.astra), self.config.class_count)
+        k = self.config.class_count
+        return Shards.split(self.config.num_patches, N, class_kind(self.astra) if k else None, k)
 
     def to_tokens(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B T PPC"]:
         """Cuts images into patches, row by row; a patch is (row, column, channel)."""
@@ -160,7 +161,11 @@ class VisionTransformer(nnx.Module):
         x = strategy.prepend_class(self.class_states().astype(x.dtype), x)
         x, reports = scan_blocks(self, x, strategy)
         # A head reads the mean of the final states of a class token's replicas (our choice: after the final norm).
-        return strategy.pool(self.norm(x), *self.reads), reports
+        return self.read(self.norm(x), strategy), reports
+
+    def read(self, x: Float[Array, "B S D"], strategy: Strategy) -> Float[Array, "B states"]:
+        """What the head reads of the final states of the shards that this device holds."""
+        return strategy.pool(x, *self.reads)
 
     def logits(self, features: Float[Array, "B states"]) -> Float[Array, "B _"]:
         """What the head makes of what it reads, float32."""

@@ -19,6 +19,7 @@ from astra_jax.codecs.config import CODED, Kind
 from astra_jax.mesh.collectives import Alone
 from astra_jax.mesh.sharding import Reading, Shards, Table, Tokens
 from astra_jax.models import mask
+from astra_jax.models.attention import Partial, attend, merge
 from astra_jax.models.blocks import run_stack
 from astra_jax.models.interface import Content, Exchanged, Remote, Report, Source, Step, TokenIds
 from astra_jax.models.mask import Block
@@ -55,6 +56,23 @@ class Whole:
 
     def cached(self, block: Block) -> list[Source]:
         return []
+
+    def tokens(self) -> Tokens:
+        """Attributes of every slot that is here."""
+        raise NotImplementedError
+
+    def gathered(self, x: Float[Array, "*shape"]) -> Float[Array, "parts *shape"]:
+        """What every device has that holds a part of the tokens."""
+        return x[None]
+
+    def attend(
+        self, query: Float[Array, "B Q H E"], key: Float[Array, "B S J E"], value: Float[Array, "B S J E"]
+    ) -> Float[Array, "B Q H E"]:
+        """Exact: devices send the statistics of their tokens' softmax, E + 2 numbers of every query and head."""
+        seen = jnp.asarray(self.tokens().valid)[..., None, :]
+        mine = jnp.concatenate(attend(query, Source(key, value, seen)), axis=-1)
+        E = query.shape[-1]
+        return merge([Partial(p[..., :E], p[..., E : E + 1], p[..., E + 1 :]) for p in self.gathered(mine)])
 
     def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x
@@ -181,6 +199,9 @@ class SplitTokens(Sharded):
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.transport.total(x)
 
+    def gathered(self, x: Float[Array, "*shape"]) -> Float[Array, "parts *shape"]:
+        return self.transport.gather(x[None])
+
     def local_mask(self, block: Block) -> Bool[Array, "*B queries keys"] | None:
         found = super().local_mask(block)
         if self.transport.on_devices:
@@ -232,9 +253,13 @@ class SplitTokens(Sharded):
         return Remote(type(content)(_in_rows(self.transport.senders(said))), position, seen)
 
     def _pooled(self, model: Any) -> list[Message]:
-        """The states that a head reads: their sum over the devices, once."""
-        bits = 0 if model.per_token else len(model.reads) * hidden_bits(model)
-        return [Message("all-reduce", bits, 1, in_blocks=False)] if bits else []
+        """The states that a head reads: their sum over the devices, or what `attend` sends, once."""
+        if model.per_token:
+            return []
+        if "attention" in model.reads:
+            D, H = model.config.hidden_size, model.config.num_attention_heads
+            return [Message("all-gather", 32 * (D + 2 * H), 1, in_blocks=False)]
+        return [Message("all-reduce", len(model.reads) * hidden_bits(model), 1, in_blocks=False)]
 
 
 def _in_rows(x: Shaped[Array, "N B S _"]) -> Shaped[Array, "B R _"]:

@@ -20,6 +20,7 @@ from astra_jax.models.deit import DeiTConfig
 from astra_jax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.siglip import SiglipVisionConfig
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
 from checkpoints.tensor_maps import build, flat_state, with_state
@@ -66,6 +67,12 @@ CONFIGS = {
             image_size=8,
             patch_size=4,
             projection_dim=6,
+        ),
+    ),
+    "siglip": (
+        "siglip_vision_model",
+        SiglipVisionConfig(
+            hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4
         ),
     ),
     "gpt2": ("gpt2", GPT2),

@@ -26,6 +26,7 @@ MODELS = {
     "vit": ("tiny_vit", {"num_attention_heads": 4}),
     "deit": ("tiny_deit", {"num_attention_heads": 4, "with_teacher": True}),
     "dinov2": ("tiny_dinov2", {"num_attention_heads": 4, "task": "classification"}),
+    "siglip": ("tiny_siglip", {"num_attention_heads": 4}),
     "gpt2": ("tiny_gpt2", {"n_head": 4}),
     "gpt2 classifier": ("tiny_gpt2", {"n_head": 4, "task": "classification", "num_labels": 3}),
     "llama": ("tiny_llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
@@ -36,7 +37,7 @@ MODELS = {
     "bert mean": ("tiny_bert", {"pooling": "mean", "normalize": True}),
     "bert class": ("tiny_bert", {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
-PICTURES = ("vit", "deit", "dinov2")
+PICTURES = ("vit", "deit", "dinov2", "siglip")
 FAST = {
     ("vit", "sp", 4),
     ("vit", "tp", 2),
@@ -149,6 +150,7 @@ EXPECTED = {
     ("vit", "bp-ag"): {"all-gather": 8 * 16 * 32},
     ("vit", "bp-sp"): {"all-gather": 2 * 8 * 16 * 32, "all-to-all": 8 * 16 * 32},
     ("deit", "sp"): {"all-gather": 2 * 9 * 16 * 32, "all-reduce": 2 * 16 * 32},
+    ("siglip", "sp"): {"all-gather": 2 * 7 * 16 * 32 + (16 + 2 * 4) * 32},
     ("llama", "sp"): {"all-gather": 2 * 6 * 16 * 32},
     ("llama", "tp"): {"all-reduce": 4 * 24 * 16 * 32},
     ("llama", "bp-ag"): {"all-gather": 6 * 16 * 32},

@@ -38,8 +38,14 @@ PICTURE_MODELS = {
     "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
     "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
     "clip": ("tiny_clip", {}),
+    "siglip": ("tiny_siglip", {}),
 }
-FAST_PICTURES = [("deit", 3, HIDDEN, DISTRIBUTED), ("deit", 2, KV, SINGLE), ("dinov2 classifier", 3, KV, DISTRIBUTED)]
+FAST_PICTURES = [
+    ("deit", 3, HIDDEN, DISTRIBUTED),
+    ("deit", 2, KV, SINGLE),
+    ("dinov2 classifier", 3, KV, DISTRIBUTED),
+    ("siglip", 3, HIDDEN, SINGLE),
+]
 # Every model meets every number of devices with both class tokens, and both sites.
 EVERY_PICTURE = [
     (name, N, (HIDDEN, KV)[(N + kind) % 2], class_token)

@@ -17,6 +17,7 @@ BASE: dict[str, dict[str, Any]] = {
     "dinov2": {**TINY, "mlp_ratio": 2, "num_labels": 5},
     "dinov2_with_registers": {**TINY, "mlp_ratio": 2, "num_register_tokens": 3},
     "clip_vision_model": {**TINY, "intermediate_size": 48, "projection_dim": 24},
+    "siglip_vision_model": {**TINY, "intermediate_size": 48},
 }
 
 # Name -> Hugging Face class and what differs from the base.
@@ -29,6 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2_with_registers, classes": ("Dinov2WithRegistersForImageClassification", {"num_labels": 4}),
     "clip_vision_model, gelu": ("CLIPVisionModelWithProjection", {"hidden_act": "gelu"}),
     "clip_vision_model": ("CLIPVisionModelWithProjection", {"num_channels": 1}),
+    "siglip_vision_model, large weights": ("SiglipVisionModel", {"initializer_range": 0.3}),
 }
 
 # Name -> pixels on a side of what the model reads, where the table of places is for another size.
@@ -66,11 +68,13 @@ MODULES: dict[str, tuple[str, dict[str, Theirs]]] = {
     ),
     "dinov2": ("encoder.layer.{l}", DINOV2),
     "clip_vision_model": ("encoder.layers.{l}", CLIP),
+    "siglip_vision_model": ("encoder.layers.{l}", CLIP),
     "dinov2_with_registers": ("encoder.layer.{l}", DINOV2),
 }
 # Their norm behind the last block; and what is ours of what they return, of which the first that is there.
 LAST_NORM = {"deit": "layernorm", "dinov2": "layernorm", "dinov2_with_registers": "layernorm"} | {
     "clip_vision_model": "post_layernorm",
+    "siglip_vision_model": "post_layernorm",
 }
 OUTPUT = ("logits", "image_embeds", "pooler_output")
 
@@ -84,4 +88,5 @@ _TEXTS = {
 }
 WHOLES: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIPModel": ("clip_vision_model", {**_TEXTS, "projection_dim": 12}),
+    "SiglipModel": ("siglip_vision_model", _TEXTS),
 }
