@@ -193,12 +193,12 @@ def open_folder(source: str) -> Folder:
     return Folder(folder, checkpoint, tensors, stored, tuple(_notes(checkpoint, folder, len(everything) - len(found))))
 
 
-def _notes(checkpoint: Checkpoint, folder: Path, others: int) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, folder: Path, left_out: int) -> Iterator[str]:
     """What a folder says that is known and not done here. Raises AstraError where a setting is of a wrong type."""
     if code := checkpoint.hf_config.get("auto_map"):
         yield f"{CONFIG} asks for code of its own ({shorten(code)}), which is never run: the model is what it is here"
-    if others:
-        yield f"{others:,} tensors of the encoder of texts are left out: this is the encoder of pictures alone"
+    if left_out:
+        yield f"{left_out:,} tensors of the encoder of texts are left out: this is the encoder of pictures alone"
     if checkpoint.config.input_kind == "images" and checkpoint.preprocessing is not None:
         checkpoint.processor  # noqa: B018  # raises unless it can be read
     if checkpoint.generation is not None:

@@ -12,7 +12,7 @@ from astra_jax.mesh.sharding import Reading
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.interpolation import resized
-from astra_jax.models.layers import MLP, OF_HIDDEN, GatedMLP, LayerNorm, check_choice, check_divides
+from astra_jax.models.layers import HIDDEN, MLP, GatedMLP, LayerNorm, check_choice, check_divides
 from astra_jax.models.mask import Block
 from astra_jax.models.vision import VisionConfig, VisionTransformer
 
@@ -101,12 +101,12 @@ class Dinov2Block(nnx.Module):
         self.attention = MixedPrecisionAttention(
             D, H, H, D // H, qkv_bias=config.qkv_bias, astra=astra, dtype=dtype, rngs=rngs
         )
-        self.scale1 = nnx.Param(jnp.ones((D,)), **OF_HIDDEN)
+        self.scale1 = nnx.Param(jnp.ones((D,)), axes=(HIDDEN,))
         self.norm2 = LayerNorm(D, epsilon=eps, dtype=dtype, rngs=rngs)
         gated = config.use_swiglu_ffn
         self.mlp = None if gated else MLP(D, F, config.hidden_act, dtype=dtype, rngs=rngs)
         self.swiglu = GatedMLP(D, F, "silu", use_bias=True, dtype=dtype, rngs=rngs) if gated else None
-        self.scale2 = nnx.Param(jnp.ones((D,)), **OF_HIDDEN)
+        self.scale2 = nnx.Param(jnp.ones((D,)), axes=(HIDDEN,))
 
     def attention_input(self, x: Float[Array, "*tokens D"]) -> Float[Array, "*tokens D"]:
         """What keys and values are projections of."""

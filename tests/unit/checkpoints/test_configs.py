@@ -139,6 +139,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "clip_vision_model",
         part_of(CLIP | {"projection_dim": 1024, "vision_config_dict": WIDE}, Path()),
     ),
+    "siglip-base-patch16-224": (
+        "siglip_vision_model",
+        part_of({"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}, Path()),
+    ),
     "deit-tiny-distilled-patch16-224": (
         "deit",
         VIT | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 192}
