@@ -5,9 +5,9 @@ field that nobody here knows.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
@@ -20,22 +20,20 @@ from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value,
 from checkpoints.files import read_json
 from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
-from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class
+from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class, has_masked_lm
 
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
 _SETTINGS = {name for family in FAMILIES.values() for head in family.architectures.values() for name in head.settings}
 DERIVED = (
-    "task",
-    "pooler",
-    "picture_size",
-    *sorted(_SETTINGS),
+    *("task", "pooler", "masked_lm", "picture_size", *sorted(_SETTINGS)),
     *(field.name for field in dataclasses.fields(Sentences)),
 )
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -46,9 +44,12 @@ READ = (
     *("sentence_transformers", "sbert_ce_default_activation_function", *EMPTY),
 )
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+# A second rotary embedding, of blocks with a window: where it stands in `rope_parameters`, and its base as of old.
+SLIDING_ROPE, SLIDING, FULL = "sliding_rope", "sliding_attention", "full_attention"
+SLIDING_THETA = "rope_local_base_freq"
 ORIGINAL = "original_max_position_embeddings"
 # `finetuned` only says how a model was made.
-ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "partial_rotary_factor", "finetuned")
+ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "finetuned")
 
 
 def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
@@ -70,16 +71,43 @@ def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, st
                     f"{known[architecture]!r}: which of them is the model? Correct the other"
                 )
             return known[architecture], architecture
-    raise AstraError(
-        f"{folder / CONFIG}: architecture {architectures or model_type!r} is not known; known are "
-        f"{', '.join(sorted(known))}"
-    )
+    named = f"{folder / CONFIG}: architecture {shorten(architectures or model_type)}"
+    if why := _why_not(hf_config):
+        raise AstraError(f"{named} {why}: use another model")
+    raise AstraError(f"{named} is not known; known are {', '.join(sorted(known))}")
 
 
-def derived_fields(family: str, head: Architecture, names: Iterable[str], folder: Path) -> dict[str, Any]:
-    """The fields of a configuration that are not in the config.json."""
+# What keeps a model from being split by tokens with codes: fields that only such a model has, or their values.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+STATE = ("linear_attention", "mamba", "recurrent", "conv", "short_conv")
+STATE_FIELDS = ("state_size", "ssm_cfg", "mamba_d_state", "linear_num_value_heads", "lru_width", "rwkv_hidden_size")
+
+
+def _why_not(hf_config: Mapping[str, Any]) -> str | None:
+    """Why nobody here computes a model of a kind that is known; None for other kinds."""
+    kinds = [*_words(hf_config.get("layer_types")), *_words(hf_config.get("layers_block_type"))]
+    if hf_config.get("is_encoder_decoder") is True:
+        return "is an encoder with a decoder, which is not supported"
+    if any(hf_config.get(field) for field in EXPERTS):
+        return "is a mixture of experts, which is not supported: every host would have to hold all experts"
+    if any(hf_config.get(field) for field in STATE_FIELDS) or set(kinds) & set(STATE):
+        return "has layers whose state must pass from host to host (as Mamba or DeltaNet), which is not supported"
+    return None
+
+
+def _words(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def derived_fields(family: str, head: Architecture, names: Collection[str], folder: Path) -> dict[str, Any]:
+    """The fields of a configuration that are not in the config.json, but in other files and the names of tensors.
+
+    A config.json of a sentence-transformers model may name a class with a head that its tensors do not have.
+    """
     wanted = {field.name for field in dataclasses.fields(config_class(family))} & set(DERIVED)
-    values: dict[str, Any] = {"task": head.task, "pooler": "pooler.dense.weight" in names, **head.settings}
+    masked_lm = head.task == "embedding" and has_masked_lm(family, names)
+    values: dict[str, Any] = {"task": head.task, "pooler": "pooler.dense.weight" in names, "masked_lm": masked_lm}
+    values |= head.settings
     # A classifier reads the class token.
     sentences = read_sentences(folder) if head.task == "embedding" else Sentences(pooling="class")
     values |= dataclasses.asdict(sentences)
@@ -128,7 +156,9 @@ def config_from_hf(
         if field.name in DERIVED:
             continue
         if field.type is Rotary:
-            values[field.name] = _rotary(hf_config, values["max_position_embeddings"], where)
+            two = any(other.name == SLIDING_ROPE for other in dataclasses.fields(cls))
+            found = _one_of_two(hf_config, field.name == SLIDING_ROPE, where) if two else hf_config
+            values[field.name] = _rotary(found, getattr(cls, field.name), values["max_position_embeddings"], where)
             continue
         if field.name in aliases:
             names = (field.name, aliases[field.name])
@@ -153,15 +183,17 @@ def config_from_hf(
 def _check_fields(family: str, hf_config: Mapping[str, Any], where: Path) -> None:
     """Raises AstraError unless every field of a config.json is read, or known to change nothing."""
     cls = config_class(family)
-    fixed = FIXED | getattr(cls, "FIXED", {})
+    fields = dataclasses.fields(cls)
+    names = {field.name for field in fields}
+    fixed = {name: value for name, value in FIXED.items() if name not in names} | getattr(cls, "FIXED", {})
     for name, needed in fixed.items():
         if hf_config.get(name, needed) != needed:
             raise AstraError(f"{where}: {name} is {shorten(hf_config[name])}; only {needed!r} is supported")
     for name in EMPTY:
         if hf_config.get(name):
             raise AstraError(f"{where}: {name} is {shorten(hf_config[name])}, which is not supported: it must be empty")
-    fields = dataclasses.fields(cls)
-    rotary = (*ROPE_FIELDS, ORIGINAL) if any(field.type is Rotary for field in fields) else ()
+    rotary: tuple[str, ...] = (*ROPE_FIELDS, ORIGINAL) if any(field.type is Rotary for field in fields) else ()
+    rotary += (SLIDING_THETA,) if SLIDING_ROPE in names else ()
     own = (field.name for field in fields if field.name not in DERIVED)
     aliases = getattr(cls, "ALIASES", {}).values()
     known = {*READ, *own, *aliases, *rotary, *fixed, *known_to_change_nothing(family)}
@@ -185,7 +217,10 @@ def need_one_class(checkpoint: Checkpoint, name: Path, verb: str) -> None:
 
 def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:
     """A value as the type that its field is annotated with. Raises AstraError if it is of another one."""
+    if isinstance(value, list) and "tuple" in str(annotation):
+        return _typed_list(name, value, annotation, where)
     kinds = get_args(annotation) or (annotation,)
+    kinds = tuple(tuple if get_origin(kind) is tuple else kind for kind in kinds)
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
     if not fits or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -196,7 +231,27 @@ def _typed(name: str, value: Any, annotation: Any, where: Path) -> Any:
         raise AstraError(f"{where}: {name} is {shorten(value)}, which is too large for a number") from None
 
 
-def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
+def _typed_list(name: str, value: list[Any], annotation: Any, where: Path) -> tuple[Any, ...]:
+    """A list as `tuple[kind, ...]`, or one of several types of which that is one."""
+    of = next(kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) is tuple)
+    return tuple(_typed(f"{name}[{n}]", one, get_args(of)[0], where) for n, one in enumerate(value))
+
+
+def _one_of_two(hf_config: Mapping[str, Any], sliding: bool, where: Path) -> dict[str, Any]:
+    """A config.json with one of its two rotary embeddings: that of blocks with a window, or of the others."""
+    content = {name: value for name, value in hf_config.items() if name != SLIDING_THETA}
+    both = hf_config.get("rope_parameters")
+    if isinstance(both, dict) and {FULL, SLIDING} & set(both):
+        refuse_unknown(both, (FULL, SLIDING), where, "rope_parameters are of two kinds of blocks here")
+        content = {name: value for name, value in content.items() if name not in ROPE_FIELDS}
+        return content | {"rope_parameters": both.get(SLIDING if sliding else FULL)}
+    if sliding:  # as of old: without scaling
+        content = {name: value for name, value in content.items() if name not in ROPE_FIELDS}
+        return content | {"rope_theta": hf_config.get(SLIDING_THETA)}
+    return content
+
+
+def _rotary(hf_config: Mapping[str, Any], default: Rotary, limit: int, where: Path) -> Rotary:
     """The rotary embedding of a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` as of old."""
     field = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     found = hf_config.get(field) or {}
@@ -204,20 +259,22 @@ def _rotary(hf_config: Mapping[str, Any], limit: int, where: Path) -> Rotary:
         raise AstraError(f"{where}: {field} is {found!r}; it must be an object")
     values = {name: value for name, value in found.items() if value is not None}
     rope_type = values.setdefault("rope_type", values.get("type", "default"))
+    if rope_type == "su":  # its first name
+        rope_type = values["rope_type"] = "longrope"
     if rope_type not in ROPE_TYPES:
         raise AstraError(f"{where}: {field} has rope_type {rope_type!r}; known are {', '.join(ROPE_TYPES)}")
     for name in ("rope_theta", "partial_rotary_factor"):
         if hf_config.get(name) is not None:
             values.setdefault(name, hf_config[name])
-    if (part := values.pop("partial_rotary_factor", 1)) != 1:
-        raise AstraError(f"{where}: partial_rotary_factor is {part!r}; only 1 is supported: whole heads are rotated")
+    values.setdefault("rope_theta", default.rope_theta)
     refuse_unknown(values, ROPE_READ, where, f"remove it from {field} if the model does not depend on it")
-    if rope_type in ("llama3", "yarn"):
+    if rope_type in ("llama3", "longrope", "yarn"):
         # As in transformers, what is said outside comes first.
         outside = hf_config.get(ORIGINAL)
         values[ORIGINAL] = values.get(ORIGINAL, limit) if outside is None else outside
         values[ORIGINAL] = _typed(ORIGINAL, values[ORIGINAL], int, where)
-    if rope_type == "yarn" and "factor" in found and "factor" not in values:  # null: the ratio of the two limits
+    by_limits = rope_type == "longrope" or (rope_type == "yarn" and "factor" in found)
+    if by_limits and "factor" not in values:  # null: the ratio of the two limits
         values["factor"] = limit / max(1, values[ORIGINAL])
     missing = [name for name in ROPE_NEEDS.get(rope_type, ()) if name not in values]
     if missing:
@@ -231,6 +288,14 @@ def rotary_to_hf(rotary: Rotary) -> dict[str, Any]:
     needed = ("rope_type", "rope_theta", *ROPE_NEEDS.get(rotary.rope_type, ()))
     values = dataclasses.asdict(rotary)
     return {name: value for name, value in values.items() if name in needed or value != getattr(Rotary, name)}
+
+
+def rotaries_to_hf(config: Any) -> dict[str, Any]:
+    """The same of a configuration, which may have two."""
+    first = rotary_to_hf(config.rope_parameters)
+    if not hasattr(config, SLIDING_ROPE):
+        return first
+    return {FULL: first, SLIDING: rotary_to_hf(getattr(config, SLIDING_ROPE))}
 
 
 def _square(name: str, value: Any, where: Path) -> Any:
@@ -268,8 +333,9 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         if value == getattr(config, name) or name in ("num_labels", "picture_size"):
             continue
         if isinstance(value, Rotary):
-            content = {n: v for n, v in content.items() if n not in (*ROPE_FIELDS, ORIGINAL)}
-            value = rotary_to_hf(value)
+            gone = {*ROPE_FIELDS, SLIDING_THETA, ORIGINAL} - ({ORIGINAL} & set(fields))
+            content = {n: v for n, v in content.items() if n not in gone}
+            name, value = "rope_parameters", rotaries_to_hf(ours)
         content[name] = value
     if (config.num_labels, labels) != (ours.num_labels, checkpoint.labels):
         names = checkpoint.labels or [f"LABEL_{c}" for c in range(ours.num_labels)]

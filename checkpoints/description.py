@@ -88,6 +88,7 @@ class Checkpoint:
             lower=getattr(config, "do_lower_case", False),
             prompt=getattr(config, "prompt", ""),
             drop_end=self.hf_config.get("pad_token_id") if pads else None,
+            types=getattr(config, "type_vocab_size", 0),
         )
 
     def problem(self, outputs: int) -> Problem:

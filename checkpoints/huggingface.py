@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,9 @@ from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
 from checkpoints.parts import part_of
-from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes
+from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes, shown
 from checkpoints.streaming import Part, assemble, part_name
-from checkpoints.tensor_maps import FAMILIES, Tensor, build, flat_state, model_tensors
+from checkpoints.tensor_maps import FAMILIES, Tensor, architecture_of, build, flat_state, model_tensors
 
 # safetensors' names of the dtypes that float32 holds exactly, so that an export gives back every bit.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -152,23 +152,16 @@ def open_folder(source: str) -> Folder:
     family, architecture = architecture_in(hf_config, folder)
     known = FAMILIES[family]
     head = known.architectures[architecture]
-    everything = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
-    found = [tensor for tensor in everything if not known.is_other(known.bare(tensor.name))]
+    found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
     derived = derived_fields(family, head, by_name, folder)
-    if head.task == "embedding":
-        check_width(folder, hf_config.get("hidden_size", 768))
     config, labels = config_from_hf(family, hf_config, folder, derived)
+    if head.task == "embedding":
+        check_width(folder, config.hidden_size)
     called = {tensor.name: known.bare(tensor.name) for tensor in found}
-    if head.tied and config.tie_word_embeddings and (own := by_name.get(head.keys[0].name)):
-        # As in transformers: a tied head that is stored alone is the embedding, too; one that is stored beside it is
-        # skipped if it is the same, else it is one of its own.
-        if head.tied not in by_name:
-            called[own.name] = head.tied
-        elif own.equals(by_name[head.tied]):
-            found.remove(own)
-        else:
-            config = dataclasses.replace(config, tie_word_embeddings=False)
+    left_out = [tensor for tensor in found if known.is_left_out(called[tensor.name])]
+    found = [tensor for tensor in found if tensor not in left_out]
+    config = _tied(known.architectures[architecture_of(family, config)].ties, config, by_name, found, called)
     model = build(family, config)
     tensors = model_tensors(family, model)
     stored = _match(folder, known, tensors, found, called, known.sizes(config))
@@ -190,15 +183,41 @@ def open_folder(source: str) -> Folder:
         generation=generation,
         tokenizer_files=folder if reads_text else None,
     )
-    return Folder(folder, checkpoint, tensors, stored, tuple(_notes(checkpoint, folder, len(everything) - len(found))))
+    return Folder(folder, checkpoint, tensors, stored, (*_notes(checkpoint, folder), *_left_out(left_out)))
 
 
-def _notes(checkpoint: Checkpoint, folder: Path, left_out: int) -> Iterator[str]:
+def _tied(
+    ties: Mapping[str, str], config: Any, by_name: Mapping[str, Stored], found: list[Stored], called: dict[str, str]
+) -> Any:
+    """The configuration, and in `found` and `called` what there is to read, where a head repeats other tensors.
+
+    As in transformers: a tied tensor that is stored alone is the other one, too; one that is stored beside it is
+    skipped if it is the same, else it is one of its own.
+    """
+    tied = bool(ties) and config.tie_word_embeddings
+    for name, other in ties.items() if tied else ():
+        if (own := by_name.get(name)) is None:
+            continue
+        if other not in by_name:
+            called[own.name] = other
+        elif own.equals(by_name[other]):
+            found.remove(own)
+        else:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _left_out(tensors: Sequence[Stored]) -> Iterator[str]:
+    """What is said of tensors that are neither computed nor kept."""
+    if tensors:
+        names = ", ".join(shown(tensor.name) for tensor in tensors[:4])
+        yield f"{len(tensors)} tensor(s) of another head or model are left out: {names}"
+
+
+def _notes(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
     """What a folder says that is known and not done here. Raises AstraError where a setting is of a wrong type."""
     if code := checkpoint.hf_config.get("auto_map"):
         yield f"{CONFIG} asks for code of its own ({shorten(code)}), which is never run: the model is what it is here"
-    if left_out:
-        yield f"{left_out:,} tensors of the encoder of texts are left out: this is the encoder of pictures alone"
     if checkpoint.config.input_kind == "images" and checkpoint.preprocessing is not None:
         checkpoint.processor  # noqa: B018  # raises unless it can be read
     if checkpoint.generation is not None:
@@ -207,6 +226,11 @@ def _notes(checkpoint: Checkpoint, folder: Path, left_out: int) -> Iterator[str]
             yield f"{GENERATION} has {', '.join(others)}: `astra run` goes by its own options instead, see its --help"
     if getattr(checkpoint.config, "task", None) == "embedding":
         yield from sentence_notes(folder)
+    if getattr(checkpoint.config, "masked_lm", False):
+        yield (
+            "the head that fills in masked words is kept for `astra export`, and not computed: this model is a "
+            "sentence encoder here"
+        )
 
 
 def read(source: str, progress: Progress = silent) -> Checkpoint:

@@ -5,26 +5,38 @@ To add a family: a file in `checkpoints/families`, and its entry here.
 
 import functools
 import importlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from astra_jax.codecs.config import AstraConfig
-from checkpoints.families import bert, clip, deit, dinov2, gpt2, llama, siglip, vit
+from checkpoints.families import (
+    bert,
+    clip,
+    deit,
+    dinov2,
+    distilbert,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    mpnet,
+    olmo2,
+    phi3,
+    qwen,
+    roberta,
+    siglip,
+    smollm3,
+    vit,
+)
 from checkpoints.families.rows import Architecture, Family, Key
 
+_PICTURES = (vit, deit, dinov2, clip, siglip)
+_TEXTS = (gpt2, llama, bert, roberta, distilbert, mpnet, qwen, mistral, smollm3, phi3, olmo2, gemma)
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-FAMILIES: dict[str, Family] = (
-    vit.FAMILIES
-    | deit.FAMILIES
-    | dinov2.FAMILIES
-    | clip.FAMILIES
-    | siglip.FAMILIES
-    | gpt2.FAMILIES
-    | llama.FAMILIES
-    | bert.FAMILIES
-)
+FAMILIES: dict[str, Family] = {name: family for one in (*_PICTURES, *_TEXTS) for name, family in one.FAMILIES.items()}
 
 
 def config_class(family: str) -> type:
@@ -34,12 +46,19 @@ def config_class(family: str) -> type:
 
 def architecture_of(family: str, config: Any) -> str:
     """The Hugging Face class of a configuration."""
-    task = getattr(config, "task", None)
+    kind = getattr(config, "task", None), getattr(config, "masked_lm", False)
 
     def is_meant(known: Architecture) -> bool:
-        return known.task == task and all(getattr(config, field) == value for field, value in known.settings.items())
+        said = all(getattr(config, field) == value for field, value in known.settings.items())
+        return said and (known.task, known.masked_lm) == kind
 
     return next(name for name, known in FAMILIES[family].architectures.items() if is_meant(known))
+
+
+def has_masked_lm(family: str, names: Collection[str]) -> bool:
+    """Whether tensors with these names, without prefix, have something of the head of a masked language model."""
+    heads = (known for known in FAMILIES[family].architectures.values() if known.masked_lm)
+    return any(key.name in names for head in heads for key in head.keys)
 
 
 def classifies(config: Any) -> bool:

@@ -38,11 +38,27 @@ from astra_jax.models.bert import Bert, BertConfig
 from astra_jax.models.clip import CLIPVision, CLIPVisionConfig
 from astra_jax.models.deit import DeiT, DeiTConfig
 from astra_jax.models.dinov2 import Dinov2, Dinov2WithRegistersConfig
+from astra_jax.models.distilbert import DistilBert, DistilBertConfig
+from astra_jax.models.gemma import Gemma3Text, Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
+from astra_jax.models.mpnet import MPNet, MPNetConfig
+from astra_jax.models.roberta import Roberta, RobertaConfig
 from astra_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from astra_jax.models.vit import ViT, ViTConfig
-from tests.helpers.models import TINY_BERT, TINY_DINOV2, TINY_GPT2, TINY_LLAMA, TINY_VIT, draw, maker
+from tests.helpers.models import (
+    TINY_BERT,
+    TINY_DINOV2,
+    TINY_DISTILBERT,
+    TINY_GEMMA3,
+    TINY_GPT2,
+    TINY_LLAMA,
+    TINY_MPNET,
+    TINY_ROBERTA,
+    TINY_VIT,
+    draw,
+    maker,
+)
 
 DEVICES = 8
 
@@ -135,9 +151,33 @@ def tiny_llama() -> Callable[..., Llama]:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma3() -> Callable[..., Gemma3Text]:
+    """Makes a Gemma 3 of two blocks, the first with a window of 5 tokens and a rotary embedding of its own."""
+    return maker(Gemma3Text, Gemma3TextConfig, TINY_GEMMA3)
+
+
+@pytest.fixture(scope="session")
 def tiny_bert() -> Callable[..., Bert]:
     """Makes a BERT of two blocks that takes up to 64 tokens and gives embeddings."""
     return maker(Bert, BertConfig, TINY_BERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_distilbert() -> Callable[..., DistilBert]:
+    """Makes a DistilBERT of two blocks that takes up to 64 tokens."""
+    return maker(DistilBert, DistilBertConfig, TINY_DISTILBERT)
+
+
+@pytest.fixture(scope="session")
+def tiny_mpnet() -> Callable[..., MPNet]:
+    """Makes an MPNet of two blocks that takes up to 64 tokens."""
+    return maker(MPNet, MPNetConfig, TINY_MPNET)
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta() -> Callable[..., Roberta]:
+    """Makes a RoBERTa of two blocks that takes up to 64 tokens."""
+    return maker(Roberta, RobertaConfig, TINY_ROBERTA)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +207,7 @@ def random_text() -> Callable[..., Text]:
 @pytest.fixture(scope="session")
 def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
     """Makes the folder of a tokenizer with a token for each of the words w0, w1, ...; with `special` it also puts [CLS]
-    before a text and [SEP] behind it. Its ids are 0 to 3 + `words`."""
+    before a text and [SEP] behind it, and types to two of them. Its ids are 0 to 3 + `words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     def make(words: int, *, special: bool = False) -> Path:
@@ -176,7 +216,9 @@ def word_tokenizer(tmp_path_factory) -> Callable[..., Path]:
         inner.pre_tokenizer = pre_tokenizers.Whitespace()
         if special:
             inner.post_processor = processors.TemplateProcessing(
-                single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+                single="[CLS] $A [SEP]",
+                pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+                special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
             )
         folder = tmp_path_factory.mktemp("tokenizer")
         inner.save(str(folder / "tokenizer.json"))

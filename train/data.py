@@ -186,8 +186,9 @@ def sequences(
 ) -> tuple[Text, Int[np.ndarray, "n"] | None]:
     """The text of a data set as a checkpoint takes it: all sequences, padded to the same length, and their classes.
 
-    A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it, a
-    sentence encoder both texts of a row that is a pair. Only a model that says one class of all has classes.
+    A language model gets documents end to end, cut into `length` tokens; the others a text per row, cut to it, of a row
+    that is a pair a sentence encoder each of both, and a classifier both as one. Only a model that says one class of
+    all has classes.
 
     Args:
       length: tokens of a sequence; None for the model's limit, but at most 512.
@@ -209,7 +210,7 @@ def sequences(
     labels = None
     problem = checkpoint.problem(config.num_labels)
     if config.task == "embedding" or problem != "single_label_classification":
-        read = data.open_documents(pairs=config.task == "embedding")
+        read: Any = data.open_documents(pairs=True) if config.task == "embedding" else data.open_texts()
         texts, account = list(read), read.account
     else:
         rows = data.open_labelled(model_classes(checkpoint))

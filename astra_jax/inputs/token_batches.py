@@ -15,7 +15,7 @@ class Text(NamedTuple):
     """Token sequences of different lengths, padded on the right.
 
     Attributes:
-      ids: token ids; what stands in the padding does not matter.
+      ids: token ids, those of other types as `typed` has them; what stands in the padding does not matter.
       lengths: tokens of every sequence, at least 1.
     """
 
@@ -37,9 +37,27 @@ def check_text(option: str, value: Any) -> None:
         ) from error
 
 
+def typed(ids: Sequence[int], types: Sequence[int], vocab_size: int) -> list[int]:
+    """Numbers that say of every token its id and its type, 0 for a first text and 1 for a second: V more for each type.
+
+    So the type of a token goes wherever its id goes, into shards and to other devices.
+    """
+    return [id + vocab_size * type for id, type in zip(ids, types, strict=True)]
+
+
+def numbers_of_tokens(config: Any) -> int:
+    """How many numbers tokens may have: one for every id of every type."""
+    return int(config.vocab_size * max(1, getattr(config, "type_vocab_size", 0)))
+
+
+def most_tokens(config: Any) -> int:
+    """The most tokens that have places in a model of this configuration."""
+    return int(getattr(config, "most_tokens", config.max_position_embeddings))
+
+
 def longest(config: Any) -> int:
     """The most tokens of a text that a model of this configuration takes."""
-    limit = config.max_position_embeddings
+    limit = most_tokens(config)
     return min(getattr(config, "max_seq_length", None) or limit, limit)
 
 

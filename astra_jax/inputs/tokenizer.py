@@ -3,12 +3,14 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from astra_jax.errors import AstraError, first_line
 from astra_jax.files import in_utf8
+from astra_jax.inputs.token_batches import typed
 
 # What a tokenizer's files may be called; nothing else of a folder is copied or read.
 FILES = (
@@ -73,12 +75,24 @@ def _read(folder: Path, lower: bool, plain: bool) -> Any:
             kind: Any = PreTrainedTokenizerFast if plain else AutoTokenizer
             with in_utf8(folder) as where:
                 inner = kind.from_pretrained(str(where), local_files_only=True, trust_remote_code=False)
+                if _is_another(inner, folder / "tokenizer.json"):
+                    inner = PreTrainedTokenizerFast.from_pretrained(str(where), local_files_only=True)
             if lower:
                 backend = inner.backend_tokenizer
                 backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
             return inner
     finally:
         logging.disable(disabled)
+
+
+def _is_another(inner: Any, file: Path) -> bool:
+    """Whether `transformers` made another kind of tokenizer than a tokenizer.json says: for some families it takes the
+    class that these had first, whose rules then are not those of the file."""
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is None or not file.is_file():
+        return False
+    kind = re.search(r'"model"\s*:\s*\{\s*"type"\s*:\s*"(\w+)"', file.read_text(encoding="utf8", errors="replace"))
+    return kind is not None and kind[1] != type(backend.model).__name__
 
 
 class Tokenizer:
@@ -93,6 +107,7 @@ class Tokenizer:
       lower: whether texts are made lower case, whatever the tokenizer does.
       prompt: what is put before every text.
       drop_end: a token that does not count at the end of a text.
+      types: how many types of tokens the model has; of less than two none are read.
 
     Raises:
       AstraError: there is no tokenizer, it cannot be read (not without code of its own, say), or it has ids that the
@@ -100,7 +115,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, folder: Path, vocab_size: int, *, lower: bool = False, prompt: str = "", drop_end: int | None = None
+        self,
+        folder: Path,
+        vocab_size: int,
+        *,
+        lower: bool = False,
+        prompt: str = "",
+        drop_end: int | None = None,
+        types: int = 0,
     ):
         if not any((folder / name).is_file() for name in FILES):
             raise AstraError(f"{folder}: has no tokenizer.json or other tokenizer file: copy the model's into it")
@@ -111,6 +133,7 @@ class Tokenizer:
             )
         self._inner = _read(folder, lower, plain=bool(code))
         self._folder, self._vocab_size, self._prompt, self._drop_end = folder, vocab_size, prompt, drop_end
+        self._types = types
         vocabulary = self._inner.get_vocab()
         self.size = 1 + max(vocabulary.values(), default=-1)  # one more than the largest id
         self.beyond = {token: id for token, id in vocabulary.items() if id >= vocab_size}
@@ -120,15 +143,19 @@ class Tokenizer:
                 f"{vocab_size}: is it the tokenizer of another model?"
             )
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
-        """The ids of a text with the special tokens that the tokenizer adds, cut to `limit` tokens if given.
+    def encode(self, text: str | tuple[str, str], limit: int | None = None) -> list[int]:
+        """The ids of a text, or of two as one, with the special tokens that the tokenizer adds; `typed` where the model
+        has types. Cut to `limit` tokens if given, of two texts always at the end of the longer one.
 
         Raises:
-          AstraError: the text has one of the tokens `beyond` the model's vocabulary.
+          AstraError: the text has one of the tokens `beyond` the model's vocabulary, or of a type that it has not.
         """
-        cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+        options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+        options["return_token_type_ids"] = self._types > 1  # also where transformers' class of the tokenizer would not
+        first, second = (text, None) if isinstance(text, str) else text
         with _failing(self._folder, "the tokenizer cannot read a text"):
-            ids = self._inner(self._prompt + text, verbose=False, **cut)["input_ids"]
+            found = self._inner(self._prompt + first, second, verbose=False, **options)
+        ids, types = found["input_ids"], found.get("token_type_ids", [])
         if self.beyond and max(ids, default=0) >= self._vocab_size:
             token = next(token for token, id in self.beyond.items() if id in ids)
             raise AstraError(
@@ -137,7 +164,15 @@ class Tokenizer:
             )
         while len(ids) > 1 and ids[-1] == self._drop_end:
             ids = ids[:-1]
-        return ids
+        return self._typed(ids, types) if self._types > 1 and any(types) else ids
+
+    def _typed(self, ids: list[int], types: list[int]) -> list[int]:
+        if max(types) >= self._types:
+            raise AstraError(
+                f"{self._folder}: the tokenizer gives a token the type {max(types)}; the model has types up to "
+                f"{self._types - 1}: is it the tokenizer of another model?"
+            )
+        return typed(ids, types[: len(ids)], self._vocab_size)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""

@@ -56,6 +56,15 @@ class Peers:
         `jax.shard_map` has to know where a loop makes it so. Sends nothing."""
         return jax.lax.pcast(x, (DATA,), to="varying")
 
+    def apart(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        """[...] -> [...]: `x`, which all devices have alike, as something in which they may differ. Sends nothing."""
+        return jax.lax.pcast(x, (self.axis,), to="varying")
+
+    def shift(self, x: Shaped[Array, "*shape"], by: int) -> Shaped[Array, "*shape"]:
+        """[...] -> [...]: what the device `by` places before has; zeros where there is none (a collective-permute)."""
+        pairs = [(n, n + by) for n in range(self.N) if 0 <= n + by < self.N]
+        return jax.lax.ppermute(x, self.axis, pairs)
+
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """[...] -> [...]: the sum over the devices, on every device (an all-reduce)."""
         return jax.lax.psum(x, self.axis)
@@ -88,6 +97,12 @@ class Alone:
         return jnp.broadcast_to(x, (self.N, *x.shape))
 
     def alike(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        return x
+
+    def apart(self, x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+        return x
+
+    def shift(self, x: Shaped[Array, "*shape"], by: int) -> Shaped[Array, "*shape"]:
         return x
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

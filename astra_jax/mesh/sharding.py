@@ -216,6 +216,13 @@ class Shards:
         return self.class_slots + self.S - self.home_slots
 
     @property
+    def even(self) -> bool:
+        """Whether shards differ by one token at most, the longer ones last."""
+        if isinstance(self.lengths, tuple):
+            return self.lengths[-1] - self.lengths[0] <= 1 and sorted(self.lengths) == list(self.lengths)
+        return -(-(self.longest or 0) // self.N) == self.S
+
+    @property
     def all_see_all(self) -> bool:
         """Whether no mask is needed: every slot is a token that all others see, and that is known without the input."""
         even = isinstance(self.lengths, tuple) and set(self.lengths) == {self.S}
@@ -226,18 +233,18 @@ class Shards:
         """numpy where the split is known, so that masks are constants of a program."""
         return np if isinstance(self.lengths, tuple) else jnp
 
-    def _lengths(self) -> Any:
-        """[*B,N,1]."""
+    def used(self) -> Int[Table, "*B N 1"]:
+        """Tokens in every shard, class tokens not counted."""
         return self._np.asarray(self.lengths)[..., None]
 
     def index(self) -> Int[Table, "*B N S"]:
         """The token in every slot; padding repeats the last token of its shard."""
-        lengths = self._lengths()
+        lengths = self.used()
         return lengths.cumsum(-2) - lengths + self._np.minimum(np.arange(self.S), (lengths - 1).clip(0))
 
     def tokens(self) -> Tokens:
         """The attributes of all slots, class tokens included: arrays [*B, N, class_slots + S], or without B."""
-        lengths, shard, places = self._lengths(), np.arange(self.N)[:, None], np.arange(self.class_slots)
+        lengths, shard, places = self.used(), np.arange(self.N)[:, None], np.arange(self.class_slots)
         valid = np.arange(self.S) < lengths
         position = self.index() + self.class_slots
         sent = np.ones((self.N, self.class_slots + self.S), bool)
@@ -266,7 +273,7 @@ class Shards:
             used = valid
         else:
             slot = np.arange(self.S) + self.S * np.arange(self.N)[:, None]
-            last = self.S * (self.N - 1) + self._lengths()[..., -1:, :] - 1
+            last = self.S * (self.N - 1) + self.used()[..., -1:, :] - 1
             used = slot == last
         return used / used.sum((-2, -1), keepdims=True)
 
@@ -282,7 +289,7 @@ class Shards:
 
     def gather(self, x: Shaped[Array, "B slots *feature"], T: int) -> Shaped[Array, "B T *feature"]:
         """[B,N*S,...] -> [B,T,...]: back into the order of the sequence; beyond a sequence's end it repeats tokens."""
-        lengths = jnp.broadcast_to(self._lengths()[..., 0], (x.shape[0], self.N))
+        lengths = jnp.broadcast_to(self.used()[..., 0], (x.shape[0], self.N))
         ends = lengths.cumsum(-1)
         t = jnp.arange(T)
         shard = jnp.minimum((t[:, None] >= ends[:, None, :]).sum(-1), self.N - 1)  # [B,T]

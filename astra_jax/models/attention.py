@@ -6,6 +6,7 @@ codes. Attention on one device is the case of one source.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.registry import make_codec
 from astra_jax.models.interface import Codes, Content, Estimates, Inputs, Kept, Remote, Report, Source, Strategy
 from astra_jax.models.layers import ColumnLinear, RowLinear
-from astra_jax.models.mask import Block
-from astra_jax.models.rotary import Rotary
+from astra_jax.models.mask import Block, Windows
+from astra_jax.models.rotary import Rotary, RotaryByBlock
 
+FIRST = Block(0)
 SCORES = 2**22  # that are held at once on a CPU: more leave the cache, and a head takes three times as long
 
 
@@ -55,37 +57,65 @@ class Partial(NamedTuple):
     max_score: Float[Array, "B H S 1"]
 
 
-def attend(query: Float[Array, "B S H E"], source: Source) -> Partial:
+class Scores(NamedTuple):
+    """How scores are made of products of queries and keys.
+
+    Attributes:
+      scale: what products are multiplied with; None for `1 / sqrt(E)`.
+      softcap: where tanh bends them to, so that none is greater; None for no bound (Gemma 2).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+
+PLAIN = Scores()
+
+
+def attend(query: Float[Array, "B S H E"], source: Source, how: Scores = PLAIN) -> Partial:
     """Attention of queries to one source, left unnormalised. H may be a multiple of J (grouped-query attention)."""
     B, S, H, _ = query.shape
+    all_heads = partial(_attend_all_heads, how=how)
     if B * H * S * source.key.shape[1] <= SCORES:
-        return _attend_all_heads(query, source)
-    return jax.lax.platform_dependent(query, source, cpu=_attend_by_head, default=_attend_all_heads)
+        return all_heads(query, source)
+    return jax.lax.platform_dependent(query, source, cpu=partial(_attend_by_head, how=how), default=all_heads)
 
 
-def _attend_by_head(query: Float[Array, "B S H E"], source: Source) -> Partial:
+def _attend_by_head(query: Float[Array, "B S H E"], source: Source, how: Scores) -> Partial:
     """`attend` for a CPU: the queries of one key/value head at a time, whose scores stay in the cache. A backward pass
     computes them again, which takes less time than to have kept those of all heads and blocks."""
     B, S, H, E = query.shape
     J = source.key.shape[2]
 
     @jax.checkpoint
-    def one_head(head: tuple[Array, Array, Array]) -> Partial:
-        q, k, v = head
-        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None]))
+    def one_head(head: tuple[Array, Array, Array, Array | None]) -> Partial:
+        q, k, v, table = head
+        bias = source.bias and source.bias._replace(table=table)
+        return _attend_all_heads(q, source._replace(key=k[:, :, None], value=v[:, :, None], bias=bias), how)
 
     q = query.reshape(B, S, J, H // J, E).transpose(2, 0, 1, 3, 4)
-    by_head = jax.lax.map(one_head, (q, *(jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))))
+    k, v = (jnp.moveaxis(a, 2, 0) for a in (source.key, source.value))
+    tables = source.bias and source.bias.table.reshape(-1, J, H // J).swapaxes(0, 1)
+    by_head = jax.lax.map(one_head, (q, k, v, tables))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, H, *a.shape[3:]), by_head)
 
 
-def _attend_all_heads(query: Float[Array, "B S H E"], source: Source) -> Partial:
+def _attend_all_heads(query: Float[Array, "B S H E"], source: Source, how: Scores) -> Partial:
     B, S, H, E = query.shape
     R, J = source.key.shape[1:3]
     # Heads first and plain batched matmuls: about 1.7 times as fast on a CPU as einsums over [B,S,H,E], gradients too.
-    q = (query / math.sqrt(E)).reshape(B, S, J, H // J, E).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * S, E)
+    q = (
+        (query / math.sqrt(E) if how.scale is None else query * how.scale)
+        .reshape(B, S, J, H // J, E)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(B, J, (H // J) * S, E)
+    )
     k, v = source.key.transpose(0, 2, 1, 3), source.value.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bjme,bjre->bjmr", q, k, preferred_element_type=jnp.float32).reshape(B, H, S, R)
+    if how.softcap is not None:
+        scores = how.softcap * jnp.tanh(scores / how.softcap)
+    if source.bias is not None:
+        scores = scores + source.bias.scores()
     if source.mask is not None:
         scores = jnp.where(_for_heads(source.mask), scores, -jnp.inf)
     # A finite floor: where nothing is visible, exp(-inf - floor) is 0 instead of nan.
@@ -138,6 +168,14 @@ def count_codes(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K:
     return jax.vmap(lambda codes, ones: jnp.zeros(K, jnp.int32).at[codes].add(ones))(z, seen)[:, None]
 
 
+def _biased(source: Source, block: Block, strategy: Strategy, remote: Remote | None) -> Source:
+    """Local keys, or remote ones, with what their scores get by their places."""
+    if block.relative is None:
+        return source
+    places = strategy.tokens().position
+    return source._replace(bias=block.relative.bias(places, places if remote is None else remote.position))
+
+
 class MixedPrecisionAttention(nnx.Module):
     """Attention of local queries to local tokens in full precision and to remote tokens through codes.
 
@@ -146,6 +184,9 @@ class MixedPrecisionAttention(nnx.Module):
       qkv_bias: whether the q, k and v projections have a bias.
       o_bias: whether the output projection has one.
       rotary: the rotary embedding of queries and keys; None where positions are in the input.
+      norms: of queries and of keys, over the width of a head or over all heads; None for none.
+      scores: how scores are made.
+      windows: how far every block sees; None where all see all.
       astra: the codec's configuration; None for a model that has no codebooks yet.
       dtype: what activations are computed in. Parameters are float32.
       rngs: initialisation.
@@ -160,16 +201,21 @@ class MixedPrecisionAttention(nnx.Module):
         *,
         qkv_bias: bool,
         o_bias: bool = True,
-        rotary: Rotary | None = None,
+        rotary: Rotary | RotaryByBlock | None = None,
+        norms: tuple[Any, Any] | None = None,
+        scores: Scores = PLAIN,
+        windows: Windows | None = None,
         astra: AstraConfig | None,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.H, self.J, self.E, self.rotary = H, J, E, rotary
+        self.H, self.J, self.E, self.rotary, self.scores, self.windows = H, J, E, rotary, scores, windows
         self.q = ColumnLinear(D, H * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.k = ColumnLinear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v = ColumnLinear(D, J * E, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.o = RowLinear(H * E, D, use_bias=o_bias, dtype=dtype, rngs=rngs)
+        q_norm, k_norm = norms or (None, None)
+        self.q_norm, self.k_norm = nnx.data(q_norm), nnx.data(k_norm)
         self.site = astra.site if astra else None
         self.codec = make_codec(astra, D if astra.site == "hidden" else 2 * J * E) if astra else None
         self.tables: Folded | Readout | None = nnx.data(None)
@@ -177,6 +223,17 @@ class MixedPrecisionAttention(nnx.Module):
     def heads(self, x: Float[Array, "B R JE"]) -> Float[Array, "B R J E"]:
         """[B,R,J*E] -> [B,R,J,E], also for H query heads."""
         return x.reshape(*x.shape[:-1], -1, self.E)
+
+    @property
+    def norms_all_heads(self) -> bool:
+        """Whether a norm is over all heads together."""
+        return any(norm is not None and norm.scale.shape[-1] != self.E for norm in (self.q_norm, self.k_norm))
+
+    def normed(self, x: Float[Array, "B R widths"], norm: Any) -> Float[Array, "B R heads E"]:
+        """Queries or keys, normalised head by head or all heads together, where they are."""
+        if norm is None:
+            return self.heads(x)
+        return norm(self.heads(x)) if norm.scale.shape[-1] == self.E else self.heads(norm(x))
 
     def codec_input(self, y: Float[Array, "*tokens D"]) -> Float[Array, "*tokens W"]:
         """What the codec quantizes of an input of the projections: itself, or at site `kv` its key and value."""
@@ -197,20 +254,21 @@ class MixedPrecisionAttention(nnx.Module):
             case Inputs(y):
                 return self.project(y)
 
-    def remote_source(self, remote: Remote, dtype: Any) -> Source:
+    def remote_source(self, remote: Remote, dtype: Any, block: Block = FIRST) -> Source:
         """Remote tokens as attention sees them: one by one, or where that is less, as codewords with their counts.
 
-        Without a rotary embedding, tokens with the same code (G=1) have the same key and value, wherever they are.
-        So attention to all of them is attention to K codewords that count as often as they were sent (the log-count
-        bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
+        Without a rotary embedding or relative positions, tokens with the same code (G=1) are the same to a query,
+        wherever they are. So attention to all of them is attention to K codewords that count as often as they were sent
+        (the log-count bias of Transformer-VQ, 2309.16354): exact, and what it costs does not depend on R.
         """
-        if isinstance(remote.content, Codes) and self._counts(remote.content.z, remote.mask):
+        if isinstance(remote.content, Codes) and not block.relative and self._counts(remote.content.z, remote.mask):
             table = self.tables[...][0].astype(dtype)  # type: ignore[index]  # `_counts` says that there are tables
             count = count_codes(remote.content.z[..., 0], remote.mask, len(table))
             k, v = jnp.split(table[None], 2, axis=-1)
-            return Source(self.heads(k), self.heads(v), count > 0, count)
-        k, v = map(self.heads, jnp.split(self.remote_key_value(remote.content), 2, axis=-1))
-        return Source(self.rotate(k, remote.position).astype(dtype), v.astype(dtype), remote.mask)
+            return Source(self.normed(k, self.k_norm), self.heads(v), count > 0, count)
+        k, v = jnp.split(self.remote_key_value(remote.content), 2, axis=-1)
+        k = self.rotate(self.normed(k, self.k_norm), remote.position, block)
+        return Source(k.astype(dtype), self.heads(v).astype(dtype), remote.mask)
 
     def _counts(self, z: UInt16[Array, "B R G"], mask: Any) -> bool:
         """Whether codewords are counted: there are fewer of them than tokens, and all queries see the same tokens."""
@@ -222,9 +280,9 @@ class MixedPrecisionAttention(nnx.Module):
             and (self.tables[...].shape[1] < z.shape[1])
         )
 
-    def rotate(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
+    def rotate(self, x: Float[Array, "B R heads E"], position: Any, block: Block) -> Float[Array, "B R heads E"]:
         """Queries or keys at their places in the sequence; as they are without a rotary embedding."""
-        return self.rotary(x, position) if self.rotary else x
+        return self.rotary(x, position, block.number) if self.rotary else x
 
     def __call__(
         self, y: Float[Array, "B S D"], strategy: Strategy, estimate: Any, block: Block
@@ -240,16 +298,19 @@ class MixedPrecisionAttention(nnx.Module):
         Returns:
           the attention output [B,S,D], the new estimate, and what the block reports.
         """
+        block = block._replace(windows=self.windows)
         k, v = self.k(y), self.v(y)
         sent = jnp.concatenate([k, v], axis=-1) if strategy.coded and self.site == "kv" else y
         # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
         remote, estimate, report = strategy.exchange(self.codec, sent, estimate, block)
         position = strategy.positions() if self.rotary else None
-        q, k, v = self.rotate(self.heads(self.q(y)), position), self.rotate(self.heads(k), position), self.heads(v)
-        sources = [Source(k, v, strategy.local_mask(block)), *strategy.cached(block)]
+        q = self.rotate(self.normed(self.q(y), self.q_norm), position, block)
+        k, v = self.rotate(self.normed(k, self.k_norm), position, block), self.heads(v)
+        local = Source(k, v, strategy.local_mask(block))
+        sources = [_biased(local, block, strategy, None), *strategy.cached(block)]
         if remote is not None:
-            sources.append(self.remote_source(remote, k.dtype))
+            sources.append(_biased(self.remote_source(remote, k.dtype, block), block, strategy, remote))
         if strategy.keep:
             report = report._replace(kept=Kept(k, v, None if remote is None else remote.content))
-        attended = merge([attend(q, source) for source in sources]).astype(y.dtype)
+        attended = merge([attend(q, source, self.scores) for source in sources]).astype(y.dtype)
         return self.o(attended.reshape(*y.shape[:2], -1), strategy), estimate, report

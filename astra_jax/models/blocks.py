@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.config import CODED, Kind
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.models.interface import Report, Strategy, TokenIds
 from astra_jax.models.mask import Block
 from astra_jax.models.weight_quantization import dequantized, is_quantized
@@ -152,16 +153,21 @@ def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
 
     if ids is None:
         raise AstraError("schedule has a known block, which is for texts: calibrate it again")
-    return TokenIds(ids, model.config.vocab_size, vectors_of)
+    return TokenIds(ids, numbers_of_tokens(model.config), vectors_of)
 
 
 def scan_blocks(
-    model: Any, x: Float[Array, "B S D"], strategy: Strategy, ids: Int[Array, "B S"] | None = None
+    model: Any,
+    x: Float[Array, "B S D"],
+    strategy: Strategy,
+    ids: Int[Array, "B S"] | None = None,
+    relative: Any = None,
 ) -> tuple[Float[Array, "B S D"], Report]:
     """Runs the stack of a model: x [B,S,D] -> x [B,S,D] and the reports, stacked on a leading axis L.
 
     Args:
       ids: of a text, those of the slots that are here.
+      relative: what all blocks add to scores (`Block.relative`).
     """
     blocks = model.blocks
     graphdef, state = nnx.split(blocks)
@@ -172,7 +178,7 @@ def scan_blocks(
         x, estimate = carry
         block_state, number = xs
         block = nnx.merge(graphdef, dequantized(block_state))
-        x, estimate, report = block(x, strategy, estimate, Block(number, kind))
+        x, estimate, report = block(x, strategy, estimate, Block(number, kind, relative=relative))
         return (x, estimate), report
 
     kinds = model.astra.kinds(L) if model.astra else CODED * L

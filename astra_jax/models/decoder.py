@@ -1,7 +1,8 @@
-"""What the decoders GPT-2 and Llama share: how text goes in, and the heads."""
+"""What decoders share: how text goes in, and the heads; and the configuration of those that are built as Llama is."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,12 +10,131 @@ from jaxtyping import Array, Float, Int
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig
+from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
-from astra_jax.inputs.token_batches import Text
+from astra_jax.inputs.token_batches import Text, longest
 from astra_jax.mesh.sharding import Reading, Shards
 from astra_jax.models.interface import Report, Strategy
+from astra_jax.models.layers import check_activation, check_choice, check_divides, check_numbers
+from astra_jax.models.mask import Windows
+from astra_jax.models.rotary import Rotary, RotaryByBlock
 
 Task = Literal["causal-lm", "classification"]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+class Biases(NamedTuple):
+    """Which linear layers of a block have biases: queries, keys and values; attention's output; the MLP's."""
+
+    qkv: bool = False
+    o: bool = False
+    mlp: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers that a decoder with grouped-query attention, RoPE and RMSNorm has, under Hugging Face's names;
+    `num_labels` is C. A family adds its own, and says by properties what they mean.
+
+    Raises:
+      AstraError: a value does not fit the others; the message names value, range and fix.
+    """
+
+    input_kind: ClassVar[InputKind] = "text"
+    ROTATES_PARTS: ClassVar[bool] = False  # whether `partial_rotary_factor` counts
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_parameters: Rotary = Rotary()
+    task: Task = "causal-lm"
+    num_labels: int = 2
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_choice(self, "task", Task)
+        if self.head_dim is None:
+            check_divides(self, "hidden_size", "num_attention_heads")
+        if self.num_key_value_heads is not None:
+            check_divides(self, "num_attention_heads", "num_key_value_heads")
+        check_activation(*self.activation)
+        if self.E % 2:
+            raise AstraError(f"config.json: heads are {self.E} wide; rotary embeddings need an even width")
+        part = self.rope_parameters.partial_rotary_factor
+        if part != 1 and not self.ROTATES_PARTS:
+            raise AstraError(f"config.json: partial_rotary_factor is {part!r}; only 1 is supported: whole heads rotate")
+        self.rope_parameters.frequencies(self.E)  # raises where its numbers do not fit heads of this width
+
+    @property
+    def J(self) -> int:
+        """Key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def E(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def activation(self) -> tuple[str, str]:
+        """Of the MLP: the field, and what it names."""
+        return "hidden_act", getattr(self, "hidden_act", "")
+
+    @property
+    def biases(self) -> Biases:
+        """Which layers have biases."""
+        return Biases()
+
+    @property
+    def norms_heads(self) -> bool:
+        """Whether every head's queries and keys are normalised."""
+        return False
+
+    @property
+    def rotary(self) -> Rotary | RotaryByBlock | None:
+        """The rotary embedding of all blocks."""
+        return self.rope_parameters
+
+    @property
+    def windows(self) -> Windows | None:
+        """How far every block sees; None where all see all."""
+        return None
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a sequence.
+
+        With `longrope` those up to which its short factors hold: with the long ones, keys that are kept would have
+        to be made anew while a text grows.
+        """
+        rotary, most = self.rope_parameters, self.max_position_embeddings
+        return min(most, rotary.original_max_position_embeddings) if rotary.rope_type == "longrope" else most
+
+
+def check_layer_types(config: Any, layer_types: tuple[str, ...] | None) -> None:
+    """Raises AstraError unless `layer_types` names the kind of attention of every block."""
+    if layer_types is None:
+        return
+    if len(layer_types) != config.num_hidden_layers:
+        raise AstraError(
+            f"config.json: layer_types has {len(layer_types)} entries for {config.num_hidden_layers} blocks"
+        )
+    for kind in layer_types:
+        if kind not in get_args(LayerType):
+            raise AstraError(f"config.json: layer_types has {kind!r}; known are {', '.join(get_args(LayerType))}")
+
+
+def sliding(layer_types: Sequence[str], window: int | None) -> Windows | None:
+    """`windows` of blocks of these kinds; None where no block has one."""
+    found = tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+    return found if any(found) else None
 
 
 class Decoder(nnx.Module):
@@ -64,7 +184,7 @@ class Decoder(nnx.Module):
     def shards(self, N: int, text: Text | None = None) -> Shards:
         """The split of every sequence of a batch over N devices; without a batch, of one of the greatest length."""
         if text is None:
-            return dataclasses.replace(Shards.split(self.config.max_position_embeddings, N), causal=True)
+            return dataclasses.replace(Shards.split(longest(self.config), N), causal=True)
         return Shards.ragged(jnp.asarray(text.lengths), jnp.shape(text.ids)[1], N, causal=True)
 
     def to_tokens(self, text: Text) -> Int[Array, "B T"]:

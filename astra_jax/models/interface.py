@@ -1,4 +1,4 @@
-"""What a model and a strategy ask of each other, and what attention gets: typed, and without any computation.
+"""What a model and a strategy ask of each other, and what attention gets: typed, and nearly without computation.
 
 A model runs its blocks with a strategy, which knows the split of the tokens and what other devices say; no model
 mentions a mesh axis. Strategies are in `astra_jax/strategies`.
@@ -7,12 +7,24 @@ mentions a mesh axis. Strategies are in `astra_jax/strategies`.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig, Kind
 from astra_jax.mesh.sharding import Reading, Shards, Table, Tokens
 from astra_jax.models.mask import Block
+
+
+class Bias(NamedTuple):
+    """What is added to scores: of every query and key a row of a table, which has a number for each head."""
+
+    table: Float[Array, "buckets H"]
+    bucket: Int[Array, "*B S R"]
+
+    def scores(self) -> Float[Array, "*B H S R"]:
+        """The numbers themselves."""
+        return jnp.moveaxis(jnp.take(self.table.T, self.bucket, axis=1), 0, -3)
 
 
 class Source(NamedTuple):
@@ -25,6 +37,7 @@ class Source(NamedTuple):
     value: Float[Array, "#B R J E"]
     mask: Bool[Array, "*#B #S R"] | None
     times: Int[Array, "*#B #S R"] | None = None
+    bias: Bias | None = None
 
 
 class Codes(NamedTuple):
@@ -103,7 +116,7 @@ class TokenIds(NamedTuple):
 
     Attributes:
       ids: of the slots that are here.
-      vocabulary: how many ids there are.
+      vocabulary: how many ids there are, those of other types included.
       vectors_of: what the first block's codec sees of tokens with these ids [B,S] at these positions [*B,S]: [B,S,W].
     """
 

@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -53,6 +54,26 @@ LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False, scale_metadata=OF_HI
 RMSNorm = partial(nnx.RMSNorm, scale_metadata=OF_HIDDEN)
 
 
+class GemmaNorm(nnx.Module):
+    """RMSNorm that multiplies with 1 + scale, in float32.
+
+    Args:
+      width: of what is normalised.
+      hidden: whether that is the hidden state, and not a head.
+    """
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Any, hidden: bool = True):
+        axes: dict[str, Any] = OF_HIDDEN if hidden else {}
+        self.scale = nnx.Param(jnp.zeros(width), **axes)
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        wide = x.astype(jnp.float32)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(square + self.epsilon) * (1 + self.scale[...].astype(jnp.float32))
+        return normed.astype(self.dtype)
+
+
 def check_activation(field: str, name: str) -> None:
     """Raises AstraError for an activation that is not known."""
     if name not in ACTIVATIONS:
@@ -67,23 +88,27 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 # The most there can be of what is not only a size: blocks, and pixels on a side.
-MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "image_size": 16_384, "picture_size": 16_384}
+MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 10_000) | {
+    "image_size": 16_384,
+    "picture_size": 16_384,
+}
+LEAST = {"pad_token_id": 0}  # of what is no size
 
 
 def check_numbers(config: Any) -> None:
     """Raises AstraError unless every number of a configuration is one.
 
-    Whole numbers are from 1 to `MOST` or `LARGEST` (or None if they may be); fractions, which are norms' epsilons, from
-    0 to 1.
+    Whole numbers are from 1 or `LEAST` to `MOST` or `LARGEST` (or None if they may be); fractions, which are norms'
+    epsilons, from 0 to 1.
     """
     for field in dataclasses.fields(config):
-        value, most = getattr(config, field.name), MOST.get(field.name, LARGEST)
+        value, most, least = getattr(config, field.name), MOST.get(field.name, LARGEST), LEAST.get(field.name, 1)
         wanted = None
         if field.type in ("int", int, "int | None", int | None):
             optional = value is None and "None" in str(field.type)
-            if not optional and not (isinstance(value, int) and 1 <= value <= most):
+            if not optional and not (isinstance(value, int) and least <= value <= most):
                 above = isinstance(value, int) and value > most
-                wanted = f"a whole number of at most {most:,}" if above else "a whole number of at least 1"
+                wanted = f"a whole number of at most {most:,}" if above else f"a whole number of at least {least}"
         elif field.type in ("float", float) and not (isinstance(value, int | float) and 0 <= value <= 1):
             wanted = "a number from 0 to 1"
         if wanted:

@@ -12,13 +12,14 @@ from astra_jax.codecs.config import LARGEST
 from astra_jax.errors import AstraError
 
 # `dynamic` changes nothing up to `max_position_embeddings`, beyond which no sequence is accepted.
-ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 # Above what, and up to what, a number may be, so that frequencies in float32 are numbers (our choice).
 BOUNDS = {
     "rope_theta": (1, 1e15),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), (1e-6, 1e9)),
     **dict.fromkeys(("beta_fast", "beta_slow"), (1e-6, 1e9)),
     **dict.fromkeys(("mscale", "mscale_all_dim"), (-1e-6, 1e9)),  # 0 is none
+    "partial_rotary_factor": (0, 1),
     "original_max_position_embeddings": (-1, LARGEST),
 }
 
@@ -30,9 +31,13 @@ class Rotary:
     Attributes:
       rope_type: `default`; `linear` divides all frequencies by `factor`; `llama3` divides the low ones, between the
         wavelengths `original_max_position_embeddings / high_freq_factor` and `/ low_freq_factor` smoothly; `yarn`
-        (arXiv 2309.00071) ramps between frequencies that turn `beta_fast` and `beta_slow` times.
+        (arXiv 2309.00071) ramps between frequencies that turn `beta_fast` and `beta_slow` times; `longrope`
+        (arXiv 2402.13753) divides each by its `short_factor`.
       rope_theta: base of the frequencies.
-      attention_factor: what YaRN scales queries and keys with; None for its formula.
+      attention_factor: what YaRN and LongRoPE scale queries and keys with; None for their formulas.
+      short_factor: of every pair, up to `original_max_position_embeddings` tokens.
+      long_factor: of every pair in longer texts, which no model here takes.
+      partial_rotary_factor: which part of a head is turned, from its front; the rest has no positions.
 
     Raises:
       AstraError: a type that is not known, or one that lacks a value, or a value out of its range.
@@ -50,6 +55,9 @@ class Rotary:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -61,7 +69,9 @@ class Rotary:
                     f"config.json: {name} of the rotary embedding is {value}; it must be above {low} and at most "
                     f"{high:g}"
                 )
-        if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
+        if not all(1e-6 < factor < 1e9 for factor in (*self.short_factor, *self.long_factor)):
+            raise AstraError("config.json: a short_factor or long_factor of the rotary embedding is not above 0")
+        if self.rope_type in ("llama3", "longrope", "yarn") and self.original_max_position_embeddings < 1:
             raise AstraError(f"config.json: rope_type {self.rope_type} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise AstraError(
@@ -70,9 +80,17 @@ class Rotary:
             )
 
     def frequencies(self, E: int) -> Float[np.ndarray, "pairs"]:
-        """Radians per position of every pair of dimensions."""
+        """Radians per position of every pair of dimensions of a head that is turned."""
+        E = int(E * self.partial_rotary_factor)
         plain = (1.0 / self.rope_theta ** (np.arange(0, E, 2, dtype=np.float32) / E)).astype(np.float32)
         slow = plain / np.float32(self.factor)
+        if self.rope_type == "longrope":
+            if len(self.short_factor) != len(plain):
+                raise AstraError(
+                    f"config.json: short_factor of the rotary embedding has {len(self.short_factor)} numbers for "
+                    f"{len(plain)} pairs of a head"
+                )
+            return plain / np.asarray(self.short_factor, np.float32)
         if self.rope_type == "linear":
             return slow
         if self.rope_type == "llama3":
@@ -101,11 +119,14 @@ class Rotary:
 
     @property
     def scale(self) -> float:
-        """What YaRN scales cosine and sine with; 1 for the other types."""
-        if self.rope_type != "yarn":
+        """What YaRN and LongRoPE scale cosine and sine with; 1 for the other types."""
+        if self.rope_type not in ("longrope", "yarn"):
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        if self.rope_type == "longrope":
+            more = math.log(max(1.0, self.factor)) / math.log(max(2, self.original_max_position_embeddings))
+            return math.sqrt(1 + more)
 
         def mscale(weight: float) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
@@ -114,9 +135,38 @@ class Rotary:
             return mscale(self.mscale) / mscale(self.mscale_all_dim)
         return mscale(1.0)
 
-    def __call__(self, x: Float[Array, "B R heads E"], position: Any) -> Float[Array, "B R heads E"]:
-        """Turns the pairs (e, e + E/2) of every head of [B,R,heads,E] by `position` [R] or [B,R] times frequency."""
-        angle = jnp.asarray(position)[..., None, None] * self.frequencies(x.shape[-1])  # [*B,R,1,E/2]
-        cos, sin = self.scale * jnp.cos(angle), self.scale * jnp.sin(angle)
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "B R heads E"], position: Any, number: Any = None
+    ) -> Float[Array, "B R heads E"]:
+        """Turns every head of x by `position` [R] or [B,R]. The number of the block makes no difference."""
+        return _turn(x, position, self.frequencies(x.shape[-1]), self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryByBlock:
+    """A rotary embedding for every block; None in it for one without positions."""
+
+    blocks: tuple[Rotary | None, ...]
+
+    def __call__(self, x: Float[Array, "B R heads E"], position: Any, number: Any) -> Float[Array, "B R heads E"]:
+        """Turns every head of x as block `number` does, which may be traced."""
+        some = next(rotary for rotary in self.blocks if rotary)
+        still = 0 * some.frequencies(x.shape[-1])
+        frequencies = [still if rotary is None else rotary.frequencies(x.shape[-1]) for rotary in self.blocks]
+        scales = np.array([1.0 if rotary is None else rotary.scale for rotary in self.blocks], np.float32)
+        return _turn(x, position, jnp.asarray(np.stack(frequencies))[number], jnp.asarray(scales)[number])
+
+
+def _turn(x: Float[Array, "B R heads E"], position: Any, frequencies: Any, scale: Any) -> Float[Array, "B R heads E"]:
+    """Turns the pairs (e, e + E/2) of the front of every head by `position` [R] or [B,R] times frequency."""
+    angle = jnp.asarray(position)[..., None, None] * frequencies  # [*B,R,1,pairs]
+    cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
+    front, rest = jnp.split(x, [2 * frequencies.shape[-1]], axis=-1)
+    first, second = jnp.split(front.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
+
+
+def by_block(blocks: tuple[Rotary | None, ...]) -> Rotary | RotaryByBlock | None:
+    """Rotary embeddings of all blocks, as one where they are the same."""
+    return blocks[0] if len(set(blocks)) == 1 else RotaryByBlock(blocks)

@@ -235,7 +235,8 @@ class Engine:
         return self.task != "causal-lm" or self._generator.here
 
     def encode(self, inputs: Iterable[Any]) -> Encoded:
-        """What the model reads, of any number of pictures (Pillow, or uint8 arrays) or of texts.
+        """What the model reads, of any number of pictures (Pillow, or uint8 arrays) or of texts. A classifier
+        also reads pairs of texts: tuples of two.
 
         Pictures are taken one after the other: many that are small as files may be too large for the memory.
 
@@ -249,7 +250,10 @@ class Engine:
             if not found:
                 raise AstraError("there is no picture: give at least one")
             return np.concatenate(found)
-        return pad([self.tokenizer.encode(text) for text in inputs], longest(self.checkpoint.config))
+        texts = list(inputs)
+        if self.task != "classification" and not all(isinstance(text, str) for text in texts):
+            raise AstraError(f"pairs of texts are for classifiers, and this checkpoint is for {self.task}: give texts")
+        return pad([self.tokenizer.encode(text) for text in texts], longest(self.checkpoint.config))
 
     def _encoded(self, inputs: Encoded | Iterable[Any]) -> Any:
         return inputs if isinstance(inputs, Text | np.ndarray | Array) else self.encode(inputs)

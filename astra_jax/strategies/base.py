@@ -34,12 +34,14 @@ class Message(NamedTuple):
       bits: of an all-gather what the device contributes, of the others its whole operand.
       times: how often that is in one forward pass.
       in_blocks: False for what is sent once, before the first block or after the last.
+      sometimes: whether the program has it for some of its blocks, and something else for others.
     """
 
-    kind: Literal["all-gather", "all-reduce", "all-to-all"]
+    kind: Literal["all-gather", "all-reduce", "all-to-all", "collective-permute"]
     bits: int
     times: int
     in_blocks: bool = True
+    sometimes: bool = False
 
 
 class Whole:
@@ -237,7 +239,7 @@ class SplitTokens(Sharded):
         """
         (said,), keys, queries = content, self.remote_tokens(), self.tokens()
         position = keys.position
-        if self.transport.on_devices and self.shards.all_see_all:
+        if self.transport.on_devices and mask.all_see_all(self.shards, block):
             return Remote(type(content)(_in_rows(self.transport.senders(said))), position, None)
         if self.transport.on_devices and mask.one_query_says_all(block):
             queries = Tokens(*(a[..., :1] for a in queries))

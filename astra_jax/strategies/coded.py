@@ -5,21 +5,30 @@ codec's (`astra_jax/codecs`), and what training does to them is injected by it (
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.errors import AstraError
+from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
-from astra_jax.models.mask import Block
+from astra_jax.models.mask import Block, Hop, Windows, hops
 from astra_jax.strategies.base import Message, SplitTokens
 from astra_jax.strategies.transport import Delivery, Virtual
 
 Lost = Literal["masked", "predicted"]
+
+
+class Way(NamedTuple):
+    """How blocks exchange codes: those with one of these windows; see `mask.hops`."""
+
+    windows: tuple[int | None, ...]
+    hops: tuple[Hop, ...] | None
 
 
 class Heard(NamedTuple):
@@ -83,10 +92,20 @@ class Astra(SplitTokens):
     def messages(self, model: Any) -> list[Message]:
         codec, kinds, first = need_codec(model.codec), model.astra.kinds(model.config.num_hidden_layers), []
         if "known" in kinds:
-            ids = self.shards.sent_slots * 8 * _id_dtype(model.config.vocab_size).itemsize
+            ids = self.shards.sent_slots * 8 * _id_dtype(numbers_of_tokens(model.config)).itemsize
             first = [Message("all-gather", ids, 1, in_blocks=False)]
-        coded = kinds.count("coded")
-        codes = [Message("all-gather", codec.wire_bits(self.shards.sent_slots), coded)] if coded else []
+        windows = model.blocks.attention.windows
+        ways, codes = self.ways(codec, windows), []
+        for way in ways:
+            coded = sum(
+                kind == "coded" and (len(ways) == 1 or window in way.windows)
+                for kind, window in zip(kinds, windows or [None] * len(kinds), strict=True)
+            )
+            one = partial(Message, times=coded, sometimes=len(ways) > 1)
+            if coded and way.hops is None:
+                codes.append(one("all-gather", codec.wire_bits(self.shards.sent_slots)))
+            elif coded and way.hops:
+                codes += [one("collective-permute", codec.wire_bits(hop.slots.shape[-1])) for hop in way.hops]
         return [*first, *codes, *self._pooled(model)]
 
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
@@ -109,10 +128,35 @@ class Astra(SplitTokens):
         p, delivery = jax.lax.stop_gradient(expected), None
         if block.kind == "coded":
             z = codec.encode(mine - self.own(p))
-            delivery = self.transport.deliver(codec, z, block)
+            delivery = self.deliver(codec, z, block)
         estimate = codec.update(p, *(delivery or (None, None)))
         content, report = self.heard(codec, mine, expected, delivery, estimate, block)
         return Exchanged(self.remote(content, block, self._there(codec, delivery)), estimate, report)
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
+        """The codes of all shards, or in a block with a window of those that attention can see."""
+        ways = self.ways(codec, block.windows)
+        if len(ways) == 1 or not self.transport.on_devices:
+            return self.transport.deliver(codec, z, block, ways[0].hops)
+
+        def one(way: Way) -> UInt16[Array, "N B S G"]:
+            return self.transport.apart(self.transport.deliver(codec, z, block, way.hops).codes, way.hops is None)
+
+        of = {window: n for n, way in enumerate(ways) for window in way.windows}
+        which = jnp.asarray([of[window] for window in block.windows or ()])[block.number]
+        return Delivery(jax.lax.switch(which, [partial(one, way) for way in ways]))
+
+    def ways(self, codec: Quantizer, windows: Windows | None) -> list[Way]:
+        """The different ways in which the blocks of a stack with these windows exchange codes.
+
+        With a predictor all devices expect the same of a token, and so all hear of all.
+        """
+        if windows is None or codec.remembers:
+            return [Way((), None)]
+        found = {window: hops(self.shards, window) for window in dict.fromkeys(windows)}
+        everything = tuple(window for window, some in found.items() if some is None)
+        some = [Way((window,), way) for window, way in found.items() if way is not None]
+        return [*some, Way(everything, None)] if everything else some
 
     def heard(
         self,

@@ -106,6 +106,8 @@ class TensorParallel(Sharded):
         attention = model.blocks.attention
         sizes = {"heads": attention.H, "key/value heads": attention.J, "MLP columns": model.config.intermediate_size}
         check_divides("tp", N, sizes)
+        if attention.norms_all_heads and N > 1:
+            raise AstraError("strategy tp splits heads, whose norms need all of them in this family: use strategy sp")
         return cls(model.shards(1, inputs))
 
     def alone(self, N: int) -> Sharded:

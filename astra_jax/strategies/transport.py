@@ -5,6 +5,7 @@ reference that every other way is tested against.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 from astra_jax.codecs.base import Groups, Quantizer
 from astra_jax.mesh.collectives import Alone, Peers
 from astra_jax.mesh.sharding import SEQ, Shards, Table
-from astra_jax.models.mask import Block
+from astra_jax.models.mask import Block, Hop
 
 
 class Delivery(NamedTuple):
@@ -53,8 +54,17 @@ class Transport(Protocol):
     def gather(self, x: Shaped[Array, "M *shape"]) -> Shaped[Array, "N *shape"]:
         """What every shard has."""
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
-        """Sends the codes of the shards that are here, and receives those of all."""
+    def deliver(
+        self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block, hops: Sequence[Hop] | None = None
+    ) -> Delivery:
+        """Sends the codes of the shards that are here, and receives those of all, or of whom attention can see.
+
+        Args:
+          hops: who sends what to whom; None where all send everything to all.
+        """
+
+    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
+        """What arrived as something in which devices may differ; `alike` where they do not."""
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The sum over all devices of what each has."""
@@ -87,8 +97,24 @@ class Mesh:
     def gather(self, x: Shaped[Array, "1 *shape"]) -> Shaped[Array, "N *shape"]:
         return self.peers.gather(x[0])
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block) -> Delivery:
-        return Delivery(codec.unpack(self.peers.gather(codec.pack(z[0])), z.shape[2]))
+    def deliver(
+        self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block, hops: Sequence[Hop] | None = None
+    ) -> Delivery:
+        if hops is None:
+            return Delivery(codec.unpack(self.peers.gather(codec.pack(z[0])), z.shape[2]))
+        N, (B, *_) = self.peers.N, z[0].shape
+        codes, me, rows = 0 * jnp.broadcast_to(z, (N, *z[0].shape)), self.peers.index(), jnp.arange(B)[:, None]
+        for by, slots in hops:
+            every = jnp.broadcast_to(jnp.asarray(slots), (B, *slots.shape[-2:]))
+            mine, sender = jnp.take(every, me, axis=1), me - by
+            heard = self.peers.shift(codec.pack(z[0][rows, mine]), by)
+            where = jnp.where(sender < 0, N, sender)  # nobody: dropped
+            theirs = jnp.take(every, sender, axis=1, mode="clip")
+            codes = codes.at[where, rows, theirs].set(codec.unpack(heard, slots.shape[-1]), mode="drop")
+        return Delivery(codes)
+
+    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
+        return self.peers.apart(codes) if alike else codes
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.peers.total(x)
@@ -139,11 +165,16 @@ class Virtual:
     def gather(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "N *shape"]:
         return x
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block) -> Delivery:
+    def deliver(
+        self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block, hops: Sequence[Hop] | None = None
+    ) -> Delivery:
         if self.arrived is None:
             return Delivery(z, self.groups)
         groups = codec.groups if self.groups is None else self.groups
         return Delivery(z, jnp.where(self.arrived[block.number], groups, 0))
+
+    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
+        return codes
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x

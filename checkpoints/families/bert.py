@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from checkpoints.families.rows import Architecture, Family, Key, common_sizes, linear, norm
+from checkpoints.families.rows import Architecture, Family, Key, common_sizes, linear, masked_lm, norm
 
 BERT = (
     Key("embeddings.word_embeddings.weight", "V D", "embed.embedding"),
@@ -21,7 +21,7 @@ BERT = (
 )
 
 
-def _sizes(config: Any) -> dict[str, int]:
+def sizes(config: Any) -> dict[str, int]:
     """`type` counts the kinds of sentences."""
     D = config.hidden_size
     more = {"V": config.vocab_size, "T": config.max_position_embeddings, "type": config.type_vocab_size, "pooled": D}
@@ -33,11 +33,16 @@ FAMILIES = {
         *("astra_jax.models.bert", "Bert", "BertConfig", "bert.", BERT),
         {
             "BertModel": Architecture("embedding"),
+            "BertForMaskedLM": masked_lm(
+                *("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+                *("cls.predictions.decoder", "cls.predictions.bias"),
+            ),
             "BertForSequenceClassification": Architecture("classification", linear("classifier", "head", "C", "D")),
         },
-        _sizes,
+        sizes,
         skipped=(r"embeddings\.position_ids",),
         renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+        left_out=(r"cls\.seq_relationship\.(weight|bias)",),  # whether a sentence follows another one
         # Of the original release's pooler, which is always the class token behind a dense layer.
         harmless="directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
         "pooler_size_per_head pooler_type",

@@ -44,7 +44,7 @@ FAMILIES = {
         },
         _sizes,
         skipped=POSITIONS,
-        others=OTHERS,
+        left_out=OTHERS,
         harmless="dropout",  # of training
     )
 }

@@ -25,18 +25,19 @@ def sizes(config: Any) -> dict[str, int]:
     return common_sizes(config.hidden_size, HE, JE, config) | {"V": config.vocab_size, "E": config.E}
 
 
-def decoder(name: str, module: str, keys: tuple[Key, ...], harmless: str = "") -> Family:
+def decoder(name: str, module: str, keys: tuple[Key, ...], harmless: str = "", lm: str = "") -> Family:
     """A family whose classes are called as Llama's: `NameForCausalLM` and `NameForSequenceClassification`.
 
     Args:
       name: of its model in `astra_jax/models/MODULE.py`.
       keys: of the common part.
       harmless: fields of a config.json that change nothing, besides those of all families.
+      lm: the class with a language-model head, where it is called otherwise.
     """
     return Family(
         *(f"astra_jax.models.{module}", name, f"{name}Config", "model.", keys),
         {
-            f"{name}ForCausalLM": Architecture(
+            lm or f"{name}ForCausalLM": Architecture(
                 "causal-lm", linear("lm_head", "head", "V", "D"), tied="embed_tokens.weight"
             ),
             f"{name}ForSequenceClassification": Architecture("classification", linear("score", "head", "C", "D")),

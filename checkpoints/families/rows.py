@@ -118,14 +118,41 @@ class Architecture(NamedTuple):
     Attributes:
       task: the configuration's `task`; None for a family that has but one.
       keys: rows of the head; none for the common part alone, whose tensors Hugging Face then saves without prefix.
-      tied: the tensor of the common part that the head repeats where `tie_word_embeddings` is set.
+      tied: what the first rows of the head repeat where `tie_word_embeddings` is set, a tensor each, separated by
+        spaces.
+      masked_lm: whether the head is that of a masked language model, which is kept and not computed.
       settings: fields of the configuration that say which class it is, where `task` is not enough.
     """
 
     task: str | None
     keys: tuple[Key, ...] = ()
     tied: str = ""
+    masked_lm: bool = False
     settings: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Tensors of the head, and those that they repeat where `tie_word_embeddings` is set."""
+        return dict(zip((key.name for key in self.keys), self.tied.split(), strict=False))
+
+
+def masked_lm(dense: str, norm_name: str, decoder: str, bias: str) -> Architecture:
+    """The head of a masked language model. Its decoder is the embedding; its bias is stored by itself, in some families
+    also as the decoder's.
+
+    Args:
+      dense, norm_name, decoder, bias: what Hugging Face calls its layers, and the tensor of its bias.
+    """
+    # No model here has parameters of these rows: tied tensors are their others.
+    weight, other_bias = Key(f"{decoder}.weight", "V D", "decoder"), Key(f"{decoder}.bias", "V", "decoder")
+    tied = (weight, other_bias) if other_bias.name != bias else (weight,)
+    own = (*linear(dense, "masked_lm.dense", "pooled", "D"), *norm(norm_name, "masked_lm.norm"))
+    return Architecture(
+        "embedding",
+        (*tied, Key(bias, "V", "masked_lm.bias"), *own),
+        " ".join(("embeddings.word_embeddings.weight", bias)[: len(tied)]),
+        masked_lm=True,
+    )
 
 
 class Family(NamedTuple):
@@ -138,9 +165,9 @@ class Family(NamedTuple):
       architectures: the Hugging Face classes; the first is meant where config.json names none.
       sizes: a configuration -> lengths of the tables' axes.
       skipped: patterns of tensors that are no parameters, names without the prefix.
+      left_out: patterns of heads and models that a file may have besides, and that are neither computed nor kept.
       renamed: old parts of names -> what they are called today.
       harmless: fields of a config.json that change nothing of what is computed, besides those of all families.
-      others: patterns of tensors of other models in the same file, which are left out, and said.
     """
 
     module: str
@@ -153,7 +180,7 @@ class Family(NamedTuple):
     skipped: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     harmless: str = ""
-    others: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def bare(self, name: str) -> str:
         """What a tensor in a file is called today, without the prefix."""
@@ -165,9 +192,9 @@ class Family(NamedTuple):
         """Whether a tensor is none of a model's parameters."""
         return any(re.fullmatch(pattern, bare) for pattern in self.skipped)
 
-    def is_other(self, bare: str) -> bool:
-        """Whether a tensor is of another model in the same file."""
-        return any(re.fullmatch(pattern, bare) for pattern in self.others)
+    def is_left_out(self, bare: str) -> bool:
+        """Whether a tensor is of a head or model that is neither computed nor kept."""
+        return any(re.fullmatch(pattern, bare) for pattern in self.left_out)
 
     def is_mapped(self, bare: str) -> bool:
         """Whether a row of some class of the family is for a tensor."""

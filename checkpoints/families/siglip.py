@@ -25,6 +25,6 @@ FAMILIES = {
         {"SiglipVisionModel": Architecture("image-embedding")},
         sizes,
         skipped=POSITIONS,
-        others=OTHERS,
+        left_out=OTHERS,
     )
 }

@@ -27,6 +27,7 @@ class Collective(NamedTuple):
         floats count with these, though XLA's CPU backend makes them, and only them, in 32 bits.
       in_loop: whether it is in a `while`, directly or in something that is called from there.
       trip_count: how often the loop runs (nested loops multiplied); None outside of loops and where it is not known.
+      sometimes: whether it is in a branch, so that it runs in some turns alone.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Collective(NamedTuple):
     bytes: int
     in_loop: bool
     trip_count: int | None
+    sometimes: bool = False
 
 
 class _Instruction(NamedTuple):
@@ -55,17 +57,18 @@ def collectives_in(compiled_text: str) -> list[Collective]:
         elif instruction := _INSTRUCTION.match(line):
             current.append(_parse(instruction[1]))
 
-    def walk(name: str, in_loop: bool, trips: int | None) -> Iterator[Collective]:
+    def walk(name: str, in_loop: bool, trips: int | None, sometimes: bool = False) -> Iterator[Collective]:
         for instruction in computations[name]:
             if match := _COLLECTIVE.match(instruction.operation):
                 for dtype, shape, size in _results(instruction, match[1], bool(match[2])):
-                    yield Collective(match[1], dtype, shape, size, in_loop, trips if in_loop else None)
+                    yield Collective(match[1], dtype, shape, size, in_loop, trips if in_loop else None, sometimes)
             loop = instruction.operation == "while"
             count = _TRIP_COUNT.search(instruction.attributes)
             inner = trips if not loop else trips * int(count[1]) if count and trips else None
             for called in _CALLED.findall(instruction.attributes):
                 for callee in re.findall(r"[\w.-]+", called):
-                    yield from walk(callee, in_loop or loop, inner)
+                    branch = sometimes or instruction.operation == "conditional"
+                    yield from walk(callee, in_loop or loop, inner, branch)
 
     return list(walk(entry, False, 1))
 

@@ -1,6 +1,5 @@
 """What crosses the link in one forward pass: as the strategy predicts, checked against the compiled program."""
 
-from collections import Counter
 from typing import Any
 
 import jax
@@ -53,12 +52,21 @@ def compiled_pass(model: Any, N: int, inputs: Any, make: Any) -> str:
     return text
 
 
-def sent_bits(compiled_text: str, N: int) -> dict[str, int]:
-    """Bits that one device gives to the collectives of every kind in a compiled program, counted as in `Message`."""
-    found = Counter[str]()
+def sent_bits(compiled_text: str, N: int) -> dict[str, Any]:
+    """Bits that one device gives to the collectives of every kind in a compiled program, counted as in `Message`; of
+    those in branches a list, under `KIND, sometimes`, of what each gives once."""
+    found: dict[str, Any] = {}
     for c in collectives_in(compiled_text):
-        found[c.kind] += 8 * c.bytes * (c.trip_count or 1) // (N if c.kind == "all-gather" else 1)
-    return dict(found)
+        once = 8 * c.bytes // (N if c.kind == "all-gather" else 1)
+        _count(found, c.kind, once, c.trip_count or 1, c.sometimes)
+    return found
+
+
+def _count(found: dict[str, Any], kind: str, bits: int, times: int, sometimes: bool) -> None:
+    if sometimes:
+        found[f"{kind}, sometimes"] = sorted([*found.get(f"{kind}, sometimes", []), bits])
+    else:
+        found[kind] = found.get(kind, 0) + bits * times
 
 
 def messages(model: Any, N: int, inputs: Any, make: Any) -> list[Message]:
@@ -73,10 +81,10 @@ def messages(model: Any, N: int, inputs: Any, make: Any) -> list[Message]:
     if N == 1:
         return []
     predicted = make(model, N, inputs).messages(model)
-    expected = Counter[str]()
+    expected: dict[str, Any] = {}
     for message in predicted:
-        expected[message.kind] += message.bits * message.times
+        _count(expected, message.kind, message.bits, message.times, message.sometimes)
     found = sent_bits(compiled_pass(model, N, inputs, make), N)
-    if found != dict(expected):
-        raise AstraError(f"the program sends {found} bits, not {dict(expected)} as predicted: please report it")
+    if found != expected:
+        raise AstraError(f"the program sends {found} bits, not {expected} as predicted: please report it")
     return predicted

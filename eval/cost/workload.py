@@ -16,7 +16,7 @@ from flax import nnx
 import checkpoints
 from astra_jax.codecs.config import AstraConfig, Site, VQConfig
 from astra_jax.errors import AstraError
-from astra_jax.inputs.token_batches import Text
+from astra_jax.inputs.token_batches import Text, most_tokens
 from astra_jax.serving.compile import STRATEGIES, Make
 from astra_jax.strategies.coded import Astra
 from astra_jax.strategies.rivals import BlockParallel
@@ -206,7 +206,7 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
         config = config if path else dataclasses.replace(config, image_size=side * config.patch_size)
     else:
         class_slots = build(family, config).shards(1).class_slots
-        limit = config.max_position_embeddings - class_slots
+        limit = most_tokens(config) - class_slots
         if path is None and family == "bert":  # a known architecture is stretched as ViT is: its positions are a table
             limit = max(limit, tokens or TOKENS)
             config = dataclasses.replace(config, max_position_embeddings=limit + class_slots)

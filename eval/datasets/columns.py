@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +63,28 @@ def choose_text(rows: Rows, name: str | None, label_column: str | None) -> str:
     words = [column for column in texts if column not in rows.numeric]
     words = words or (texts if labels else [])  # numbers are text where nothing else is left beside the labels
     return _only(rows, words, "text")
+
+
+# The columns of usual tables of pairs: of GLUE and others.
+PAIRS = (
+    *(("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")),
+    *(("text_a", "text_b"), ("text1", "text2")),
+)
+
+
+def choose_texts(rows: Rows, names: Sequence[str], label_column: str | None) -> tuple[str, ...]:
+    """The columns of what a classifier reads: those that are named, or a usual pair, or one as `choose_text` finds it.
+
+    Raises AstraError where more than two are named, or there is none or a choice, or where one holds no text.
+    """
+    if len(names) > 2:
+        raise AstraError(f"--text-column {' '.join(names)}: a classifier reads a text or a pair: give one or two")
+    found = [pair for pair in PAIRS if all(map(partial(_called, rows), pair))]
+    if not names and len(found) == 1 and _called(rows, "text") is None:
+        names = [str(_called(rows, name)) for name in found[0]]
+    if len(names) == 2:
+        return tuple(check_text(rows, name) for name in names)
+    return (choose_text(rows, names[0] if names else None, label_column),)
 
 
 def check_text(rows: Rows, name: str) -> str:

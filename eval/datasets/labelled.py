@@ -13,13 +13,13 @@ from astra_jax.cli.arguments import Texts
 from astra_jax.errors import AstraError
 from astra_jax.inputs.images import ImageProcessor, decode_image
 from eval.datasets.account import Account
-from eval.datasets.columns import Labels, check_text, choose_column, choose_text, need_column, read_labels
+from eval.datasets.columns import Labels, check_text, choose_column, choose_text, choose_texts, need_column, read_labels
 from eval.datasets.files import allowed, is_regular, shown, walk
 from eval.datasets.folders import has_pictures_alone, read_pictures
 from eval.datasets.labels import match
 from eval.datasets.sources import Rows, has_card, read, reading
 
-PAIR = ("sentence1", "sentence2")  # the columns of a table of pairs
+PAIR = ("sentence1", "sentence2")  # the columns of a table of pairs that are compared
 T = TypeVar("T")
 
 
@@ -48,7 +48,8 @@ class DataArgs:
     image_column: str | None = None
     """The column with the images, where there are several."""
     text_column: tuple[str, ...] = ()
-    """The column with the text, where there are several; two for similarity, sentence1 sentence2 by default."""
+    """The column with the text, where there are several; two for pairs of texts, which by default are sentence1
+    sentence2, premise hypothesis, and other usual names."""
     label_column: str | None = None
     """The column with the labels, where there are several; for similarity that with the scores, score by default."""
     labels: Texts = ()
@@ -92,27 +93,45 @@ class DataArgs:
         rows = self._rows()
         columns = self._sentences(rows) if pairs else ()
         columns = columns or (choose_text(rows, self._one_text(), self.label_column),)
-        texts = [text or "" for column in columns for text in rows.table[column]]
-        documents = [text.strip() for text in texts if text.strip()]
-        if not documents:
+        texts = [(text or "").strip() for column in columns for text in rows.table[column]]
+        return self._with_text(rows, columns, texts, [bool(text) for text in texts])
+
+    def open_texts(self) -> "Read[str | tuple[str, str]]":
+        """What a classifier reads, without classes: a text of every row, or a pair; what has no text is left out.
+
+        Raises:
+          AstraError: as `open_documents`.
+        """
+        self._without_classes()
+        rows = self._rows()
+        columns = choose_texts(rows, self.text_column, self.label_column)
+        texts = [(text or "").strip() for text in rows.table[columns[0]]]
+        if len(columns) == 1:
+            return self._with_text(rows, columns, texts, [bool(text) for text in texts])
+        seconds = [(text or "").strip() for text in rows.table[columns[1]]]
+        pairs = list(zip(texts, seconds, strict=True))
+        return self._with_text(rows, columns, pairs, [bool(a and b) for a, b in pairs])
+
+    def _with_text(self, rows: Rows, columns: Sequence[str], found: Sequence[Any], there: Sequence[bool]) -> Any:
+        """What has text of what was found. Raises AstraError where nothing has."""
+        kept = [one for one, has_text in zip(found, there, strict=True) if has_text]
+        if not kept:
             raise AstraError(f"{self.where} holds no text: choose another --split")
-        empty = len(texts) - len(documents)
+        empty = len(found) - len(kept)
         left_out = rows.left_out | ({"rows without text": empty} if empty else {})
         notes = rows.notes + ((f"text of the column(s) {', '.join(columns)}",) if len(rows.features) > 1 else ())
-        account = rows.account(
-            "documents", read=len(documents), of=rows.of * len(columns), left_out=left_out, notes=notes
-        )
-        return Read(documents, account)
+        of = rows.of * len(found) // max(1, len(rows))
+        return Read(kept, rows.account("documents", read=len(kept), of=of, left_out=left_out, notes=notes))
 
     def open_labelled(self, classes: Sequence[str] | None = None) -> "LabelledTexts":
-        """Texts and their classes; `classes` are those of a checkpoint.
+        """Texts, or pairs of texts, and their classes; `classes` are those of a checkpoint.
 
         Raises:
           AstraError: the data cannot be read, the split or column does not exist, or labels do not fit the classes.
         """
         rows = self._rows()
-        column = choose_text(rows, self._one_text(), self.label_column)
-        return LabelledTexts(rows, column, read_labels(rows, self.label_column, classes, self.labels))
+        columns = choose_texts(rows, self.text_column, self.label_column)
+        return LabelledTexts(rows, columns, read_labels(rows, self.label_column, classes, self.labels))
 
     def open_pairs(self) -> "Read[tuple[str, str, float]]":
         """Pairs of sentences and how similar people find them.
@@ -155,7 +174,9 @@ class DataArgs:
     def _one_text(self) -> str | None:
         """The one column with the text."""
         if len(self.text_column) > 1:
-            raise AstraError(f"--text-column {' '.join(self.text_column)}: only similarity takes several: give one")
+            raise AstraError(
+                f"--text-column {' '.join(self.text_column)}: only similarity and classifiers take several: give one"
+            )
         return self.text_column[0] if self.text_column else None
 
     def _sentences(self, rows: Rows) -> tuple[str, ...]:
@@ -247,22 +268,26 @@ class DatasetImages:
 
 
 class LabelledTexts:
-    """Texts and their classes with random access: `data[i]` is `{"text": str, "label": int}`.
+    """Texts and their classes with random access: `data[i]` is `{"text": str, "label": int}`, of pairs a tuple of two.
 
-    `names[label]` is the name of a class. The arguments are those of `DatasetImages`; the column holds text.
+    `names[label]` is the name of a class. The arguments are those of `DatasetImages`; the columns, one or two, hold
+    text.
     """
 
-    def __init__(self, rows: Rows, column: str, labels: Labels):
-        self.names, self.labels, self.account = labels.names, labels.indices, _labelled(rows, "texts", labels)
-        self._texts, self._where = rows.table[column], rows.where
+    def __init__(self, rows: Rows, columns: Sequence[str], labels: Labels):
+        account = _labelled(rows, "texts", labels)
+        if len(columns) > 1:
+            account = account.noted(f"pairs of the columns {' and '.join(columns)}")
+        self.names, self.labels, self.account = labels.names, labels.indices, account
+        self._texts, self._where = [rows.table[column] for column in columns], rows.where
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises AstraError, which names the row, where there is no text."""
-        text = _text(self._texts[index], f"{self._where} row {index}")
-        return {"text": text, "label": int(self.labels[index])}
+        texts = tuple(_text(column[index], f"{self._where} row {index}") for column in self._texts)
+        return {"text": texts if len(texts) > 1 else texts[0], "label": int(self.labels[index])}
 
 
 def _labelled(rows: Rows, what: str, labels: Labels) -> Account:

@@ -13,8 +13,10 @@ from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.report import progress
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], limit: int | None = None) -> tuple[list[list[int]], int]:
-    """The token ids of texts, cut to `limit` tokens if given, and how many were cut."""
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], limit: int | None = None
+) -> tuple[list[list[int]], int]:
+    """The token ids of texts or pairs of texts, cut to `limit` tokens if given, and how many were cut."""
     encoded, cut = [], 0
     with progress("tokens", len(texts)) as advance:
         for text in texts:

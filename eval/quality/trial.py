@@ -60,7 +60,7 @@ class Trial:
         """What `score(run, label)` finds of a model in every try; the label goes behind that of a progress bar."""
         return [score(run, label) for label, run in self.way.runs(model)]
 
-    def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+    def encode(self, texts: Sequence[str | tuple[str, str]], limit: int | None = None) -> list[list[int]]:
         """The token ids of texts, cut to `limit` tokens if given."""
         encoded, cut = encode(self.checkpoint.tokenizer, texts, limit)
         if cut:
@@ -85,7 +85,7 @@ class Trial:
         rows = dict(run_batches(run, sequences, limit, batch, f"texts{label}"))
         return np.stack([rows[place] for place in range(len(rows))])
 
-    def short_texts(self, texts: Sequence[str]) -> list[list[int]]:
+    def short_texts(self, texts: Sequence[str | tuple[str, str]]) -> list[list[int]]:
         """The token ids of texts that the model takes whole, or cut to what it takes."""
         sequences = self.encode(texts, longest(self.checkpoint.config))
         self.say_short(sequences, "texts")

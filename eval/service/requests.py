@@ -49,21 +49,39 @@ class Request:
       names: of the pictures.
       files: their contents, in one of `astra_jax.inputs.images.FORMATS`.
       prompts: the texts.
+      pairs: what is read with each of them, as one; () where they are read alone.
 
     Raises:
-      AstraError: a prompt is no text, or longer than any model takes.
+      AstraError: a prompt is no text, or longer than any model takes; some have no other text.
     """
 
     names: tuple[str, ...] = ()
     files: tuple[bytes, ...] = ()
     prompts: tuple[str, ...] = ()
     wishes: Wishes = Wishes()
+    pairs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for prompt in self.prompts:
-            check_text("--prompt", prompt)
-            if len(prompt) > MOST_CHARACTERS:
-                raise AstraError(f"--prompt has {len(prompt):,} characters; at most {MOST_CHARACTERS:,} are read")
+        for option, texts in (("--prompt", self.prompts), ("--pair", self.pairs)):
+            for text in texts:
+                check_text(option, text)
+                if len(text) > MOST_CHARACTERS:
+                    raise AstraError(f"{option} has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
+        if self.pairs and len(self.pairs) != len(self.prompts):
+            raise AstraError(
+                f"there are {len(self.prompts)} texts with --prompt and {len(self.pairs)} with --pair: give one of "
+                "--pair for each"
+            )
+
+    @property
+    def texts(self) -> tuple[str | tuple[str, str], ...]:
+        """The prompts, each with what is read with it."""
+        return tuple(zip(self.prompts, self.pairs, strict=True)) if self.pairs else self.prompts
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What an answer calls the inputs."""
+        return self.names or tuple(" | ".join(text) if isinstance(text, tuple) else text for text in self.texts)
 
 
 def packed(request: Request) -> bytes:
@@ -95,13 +113,13 @@ def unpacked(body: bytes) -> Request:
                 raise ValueError("a size that is none")
             files.append(rest[:size])
             rest = rest[size:]
-        names, prompts = _list(fields["names"], MOST_INPUTS), _list(fields["prompts"], MOST_INPUTS)
+        names, prompts, pairs = (_list(fields[name], MOST_INPUTS) for name in ("names", "prompts", "pairs"))
         if rest or len(names) != len(files) or not all(isinstance(name, str) for name in names):
             raise ValueError("names and files that do not fit")
         given = fields["wishes"]
         sampling, stop = Sampling(**given["sampling"]), _list(given["stop"], MOST_INPUTS)
         wishes = Wishes(**given | {"sampling": sampling, "stop": tuple(stop)})
-        return Request(tuple(names), tuple(files), tuple(prompts), wishes)
+        return Request(tuple(names), tuple(files), tuple(prompts), wishes, tuple(pairs))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise AstraError("what was asked is not understood: use the same version of astra for both") from error
 

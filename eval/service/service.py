@@ -186,7 +186,9 @@ class Service:
             raise AstraError(f"{self.name}: is {encoder} encoder: give two or more {what}")
         if images:
             return self.engine.encode(map(decode_image, request.files, request.names))
-        text = self.engine.encode(request.prompts)
+        if request.pairs and task != "classification":
+            raise AstraError(f"{self.name}: --pair is for classifiers, and this is a model for {task}: leave it out")
+        text = self.engine.encode(request.texts)
         if task == "causal-lm":
             self._new_tokens(text, request)
         return text
@@ -216,7 +218,7 @@ class Service:
             yield ShortText(shortest, self.N)
 
     def _table(self, request: Request, inputs: Any) -> Iterator[Message]:
-        names, engine, config = request.names or request.prompts, self.engine, self.checkpoint.config
+        names, engine, config = request.called, self.engine, self.checkpoint.config
         if embeds(config):
             one = "picture" if request.names else "sentence"
             kind, rows = "similarities", similarity_rows(engine.embed(inputs), names, config.similarity, one)

@@ -28,7 +28,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import options
 from astra_jax.hosts.options import Hosts
 from astra_jax.hosts.runtime import open_mesh, say_read
-from astra_jax.inputs.token_batches import Text
+from astra_jax.inputs.token_batches import Text, most_tokens
 from astra_jax.mesh.sharding import Shards, parse_devices
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report
@@ -230,7 +230,7 @@ def way_of(checkpoint: Checkpoint, args: Args) -> Way:
 def sliding(config: Any, args: Args) -> Sliding:
     """Length and stride in tokens, for a model of text. Raises AstraError if the model cannot take that, or if a stride
     does not count all places of a shard alike."""
-    limit = config.max_position_embeddings
+    limit = most_tokens(config)
     length = min(limit, LONGEST) if args.length is None else args.length
     if not 2 <= length <= limit:
         raise AstraError(f"--length is {length}; this model takes from 2 to {limit} tokens")

@@ -1,7 +1,7 @@
 """Run one checkpoint with its tokens split over the devices that --devices picks.
 
 It names what is in pictures (--image), or goes on with texts, classifies them or compares them (--prompt), whatever the
-checkpoint is for.
+checkpoint is for; a classifier of pairs of texts reads --prompt and --pair as one.
 
 On a CPU the devices are made by the program itself. Prints the answer, the time, and what crossed the link. A language
 model reads the prompts on all devices and then goes on where their end is, without the others. With --workers, `astra
@@ -35,6 +35,8 @@ class Args:
     """One or more pictures."""
     prompt: tuple[str, ...] = ()
     """One or more texts; several are run as one batch."""
+    pair: tuple[str, ...] = ()
+    """For a classifier of pairs of texts: what each --prompt is read with."""
     wishes: Annotated[Wishes, tyro.conf.arg(name="")] = Wishes()
     workers: str | None = None
     """Let the workers answer whose host 0 is this one: what they were given as --coordinator."""
@@ -52,7 +54,8 @@ def read(path: Path) -> bytes:
 
 def brought(request: Request) -> dict[str, str]:
     """What of a request has to be the same on all hosts. Of pictures it is what is in the files."""
-    return options(request.wishes) | inputs("picture", request.files) | inputs("prompt", request.prompts)
+    texts = inputs("prompt", request.prompts) | inputs("pair", request.pairs)
+    return options(request.wishes) | inputs("picture", request.files) | texts
 
 
 def main(args: Args) -> None:
@@ -61,7 +64,7 @@ def main(args: Args) -> None:
 
     @functools.cache
     def request() -> Request:
-        return Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes)
+        return Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes, args.pair)
 
     if args.setup.several.host is None:
         request()  # before a model is loaded; of several hosts, when they meet: who cannot read says so to all

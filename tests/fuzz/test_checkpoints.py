@@ -108,7 +108,7 @@ def read_config(folder):
     return family, content, *configs.config_from_hf(family, content, folder, derived)
 
 
-NONE_IS_0 = ("original_max_position_embeddings", "mscale", "mscale_all_dim")
+NONE_IS_0 = ("pad_token_id", "original_max_position_embeddings", "mscale", "mscale_all_dim")
 
 
 def in_range(config):

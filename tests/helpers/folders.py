@@ -18,8 +18,16 @@ from astra_jax.models.bert import BertConfig
 from astra_jax.models.clip import CLIPVisionConfig
 from astra_jax.models.deit import DeiTConfig
 from astra_jax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
+from astra_jax.models.distilbert import DistilBertConfig
+from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
+from astra_jax.models.mpnet import MPNetConfig
+from astra_jax.models.olmo2 import Olmo2Config
+from astra_jax.models.phi3 import Phi3Config
+from astra_jax.models.qwen import Qwen3Config
+from astra_jax.models.roberta import RobertaConfig
+from astra_jax.models.rotary import Rotary
 from astra_jax.models.siglip import SiglipVisionConfig
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
@@ -30,16 +38,23 @@ VIT = ViTConfig(
     num_labels=3,
 )  # fmt: skip
 GPT2 = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
-LLAMA = LlamaConfig(
-    vocab_size=11,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    max_position_embeddings=16,
-)
+SMALL: dict[str, Any] = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 16,
+}
+LONG: dict[str, Any] = {
+    "factor": 2.0,
+    "original_max_position_embeddings": 8,
+    "short_factor": (1.0, 1.5, 2.0),
+    "long_factor": (1.0, 2.0, 4.0),
+}
+LLAMA = LlamaConfig(**SMALL)
 BERT = BertConfig(
     vocab_size=11,
     hidden_size=8,
@@ -81,9 +96,30 @@ CONFIGS = {
     "llama": ("llama", LLAMA),
     "llama, tied": ("llama", dataclasses.replace(LLAMA, tie_word_embeddings=True, attention_bias=True)),
     "llama, classes": ("llama", dataclasses.replace(LLAMA, task="classification", num_labels=3, mlp_bias=True)),
+    "qwen3": ("qwen3", Qwen3Config(**SMALL)),
+    "phi3": ("phi3", Phi3Config(**SMALL, rope_parameters=Rotary("longrope", **LONG))),
+    "olmo2": ("olmo2", Olmo2Config(**SMALL, attention_bias=True)),
+    "gemma3": ("gemma3_text", Gemma3TextConfig(**SMALL, layer_types=("sliding_attention", "full_attention"))),
     "bert": ("bert", BERT),
     "bert, no pooler": ("bert", dataclasses.replace(BERT, pooler=False, pooling="last", normalize=True)),
     "bert, classes": ("bert", dataclasses.replace(BERT, task="classification", pooling="class")),
+    "bert, masked words": ("bert", dataclasses.replace(BERT, masked_lm=True, pooler=False)),
+    "roberta, classes": (
+        "roberta",
+        RobertaConfig(**{**vars(BERT), "task": "classification", "pooling": "class", "pooler": False}),
+    ),
+    "mpnet": (
+        "mpnet",
+        MPNetConfig(
+            **{name: getattr(BERT, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+            **{name: getattr(BERT, name) for name in ("num_attention_heads", "intermediate_size")},
+            max_position_embeddings=8,
+        ),
+    ),
+    "distilbert": (
+        "distilbert",
+        DistilBertConfig(vocab_size=11, dim=8, n_layers=2, n_heads=2, hidden_dim=12, max_position_embeddings=6),
+    ),
 }
 each_model = pytest.mark.parametrize("name", CONFIGS)
 ASTRA = VQConfig(groups=2, codewords=8)

@@ -39,7 +39,28 @@ TINY_BERT = {
     "max_position_embeddings": 64,
 }
 
+TINY_ROBERTA = {**TINY_BERT, "type_vocab_size": 1, "pad_token_id": 3, "max_position_embeddings": 68}
+
+TINY_DISTILBERT = {
+    "vocab_size": 50,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 24,
+    "max_position_embeddings": 64,
+}
+
+TINY_MPNET = {**TINY_BERT, "max_position_embeddings": 66}
+
 TINY_LLAMA = {**TINY_BERT, "num_key_value_heads": 2}
+
+WINDOW = 5
+TINY_GEMMA3 = {
+    **TINY_LLAMA,
+    "head_dim": 4,
+    "sliding_window": WINDOW,
+    "layer_types": ("sliding_attention", "full_attention"),
+}
 
 
 def draw(module: Callable[..., nnx.Module], *args: Any, **options: Any) -> Any:

@@ -54,6 +54,14 @@ def real(model, text, out):
     return out[np.arange(out.shape[1]) < text.lengths[:, None]] if model.per_token else out
 
 
+def as_pairs(model, text):
+    """Sequences of which the last two thirds are second texts, where the model tells these apart by types of tokens."""
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        return text
+    second = np.arange(text.ids.shape[1], dtype=np.int32) > text.lengths[:, None] / 3
+    return text._replace(ids=text.ids + np.int32(model.config.vocab_size) * second)
+
+
 def check(model, inputs, N, data=1):
     expected = run_virtual(model, inputs, N)
     on_mesh = parallelize(model, make_mesh(N, data))(inputs)

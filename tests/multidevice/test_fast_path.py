@@ -53,6 +53,7 @@ def test_images(tiny_vit, rank_coded, astra, N):
         ("tiny_llama", {}, COUNTS, 4, 1),
         pytest.param("tiny_bert", {"pooling": "mean"}, COUNTS, 4, 2, marks=pytest.mark.slow),
         ("tiny_bert", {"pooling": "class"}, dataclasses.replace(COUNTS, class_token="single"), 3, 1),
+        pytest.param("tiny_mpnet", {}, COUNTS, 3, 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )

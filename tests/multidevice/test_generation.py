@@ -13,10 +13,12 @@ from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling
 from tests.helpers.sharded import STEPS, decode, recompute, tokens
 
-EVERY = [*itertools.product(("tiny_gpt2", "tiny_llama"), ((1, 1), (2, 1), (4, 1), (2, 2)), ("hidden", "kv"))]
+MESHES = ((1, 1), (2, 1), (4, 1), (2, 2))
+EVERY = [*itertools.product(("tiny_gpt2", "tiny_llama", "tiny_gemma3"), MESHES, ("hidden", "kv"))]
 FAST = [
     ("tiny_gpt2", (4, 1), "kv"),
     ("tiny_llama", (2, 2), "hidden"),
+    ("tiny_gemma3", (4, 1), "hidden"),
 ]
 
 

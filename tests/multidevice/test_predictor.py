@@ -18,7 +18,7 @@ from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling
 from astra_jax.strategies.coded import Astra
 from eval.cost.traffic import messages
-from tests.helpers.sharded import CLASS, KV, check, decode, recompute, three_blocks, tokens
+from tests.helpers.sharded import CLASS, KV, as_pairs, check, decode, recompute, three_blocks, tokens
 
 LINEAR = VQConfig(groups=4, codewords=16, predictor="linear")
 KNOWN = ("known", "coded", "coded")
@@ -61,7 +61,7 @@ def test_it_is_the_same_model_as_on_virtual_shards(request, rank_coded, random_t
 def test_weights_of_few_bits(request, random_text, family):
     """Keys and values that all devices compute of token ids are those of the quantized weights."""
     model = three_blocks(request, family, dataclasses.replace(IDS, **KV))
-    check(quantize_weights(model, "int8"), random_text(23, 1, 7), 3)
+    check(quantize_weights(model, "int8"), as_pairs(model, random_text(23, 1, 7)), 3)
 
 
 def estimates(model, strategy, mesh, y, ids):

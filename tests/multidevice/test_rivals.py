@@ -35,6 +35,7 @@ MODELS = {
         {"num_attention_heads": 8, "num_key_value_heads": 4, "task": "classification", "num_labels": 3},
     ),
     "bert mean": ("tiny_bert", {"pooling": "mean", "normalize": True}),
+    "mpnet": ("tiny_mpnet", {}),
     "bert class": ("tiny_bert", {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
 PICTURES = ("vit", "deit", "dinov2", "siglip")
@@ -46,6 +47,7 @@ FAST = {
     ("llama", "tp", 4),
     ("bert class", "sp", 4),
     ("bert mean", "tp", 2),
+    ("mpnet", "tp", 2),
 }
 
 

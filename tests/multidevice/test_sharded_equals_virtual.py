@@ -16,7 +16,7 @@ from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import parallelize
 from astra_jax.strategies.base import Single
-from tests.helpers.sharded import cases, check, real
+from tests.helpers.sharded import as_pairs, cases, check, real
 
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
 
@@ -92,6 +92,10 @@ TEXT_MODELS = {
     "bert mean": ("tiny_bert", DISTRIBUTED, {"pooling": "mean", "normalize": True}),
     "bert distributed": ("tiny_bert", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
     "bert single": ("tiny_bert", SINGLE, {"pooling": "class"}),
+    "distilbert": ("tiny_distilbert", SINGLE, {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "mpnet distributed": ("tiny_mpnet", DISTRIBUTED, {"pooling": "class"}),
+    "mpnet single": ("tiny_mpnet", SINGLE, {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "roberta": ("tiny_roberta", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
 MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches
 FAST_TEXT = [
@@ -102,6 +106,8 @@ FAST_TEXT = [
     ("llama classifier", 4, 2, KV),
     ("bert mean", 4, 2, KV),
     ("bert distributed", 3, 2, HIDDEN),
+    ("roberta", 2, 1, KV),
+    ("mpnet single", 4, 2, HIDDEN),
 ]
 # Every model meets every mesh and every site, every mesh both sites.
 PAIRS = [
@@ -119,7 +125,8 @@ def make_text_model(request, name, site=HIDDEN):
 
 @pytest.mark.parametrize(("name", "N", "data", "site"), cases(ALL_TEXT, FAST_TEXT))
 def test_texts_of_different_lengths(request, random_text, name, N, data, site):
-    check(make_text_model(request, name, site), random_text(23, 1, 2, 7, 24), N, data)
+    model = make_text_model(request, name, site)
+    check(model, as_pairs(model, random_text(23, 1, 2, 7, 24)), N, data)
 
 
 @pytest.mark.parametrize("name", cases([(name,) for name in TEXT_MODELS], [("gpt2",)]))

@@ -22,7 +22,7 @@ MODULES = decoders.MODULES | encoders.MODULES
 
 def torch_model(name: str, randomised: Callable[[Any], Any], **more: Any) -> Any:
     """A tiny random model of transformers."""
-    architecture, options = VARIANTS[name]
+    architecture, options = (VARIANTS | encoders.MASKED_LM)[name]
     cls, family = getattr(transformers, architecture), name.split(",")[0]
     options = {"vocab_size": V, "initializer_range": 0.1, **BASE[family], **options, **more}
     return randomised(cls(cls.config_class(**options, attn_implementation="eager")))
@@ -31,6 +31,7 @@ def torch_model(name: str, randomised: Callable[[Any], Any], **more: Any) -> Any
 def batch(lengths: tuple[int, ...]) -> Text:
     """Random sequences of these lengths, padded to T."""
     ids = np.random.default_rng(1).integers(0, PAD, (len(lengths), T)).astype(np.int32)
+    ids = np.where(ids == 1, 2, ids)  # which MPNet takes for padding, wherever it is
     return Text(np.where(np.arange(T) < np.array(lengths)[:, None], ids, PAD), np.array(lengths, np.int32))
 
 

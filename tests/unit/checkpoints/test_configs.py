@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -17,138 +18,32 @@ from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.serving.engine import classes
 from checkpoints import Checkpoint, configs, fields
 from checkpoints.configs import config_from_hf
-from checkpoints.parts import part_of
 from checkpoints.problems import problem_of
 from checkpoints.tensor_maps import FAMILIES
+from eval.cost.presets import PRESETS
 from eval.service.service import class_rows
 from tests.helpers.folders import drawn
+from tests.helpers.published import PUBLISHED
 
-# config.json files as they are published, but for long lists of labels.
-BERT = {
-    "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.6.0",
-    "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
-}  # fmt: skip
-GPT2 = {
-    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
-    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
-    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
-    "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 50257,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-}  # fmt: skip
-LLAMA2 = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
-    "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-LLAMA32 = LLAMA2 | {
-    "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
-    "hidden_size": 2048, "mlp_bias": False, "num_key_value_heads": 8, "rope_theta": 500000.0,
-    "tie_word_embeddings": True, "vocab_size": 128256,
-    "rope_scaling": {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}  # fmt: skip
-VIT = {
-    "architectures": ["ViTForImageClassification"], "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0, "hidden_size": 768, "id2label": {"0": "tench", "1": "goldfish"}, "image_size": 224,
-    "initializer_range": 0.02, "intermediate_size": 3072, "label2id": {"tench": "0", "goldfish": "1"},
-    "layer_norm_eps": 1e-12, "model_type": "vit", "num_attention_heads": 12, "num_channels": 3,
-    "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True, "transformers_version": "4.13.0.dev0",
-}  # fmt: skip
-DINOV2 = {
-    "apply_layernorm": True, "architectures": ["Dinov2Model"], "attention_probs_dropout_prob": 0.0,
-    "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "hidden_size": 768, "image_size": 518,
-    "initializer_range": 0.02, "layer_norm_eps": 1e-06, "layerscale_value": 1.0, "mlp_ratio": 4,
-    "model_type": "dinov2", "num_attention_heads": 12, "num_channels": 3, "num_hidden_layers": 12,
-    "out_features": ["stage12"], "out_indices": [12], "patch_size": 14, "qkv_bias": True,
-    "reshape_hidden_states": True, "stage_names": ["stem", "stage1"], "torch_dtype": "float32",
-    "transformers_version": "4.31.0.dev0", "use_swiglu_ffn": False,
-}  # fmt: skip
-CLIP = {
-    "architectures": ["CLIPModel"], "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "clip",
-    "projection_dim": 512, "text_config": {"model_type": "clip_text_model"},
-    "vision_config": {
-        "_name_or_path": "", "add_cross_attention": False, "architectures": None, "attention_dropout": 0.0,
-        "bad_words_ids": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
-        "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
-        "encoder_no_repeat_ngram_size": 0, "finetuning_task": None, "hidden_act": "quick_gelu", "hidden_size": 768,
-        "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "image_size": 224, "initializer_factor": 1.0,
-        "initializer_range": 0.02, "intermediate_size": 3072, "is_decoder": False, "is_encoder_decoder": False,
-        "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "layer_norm_eps": 1e-05, "length_penalty": 1.0, "max_length": 20,
-        "min_length": 0, "model_type": "clip_vision_model", "no_repeat_ngram_size": 0, "num_attention_heads": 12,
-        "num_beam_groups": 1, "num_beams": 1, "num_hidden_layers": 12, "num_return_sequences": 1,
-        "output_attentions": False, "output_hidden_states": False, "output_scores": False, "pad_token_id": None,
-        "patch_size": 32, "prefix": None, "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False,
-        "repetition_penalty": 1.0, "return_dict": True, "return_dict_in_generate": False, "temperature": 1.0,
-        "tie_encoder_decoder": False, "tie_word_embeddings": True, "top_k": 50, "top_p": 1.0, "torch_dtype": None,
-        "torchscript": False, "transformers_version": "4.16.0.dev0", "use_bfloat16": False,
-    },
-}  # fmt: skip
-WIDE = {"hidden_size": 1280, "num_attention_heads": 16, "patch_size": 14}
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
-    "all-MiniLM-L6-v2": (
-        "bert",
-        BERT
-        | {"_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"], "hidden_size": 384}
-        | {"intermediate_size": 1536, "num_hidden_layers": 6},
-    ),
-    "bert-base-multilingual-cased": (
-        "bert",
-        BERT
-        | {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3}
-        | {"pooler_size_per_head": 128, "pooler_type": "first_token_transform", "output_past": True},
-    ),
-    "bge-small-en": ("bert", BERT | {"classifier_dropout": None, "id2label": {"0": "LABEL_0"}}),
-    "gpt2": ("gpt2", GPT2),
-    "gpt2-medium": ("gpt2", GPT2 | {"n_special": 0, "predict_special_tokens": True}),
-    "distilgpt2": ("gpt2", GPT2 | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
-    "Llama-2-7b": ("llama", LLAMA2),
-    "TinyLlama-1.1B": (
-        "llama",
-        LLAMA2 | {"attention_bias": False, "hidden_size": 2048, "num_key_value_heads": 4, "rope_theta": 10000.0},
-    ),
-    "Llama-3.2-1B": ("llama", LLAMA32),
-    "SmolLM2-135M": (
-        "llama",
-        LLAMA2
-        | {"is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000, "attention_dropout": 0.0}
-        | {"transformers.js_config": {"dtype": "q4"}},
-    ),
-    "vit-base-patch16-224": ("vit", VIT),
-    "dinov2-base": ("dinov2", DINOV2),
-    "dinov2-giant": (
-        "dinov2",
-        DINOV2 | {"hidden_size": 1536, "num_attention_heads": 24, "num_hidden_layers": 40, "use_swiglu_ffn": True},
-    ),
-    "dinov2-with-registers-small": (
-        "dinov2_with_registers",
-        DINOV2 | {"hidden_size": 384, "num_attention_heads": 6, "num_register_tokens": 4}
-        | {"architectures": ["Dinov2WithRegistersModel"], "model_type": "dinov2_with_registers"},
-    ),
-    "clip-vit-base-patch32": ("clip_vision_model", part_of({**CLIP, "vision_config_dict": None}, Path())),
-    "CLIP-ViT-H-14-laion2B": (
-        "clip_vision_model",
-        part_of(CLIP | {"projection_dim": 1024, "vision_config_dict": WIDE}, Path()),
-    ),
-    "siglip-base-patch16-224": (
-        "siglip_vision_model",
-        part_of({"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}, Path()),
-    ),
-    "deit-tiny-distilled-patch16-224": (
-        "deit",
-        VIT | {"architectures": ["DeiTForImageClassificationWithTeacher"], "model_type": "deit", "hidden_size": 192}
-        | {"intermediate_size": 768, "num_attention_heads": 3, "torch_dtype": "float32"},
-    ),
-}  # fmt: skip
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("qwen3-0.6b", "Qwen3-0.6B"),
+        ("gemma-3-1b", "gemma-3-1b-it"),
+        ("mistral-7b", "Mistral-7B-v0.3"),
+        ("phi-4-mini", "Phi-4-mini-instruct"),
+        ("smollm3-3b", "SmolLM3-3B"),
+    ],
+)
+def test_presets_compute_what_is_published(preset: str, name: str) -> None:
+    ours, theirs = PRESETS[preset][1], config_from_hf(*PUBLISHED[name], Path())[0]
+    assert (ours.windows or [None])[0] == (theirs.windows or [None])[0] or name.startswith("Phi-4")  # wider than texts
+    assert [ours.E, ours.J, ours.biases, ours.most_tokens] == [theirs.E, theirs.J, theirs.biases, theirs.most_tokens]
+    x = jnp.ones((1, 2, 1, ours.E))
+    for number in (0, ours.num_hidden_layers - 1):
+        turned = [config.rotary(x, np.arange(2), number) for config in (ours, theirs)]
+        np.testing.assert_array_equal(*turned)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -170,12 +65,89 @@ def test_what_transformers_writes_of_a_default_configuration_is_read(family: str
             assert {name: getattr(config, name) for name in said} == {name: getattr(plain, name) for name in said}
 
 
+SU: dict[str, Any] = {"type": "su", "long_factor": [1.0] * 48}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "is a mixture of experts, which is not"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "every host would have to hold all experts"),
+        (
+            {"architectures": ["Qwen3NextForCausalLM"], "layer_types": ["linear_attention", "full_attention"]},
+            "has layers whose state must pass from host to host",
+        ),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "(as Mamba or DeltaNet), which is not supported"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "an encoder with a decoder"),
+        ({"architectures": ["ResNetForImageClassification"]}, "is not known; known are BertForSequenceClassification"),
+    ],
+)
+def test_kinds_of_models_that_are_not_supported(content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AstraError) as raised:
+        configs.architecture_in(content, Path("folder"))
+    assert expected in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "expected"),
+    [
+        (
+            "phi3",
+            {"rope_scaling": SU | {"short_factor": [1]}},
+            "short_factor of the rotary embedding has 1 numbers",
+        ),
+        ("phi3", {"rope_scaling": SU | {"short_factor": ["a"]}}, "short_factor[0] is 'a'; it must be of type float"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a Phi-3 has default or longrope"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 32 blocks"),
+        ("qwen2", {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "layer_types has 'linear_attention'"),
+        ("qwen2", {"layer_types": "full_attention"}, "layer_types is 'full_attention'; it must be of type"),
+        ("mistral", {"sliding_window": 4.5}, "sliding_window is 4.5; it must be of type int or null"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a whole number of at least 1"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is (1, 2); it must be 0 or 1 for each of 36 blocks"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "a bound of scores or logits is -1.0; it must be above 0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True; only None"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {}, "other": {"a": 1}}}, "has other {'a': 1}"),
+    ],
+)
+def test_a_value_that_fits_no_model_is_refused(family: str, content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AstraError) as raised:
+        config_from_hf(family, content, Path("folder"))
+    assert expected in str(raised.value) and "config.json: " in str(raised.value)
+
+
+def test_a_gemma_3_of_old_has_two_bases_and_a_pattern() -> None:
+    """As google/gemma-3-1b-it's config.json says it."""
+    content = {
+        "num_hidden_layers": 7, "sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 1e4,
+        "rope_theta": 1e6, "rope_scaling": None, "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+    }  # fmt: skip
+    config = config_from_hf("gemma3_text", content, Path())[0]
+    assert config.windows == (*[512] * 5, None, 512)
+    assert (config.rope_parameters.rope_theta, config.sliding_rope.rope_theta) == (1e6, 1e4)
+    assert [rotary.rope_theta for rotary in config.rotary.blocks] == [*[1e4] * 5, 1e6, 1e4]
+    scaled = content | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    config = config_from_hf("gemma3_text", scaled, Path())[0]
+    assert (config.rope_parameters.factor, config.sliding_rope.factor) == (8.0, 1.0)
+
+
+def test_longrope_takes_texts_up_to_its_original_length() -> None:
+    """As microsoft/Phi-4-mini-instruct's config.json says it, but for its size."""
+    content = {
+        "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 36, "long_factor": [2.0] * 36},
+    }  # fmt: skip
+    config = config_from_hf("phi3", content, Path())[0]
+    assert config.most_tokens == 4096 and config.max_position_embeddings == 131072
+    assert config.rope_parameters.factor == 32.0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_field_is_read_and_said_to_change_nothing(family: str) -> None:
     """But for those that only some families read."""
     own = {field.name for field in dataclasses.fields(configs.config_class(family))} - set(configs.DERIVED)
     both = (own | {*configs.READ, *fields.FIXED}) & fields.known_to_change_nothing(family)
-    assert both <= {"tie_word_embeddings"}
+    assert both <= {"tie_word_embeddings", "pad_token_id"}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
+from astra_jax.cli.main import main
 from astra_jax.errors import AstraError
 from checkpoints import configs, huggingface
 from tests.helpers.folders import (
@@ -51,6 +52,58 @@ def test_names_have_the_prefix_unless_the_class_is_the_base(tmp_path: Path) -> N
         "bert, classes": {"bert", "classifier"},
         "bert": {"embeddings", "encoder", "pooler"},
     }
+
+
+def old_masked_lm(folder: Path) -> dict[str, np.ndarray]:
+    """A BERT for masked words as old versions of transformers save it: with tied tensors, a pooler, another head, and
+    other names. Returns the tensors."""
+    write(folder, "bert, masked words")
+    tensors = load_file(folder / "model.safetensors")
+    head, D = "cls.predictions", 8
+    more = {f"{head}.decoder.weight": tensors["bert.embeddings.word_embeddings.weight"]}
+    more |= {f"{head}.decoder.bias": tensors[f"{head}.bias"], "bert.embeddings.position_ids": np.arange(6)[None]}
+    more |= {"bert.pooler.dense.weight": np.ones((D, D), np.float32), "bert.pooler.dense.bias": np.ones(D, np.float32)}
+    more |= {"cls.seq_relationship.weight": np.ones((2, D), np.float32), "cls.seq_relationship.bias": np.ones(2)}
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def change(name: str) -> str:
+        stem = ".".join(name.split(".")[-2:])
+        return name.replace(stem, old.get(stem, stem))
+
+    rename(folder, change, **more)
+    return tensors
+
+
+def test_an_old_masked_language_model_is_read_and_what_is_left_out_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = old_masked_lm(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "kept")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: 2 tensor(s) of another head or model are left out: cls.seq_relationship" in said
+    assert "note: the head that fills in masked words is kept for `astra export`, and not computed" in said
+    kept = checkpoints.load(tmp_path / "kept")
+    assert (kept.config.task, kept.config.pooling, kept.config.pooler) == ("embedding", "mean", True)
+    huggingface.write_folder(kept, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert set(back) - set(tensors) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert all(np.array_equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_masked_language_model_of_another_decoder(tmp_path: Path) -> None:
+    old_masked_lm(tmp_path)
+    edit(tmp_path, cls__predictions__decoder__bias=np.ones(11, np.float32))
+    assert "the decoder of a masked language model must be its embedding" in fault(tmp_path)
+    edit(tmp_path, cls__predictions__decoder__bias=None, cls__predictions__bias=None)
+    assert "1 unfilled: cls.predictions.bias" in fault(tmp_path)
+
+
+def test_a_class_with_a_head_that_the_tensors_do_not_have(tmp_path: Path) -> None:
+    """As published models of sentence-transformers are, whose config.json names the class they began as."""
+    written = write(tmp_path, "bert")
+    edit_json(tmp_path / "config.json", architectures=["BertForMaskedLM"])
+    read = huggingface.read(str(tmp_path))
+    assert read.config == written.config and same(read.model, written.model)
 
 
 def test_what_was_written_is_read(folder: Path, checkpoint: checkpoints.Checkpoint) -> None:
@@ -290,7 +343,7 @@ def test_a_tied_head_that_is_stored_too(name: str, embedding: str, prefix: str, 
         ("llama", {"num_key_value_heads": 3}, "not a multiple"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "rope_type 'longrope'; known"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "longrope has no short_factor"),
         ("llama", {"rope_scaling": {"type": "proportional"}}, "rope_scaling has rope_type 'proportional'; known"),
         ("llama", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type ['yarn']"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling of type linear has no factor"),

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astra_jax.errors import AstraError
-from astra_jax.inputs.token_batches import bucket, pad
+from astra_jax.inputs.token_batches import bucket, longest, pad
+from astra_jax.models.roberta import RobertaConfig
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,16 @@ from astra_jax.inputs.token_batches import bucket, pad
 )
 def test_buckets(T, limit, expected):
     assert bucket(T, limit) == expected
+
+
+def test_places_before_the_first_token_are_none():
+    assert longest(RobertaConfig(max_position_embeddings=514)) == 512
+    assert longest(RobertaConfig(max_position_embeddings=514, pad_token_id=0, max_seq_length=600)) == 513
+    assert longest(RobertaConfig(max_position_embeddings=514, max_seq_length=128)) == 128
+    with pytest.raises(AstraError, match="max_position_embeddings is 2; it must be above 2, which is the place"):
+        RobertaConfig(max_position_embeddings=2)
+    with pytest.raises(AstraError, match="pad_token_id is -1; it must be a whole number of at least 0"):
+        RobertaConfig(pad_token_id=-1)
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000))

@@ -81,6 +81,21 @@ def test_special_tokens_are_added_and_left_out(word_tokenizer):
     assert plain.encode("") == []
 
 
+def test_two_texts_are_one_with_types(word_tokenizer):
+    folder = word_tokenizer(5, special=True)
+    two, one, ids = Tokenizer(folder, 9, types=2), Tokenizer(folder, 9, types=1), [1, 4, 2, 8, 6, 2]
+    assert one.encode(("w0", "w4 w2")) == ids
+    assert two.encode(("w0", "w4 w2")) == ids[:3] + [9 + id for id in ids[3:]]
+    assert two.encode("w0") == [1, 4, 2]
+    # As in transformers, the longer one is cut until both are as long.
+    assert two.encode(("w0 w1", "w4 w2 w3"), limit=5) == [1, 4, 2, 9 + 8, 9 + 2]
+    other = json.loads((folder / "tokenizer.json").read_text())
+    other["post_processor"]["pair"][-1]["SpecialToken"]["type_id"] = 2
+    (folder / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(AstraError, match="gives a token the type 2; the model has types up to 1"):
+        Tokenizer(folder, 9, types=2).encode(("w0", "w4"))
+
+
 def test_special_tokens_are_not_streamed(byte_tokenizer):
     a, end, b = byte_tokenizer.encode("a"), [0], byte_tokenizer.encode(" b")
     assert byte_tokenizer.decode([*a, *end, *b]) == streamed(byte_tokenizer, [*a, *end, *b]) == "a b"

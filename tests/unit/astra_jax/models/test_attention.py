@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astra_jax.models.attention import attend, merge
-from astra_jax.models.interface import Source
+from astra_jax.models.interface import Bias, Source
 
 B, S, R, H, J, E = 2, 3, 6, 4, 2, 5
 
@@ -138,18 +138,19 @@ def test_low_precision_inputs_are_accumulated_in_float32():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 3)])
 @pytest.mark.parametrize("shape", [(S, R), (B, S, R)], ids=str)
 def test_many_scores_are_computed_head_by_head(monkeypatch, heads, kv_heads, shape):
-    """To the same numbers and gradients."""
-    inputs = draw(heads=heads, kv_heads=kv_heads)
-    mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.6)
+    """To the same numbers and gradients, also with what is added to scores by places."""
+    rng = np.random.default_rng(1)
+    inputs = [*draw(heads=heads, kv_heads=kv_heads), jnp.asarray(rng.normal(size=(5, heads)), jnp.float32)]
+    mask, bucket = jnp.asarray(rng.random(shape) < 0.6), jnp.asarray(rng.integers(0, 5, shape))
 
-    def loss(query, key, value):
-        return (merge([attend(query, Source(key, value, mask))]) ** 2).sum()
+    def loss(query, key, value, table):
+        return (merge([attend(query, Source(key, value, mask, bias=Bias(table, bucket)))]) ** 2).sum()
 
     results = []
     for most in (S * R * B * heads, 0):
         monkeypatch.setattr("astra_jax.models.attention.SCORES", most)
         # A new function every time, or jax.jit would remember the program.
-        results.append(jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1, 2)))(*inputs))
+        results.append(jax.jit(jax.value_and_grad(lambda *args: loss(*args), argnums=(0, 1, 2, 3)))(*inputs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
 
 

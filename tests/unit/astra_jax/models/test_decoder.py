@@ -128,11 +128,12 @@ def test_outputs_are_float32_whatever_the_model_computes_in(request, random_text
         np.testing.assert_allclose(np.linalg.norm(full, axis=-1), 1, rtol=1e-6)
 
 
-def test_the_greatest_length_is_split_where_no_text_is_given(tiny_gpt2, tiny_bert):
+def test_the_greatest_length_is_split_where_no_text_is_given(tiny_gpt2, tiny_bert, tiny_roberta):
     assert tiny_gpt2().shards(3).lengths == (21, 21, 22)
     assert tiny_gpt2().shards(3).causal
     assert tiny_bert().shards(3).lengths == (21, 21, 22)
     assert not tiny_bert().shards(3).causal
+    assert tiny_roberta().shards(3).lengths == (21, 21, 22)  # four rows of its table are no token's
     split = tiny_bert(pooling="class").shards(4)  # the class token is not among the tokens
     assert (split.lengths, split.class_token) == ((15, 16, 16, 16), "distributed")
     single = tiny_bert(VQConfig(groups=4, codewords=16, class_token="single"), pooling="class")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from astra_jax.errors import AstraError
 from astra_jax.models.llama import LlamaConfig
-from astra_jax.models.rotary import ROPE_TYPES, Rotary
+from astra_jax.models.rotary import ROPE_TYPES, Rotary, by_block
 
 E = 8
 ROTARIES = {
@@ -19,6 +19,7 @@ ROTARIES = {
     "dynamic": Rotary("dynamic", factor=2.0),
     "linear": Rotary("linear", factor=4.0),
     "llama3": Rotary("llama3", factor=8.0, original_max_position_embeddings=64),
+    "longrope": Rotary("longrope", factor=4.0, original_max_position_embeddings=64, short_factor=(1.0, 1.5, 2.0, 4.0)),
     "yarn": Rotary("yarn", factor=4.0, original_max_position_embeddings=64),
 }
 turn = jax.jit(lambda rotary, x, position: rotary(x, position), static_argnums=0)
@@ -35,12 +36,12 @@ def random_heads(seed, R):
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 @given(seed=st.integers(0, 99), positions=st.lists(st.integers(0, 200), min_size=3, max_size=3))
 def test_turning_keeps_lengths(rope_type, seed, positions):
-    """But for the one factor that YaRN has for all."""
+    """But for the one factor that YaRN and LongRoPE have for all."""
     rotary, x = ROTARIES[rope_type], random_heads(seed, 3)
     turned = turn(rotary, x, jnp.asarray(positions))
     expected = rotary.scale * jnp.linalg.norm(x, axis=-1)
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), expected, rtol=1e-5)
-    assert (rotary.scale != 1) == (rope_type == "yarn")
+    assert (rotary.scale != 1) == (rope_type in ("longrope", "yarn"))
 
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
@@ -99,17 +100,40 @@ def test_what_has_no_scaling_is_plain():
     np.testing.assert_allclose(unscaled, plain, rtol=1e-6)
 
 
+def test_a_part_of_a_head_is_turned_as_a_head_of_that_width():
+    x = random_heads(0, 3)
+    turned = turn(Rotary(partial_rotary_factor=0.5), x, jnp.arange(3))
+    np.testing.assert_array_equal(turned[..., E // 2 :], x[..., E // 2 :])
+    np.testing.assert_allclose(turned[..., : E // 2], turn(Rotary(), x[..., : E // 2], jnp.arange(3)), atol=1e-6)
+
+
+def test_every_block_may_have_one_of_its_own():
+    kinds, x = (Rotary(), None, ROTARIES["yarn"]), random_heads(0, 3)
+    for number, kind in enumerate(kinds):
+        turned = by_block(kinds)(x, jnp.arange(3), jnp.int32(number))
+        np.testing.assert_allclose(turned, x if kind is None else turn(kind, x, jnp.arange(3)), atol=1e-6)
+    assert by_block((Rotary(),) * 3) == Rotary()
+
+
 def test_bfloat16_stays_bfloat16():
     assert Rotary()(random_heads(0, 2).astype(jnp.bfloat16), jnp.arange(2)).dtype == jnp.bfloat16
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rope_type": "longrope"}, "rope_type is 'longrope'; known are default, dynamic, linear, llama3, yarn"),
+        ({"rope_type": "ntk"}, "rope_type is 'ntk'; known are default, dynamic, linear, llama3, longrope, yarn"),
+        ({"rope_type": "longrope"}, "rope_type longrope needs original_max_position_embeddings"),
+        (
+            LONGROPE | {"short_factor": (1.0, float("nan"))},
+            "a short_factor or long_factor of the rotary embedding is not",
+        ),
+        (LONGROPE | {"long_factor": (0.0,)}, "a short_factor or long_factor of the rotary embedding is not above 0"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor of the rotary embedding is 1.5; it must be above 0"),
         ({"rope_theta": 0.0}, "rope_theta of the rotary embedding is 0.0; it must be above 1 and at most 1e+15"),
         ({"rope_theta": float("nan")}, "rope_theta of the rotary embedding is nan; it must be above 1"),
         ({"rope_theta": float("inf")}, "rope_theta of the rotary embedding is inf; it must be above 1"),
@@ -141,7 +165,7 @@ def test_a_rotary_embedding_that_cannot_be(wrong, message):
     rope_type=st.sampled_from(ROPE_TYPES),
 )
 def test_whatever_is_allowed_gives_numbers(theta, factor, rope_type):
-    rotary = Rotary(rope_type, theta, factor, original_max_position_embeddings=64)
+    rotary = Rotary(rope_type, theta, factor, original_max_position_embeddings=64, short_factor=(factor,) * (E // 2))
     assert np.isfinite(rotary.frequencies(E)).all() and np.isfinite(rotary.scale)
 
 

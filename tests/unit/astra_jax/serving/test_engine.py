@@ -74,6 +74,8 @@ def test_texts_are_embedded(tiny_bert, words):
     together = engine.embed(["w1 w2 w3", "w4"])
     assert together.shape == (2, 16)
     np.testing.assert_allclose(engine.embed(["w4"]), together[1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(AstraError, match="pairs of texts are for classifiers, and this checkpoint is for embedding"):
+        engine.embed([("w1", "w4")])
 
 
 def texts(events, count):

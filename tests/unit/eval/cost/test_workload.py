@@ -77,7 +77,8 @@ def test_a_known_architecture_takes_1024_tokens(name):
     assert work.T == 1024 and work.checkpoint is None
     model = work.abstract(1)
     assert model.to_tokens(work.inputs()).shape[1] == 1024
-    for way in settings(tuple(STRATEGIES), 4, (32,), (1,)):
+    ways = settings(tuple(STRATEGIES), 4, (32,), (1,))
+    for way in [way for way in ways if way.strategy != "tp" or model.blocks.attention.J % 4 == 0]:
         way.make(work.abstract(way.groups), way.N, work.inputs())
     assert STRATEGIES["astra"].of(model, 4, work.inputs()).shards.S == 256
 
@@ -91,6 +92,13 @@ def test_a_known_architecture_takes_1024_tokens(name):
         ("gpt2-s", 124.4e6),
         ("gpt2-m", 354.8e6),
         ("llama-3-8b", 8.03e9),
+        ("qwen3-0.6b", 596e6),
+        ("qwen3-8b", 8.19e9),
+        ("gemma-3-1b", 999.9e6),
+        ("gemma-3-4b", 3.88e9),
+        ("mistral-7b", 7.248e9),
+        ("phi-4-mini", 3.836e9),
+        ("smollm3-3b", 3.075e9),
     ],
 )
 def test_a_known_architecture_has_the_published_size(name, parameters):
@@ -116,7 +124,7 @@ def test_a_model_of_text_takes_what_its_positions_allow():
     assert opened("llama-3-8b", 8192).T == 8192
 
 
-def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_bert):
+def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_bert, tiny_roberta):
     vit = saved(tmp_path / "vit", "vit", tiny_vit(VQConfig(4, 16)), VQConfig(4, 16))
     work = opened(vit)
     assert work.T == 25 and opened(vit, 25).T == 25 and work.astra.codewords == 16 and work.astra.site == "hidden"
@@ -129,6 +137,10 @@ def test_a_checkpoint_is_as_long_as_it_is(tmp_path, tiny_vit, tiny_gpt2, tiny_be
         opened(gpt2, 65)
     bert = opened(saved(tmp_path / "bert", "bert", tiny_bert(pooling="class")))
     assert bert.T == 63 and bert.inputs().ids.shape == (1, 64)  # a class token of its own
+    roberta = saved(tmp_path / "roberta", "roberta", tiny_roberta())
+    assert opened(roberta).T == 64
+    with pytest.raises(AstraError, match="takes at most 64"):
+        opened(roberta, 65)
 
 
 def test_positions_of_a_known_bert_are_stretched(monkeypatch, tiny_bert):

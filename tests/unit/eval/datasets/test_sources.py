@@ -146,6 +146,22 @@ def test_labelled_texts(tmp_path, suffix):
     assert "do not match" in message(lambda: args(path).open_labelled(("up", "down", "pos")))
 
 
+def test_labelled_pairs(tmp_path):
+    columns = {"idx": [0, 1, 2], "Premise": ["a", "b", " "], "hypothesis": ["c", "d", "e"], "label": [0, 1, 0]}
+    path = write_table(tmp_path / "train.jsonl", **columns)
+    data = args(path).open_labelled(("x", "y"))
+    assert [data[i] for i in range(2)] == [{"text": ("a", "c"), "label": 0}, {"text": ("b", "d"), "label": 1}]
+    assert "pairs of the columns Premise and hypothesis" in str(data.account)
+    assert "row 2: has no text" in message(lambda: data[2])
+    assert args(path, text_column=("hypothesis",)).open_labelled()[0]["text"] == "c"
+    assert args(path, text_column=("hypothesis", "Premise")).open_labelled()[0]["text"] == ("c", "a")
+    assert "give one or two" in message(args(path, text_column=("idx", "Premise", "hypothesis")).open_labelled)
+    assert args(path).open_texts() == [("a", "c"), ("b", "d")]  # what has no text is left out
+    assert "read 2 of 3 documents; left out: 1 rows without text" in str(args(path).open_texts().account)
+    named = write_table(tmp_path / "named.jsonl", text=["the text"], question1=["a"], question2=["b"], label=[0])
+    assert args(named).open_labelled()[0]["text"] == args(named).open_texts()[0] == "the text"
+
+
 def test_labels_of_other_columns(tmp_path):
     columns = {"sentence": ["a", "b", " "], "star": [0, 2, 1]}
     path = write_table(tmp_path / "train.csv", **columns)

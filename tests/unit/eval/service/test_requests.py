@@ -31,7 +31,7 @@ def test_what_is_no_request(body):
         unpacked(body)
 
 
-GOOD = {"names": ["a"], "files": [1], "prompts": [], "wishes": dataclasses.asdict(Wishes())}
+GOOD = {"names": ["a"], "files": [1], "prompts": [], "pairs": [], "wishes": dataclasses.asdict(Wishes())}
 SAMPLED = dataclasses.asdict(Sampling())
 
 
@@ -55,6 +55,9 @@ SAMPLED = dataclasses.asdict(Sampling())
         {"prompts": ["\udce9"]},
         {"prompts": ["a" * 5_000_000]},
         {"prompts": ["a"] * 1025},
+        {"prompts": ["a"], "pairs": ["a", "b"]},
+        {"prompts": ["a"], "pairs": [1]},
+        {"prompts": ["a"], "pairs": "b"},
         {"wishes": None},
         {"wishes": []},
         {"wishes": {"top": 1}},
@@ -100,6 +103,14 @@ def test_a_request_that_is_too_large_says_so_before_it_is_sent():
         packed(Request(("a", "b"), (half, half)))
     with pytest.raises(AstraError, match="1,025 inputs are more than workers take at once, 1,024"):
         packed(Request(prompts=("a",) * 1025))
+
+
+def test_texts_of_pairs():
+    request = Request(prompts=("a", "b"), pairs=("c", "d"))
+    assert unpacked(packed(request)) == request
+    assert (request.texts, request.called) == ((("a", "c"), ("b", "d")), ("a | c", "b | d"))
+    with pytest.raises(AstraError, match="there are 2 texts with --prompt and 1 with --pair: give one of --pair"):
+        Request(prompts=("a", "b"), pairs=("c",))
 
 
 def test_a_prompt_that_is_no_utf_8():

@@ -95,7 +95,7 @@ def read(place: Path, name: str) -> dict[str, list]:
     ][:]
 
 
-def one_by_one(checkpoint, texts: list[str], N: int) -> np.ndarray:
+def one_by_one(checkpoint, texts: list, N: int) -> np.ndarray:
     """The outputs for texts, each run on its own."""
     run = parallelize(checkpoint.model, make_mesh(N))
     encoded = [checkpoint.tokenizer.encode(text, LIMIT) for text in texts]
@@ -161,6 +161,30 @@ def test_classification_counts_right_answers(place, untimed):
     virtual = evaluate(place, "{place}/classifier --data {place}/test.csv --batch-size 3 --virtual")["rows"][0]
     assert virtual["T"] == LIMIT and virtual["bytes"] == L * 8 * 16 // 8 + 4 * D
     assert virtual["accuracy %"] == row["accuracy %"]
+
+
+def test_pairs_of_texts_are_classified_as_one(place, untimed):
+    """By `eval`, and by `run`; a BERT tells them apart by the types of their tokens."""
+    rng = np.random.default_rng(1)
+    rows = {name: [sentence(rng, n) for n in (3, 30, 7, 12, 5, 9)] for name in ("premise", "hypothesis")}
+    datasets.Dataset.from_dict(rows | {"label": ["yes", "no"] * 3}).to_csv(place / "pairs.csv", index=False)
+    found = evaluate(place, "{place}/classifier --data {place}/pairs.csv --batch-size 6 --strategy single")
+    checkpoint = checkpoints.load(place / "classifier")
+    texts = list(zip(*rows.values(), strict=True))
+    out = one_by_one(checkpoint, texts, 1)
+    right = np.argmax(out, axis=-1) == [1, 0] * 3
+    assert found["rows"][0]["accuracy %"] == pytest.approx(100 * right.mean())
+    assert f"classifier: 1 of 6 texts were cut to {LIMIT} tokens" in found["notes"]
+    assert "pairs of the columns premise and hypothesis" in json.dumps(found)
+    options = ["--strategy", "sp", "--json", str(place / "run.json")]
+    options += [*("--prompt", texts[0][0], texts[2][0]), *("--pair", texts[0][1], texts[2][1])]
+    assert main(["run", str(place / "classifier"), *options]) == 0
+    rows = json.loads((place / "run.json").read_text())["classes"]
+    assert [row["input"] for row in rows[::2]] == [" | ".join(texts[0]), " | ".join(texts[2])]
+    expected = jax.nn.softmax(out[[0, 2]])
+    for number, row in enumerate(rows):
+        its = expected[number // 2, checkpoint.labels.index(row["class"])]
+        assert row["probability"] == pytest.approx(float(its), abs=1e-5)
 
 
 @pytest.mark.slow

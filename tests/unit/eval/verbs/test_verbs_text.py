@@ -184,6 +184,11 @@ def test_a_sentence_encoder(place, capsys):
 BAD = {
     "no prompt": ("run {place}/original", "give --prompt, not --image"),
     "a picture for a language model": ("run {place}/original --image {place}/original/astra.json", "give --prompt"),
+    "a pair for a language model": (
+        "run {place}/original --prompt w1 --pair w2",
+        "--pair is for classifiers, and this",
+    ),
+    "a pair of one": ("run {place}/original --prompt w1 w2 --pair w2", "2 texts with --prompt and 1 with --pair"),
     "an empty prompt": ("run {place}/original --prompt=", "the text is empty"),
     "a prompt that is too long": ("run {place}/original --prompt {long}", "40 tokens; the model takes at most 32"),
     "more new tokens than the model has room for": (
