@@ -11,9 +11,13 @@ from typing import Any, get_args, get_origin
 
 from astra_jax.codecs.config import from_dict
 from astra_jax.errors import AstraError
+from astra_jax.inputs.images import CONFIG_FILE as PREPROCESSING
+from astra_jax.inputs.images import ImageProcessor
 from astra_jax.models.rotary import ROPE_TYPES, Rotary
 from checkpoints.description import Checkpoint
+from checkpoints.families.rows import Architecture
 from checkpoints.fields import EMPTY, FIXED, known_to_change_nothing, one_value, refuse_unknown, shorten
+from checkpoints.files import read_json
 from checkpoints.problems import problem_of
 from checkpoints.sentences import Sentences, read_sentences
 from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, config_class, has_masked_lm
@@ -21,7 +25,11 @@ from checkpoints.tensor_maps import FAMILIES, architecture_of, classifies, confi
 CONFIG = "config.json"
 
 # Fields of our configurations that are no fields of a config.json.
-DERIVED = ("task", "pooler", "masked_lm", *(field.name for field in dataclasses.fields(Sentences)))
+_SETTINGS = {name for family in FAMILIES.values() for head in family.architectures.values() for name in head.settings}
+DERIVED = (
+    *("task", "pooler", "masked_lm", "picture_size", *sorted(_SETTINGS)),
+    *(field.name for field in dataclasses.fields(Sentences)),
+)
 # What a config.json must say of a rotary embedding of some type.
 ROPE_NEEDS = {
     "linear": ("factor",),
@@ -66,7 +74,11 @@ def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, st
     named = f"{folder / CONFIG}: architecture {shorten(architectures or model_type)}"
     if why := _why_not(hf_config):
         raise AstraError(f"{named} {why}: use another model")
-    raise AstraError(f"{named} is not known; known are {', '.join(sorted(known))}")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        raise AstraError(
+            f"{named} is not known; of {model_type} there are {', '.join(FAMILIES[model_type].architectures)}"
+        )
+    raise AstraError(f"{named} is not known; there are those of {', '.join(sorted(FAMILIES))}")
 
 
 # What keeps a model from being split by tokens with codes: fields that only such a model has, or their values.
@@ -91,19 +103,35 @@ def _words(value: Any) -> list[str]:
     return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
-def derived_fields(family: str, task: str | None, names: Collection[str], folder: Path) -> dict[str, Any]:
+def derived_fields(family: str, head: Architecture, names: Collection[str], folder: Path) -> dict[str, Any]:
     """The fields of a configuration that are not in the config.json, but in other files and the names of tensors.
 
     A config.json of a sentence-transformers model may name a class with a head that its tensors do not have.
     """
-    head = task == "embedding" and has_masked_lm(family, names)
-    values: dict[str, Any] = {"task": task, "pooler": "pooler.dense.weight" in names, "masked_lm": head}
+    wanted = {field.name for field in dataclasses.fields(config_class(family))} & set(DERIVED)
+    masked_lm = head.task == "embedding" and has_masked_lm(family, names)
+    values: dict[str, Any] = {"task": head.task, "pooler": "pooler.dense.weight" in names, "masked_lm": masked_lm}
+    values |= head.settings
     # A classifier reads the class token.
-    sentences = read_sentences(folder) if task == "embedding" else Sentences(pooling="class")
+    sentences = read_sentences(folder) if head.task == "embedding" else Sentences(pooling="class")
     values |= dataclasses.asdict(sentences)
-    return {
-        field.name: values[field.name] for field in dataclasses.fields(config_class(family)) if field.name in DERIVED
-    }
+    if "picture_size" in wanted:
+        values["picture_size"] = _picture_size(folder)
+    return {name: value for name, value in values.items() if name in wanted}
+
+
+def _picture_size(folder: Path) -> int | None:
+    """Pixels on a side of what the preprocessing makes of pictures; None where none is said."""
+    where = folder / PREPROCESSING
+    if not where.is_file():
+        return None
+    processor = ImageProcessor.from_hf(read_json(where))
+    if processor.height != processor.width:
+        raise AstraError(
+            f"{where}: makes pictures of {processor.height} x {processor.width} pixels (height x width); only squares "
+            "are supported: change crop_size or size"
+        )
+    return processor.height
 
 
 def config_from_hf(
@@ -304,11 +332,12 @@ def config_to_hf(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
     }
     fields = [field.name for field in dataclasses.fields(ours)]
-    derived = {name: getattr(ours, name) for name in fields if name in DERIVED}
+    # `picture_size` has to fit sizes that `content` need not have yet.
+    derived = {name: getattr(ours, name) for name in fields if name in DERIVED and name != "picture_size"}
     config, labels = config_from_hf(family, content, Path(), derived)
     for name in fields:
         value = getattr(ours, name)
-        if value == getattr(config, name) or name == "num_labels":
+        if value == getattr(config, name) or name in ("num_labels", "picture_size"):
             continue
         if isinstance(value, Rotary):
             gone = {*ROPE_FIELDS, *getattr(ours, "THETAS", ()), ORIGINAL} - ({ORIGINAL} & set(fields))

@@ -28,6 +28,7 @@ from checkpoints.families.rows import Family
 from checkpoints.fields import check_generation, generation_settings, shorten
 from checkpoints.files import is_empty, is_plain_name, read_json
 from checkpoints.foreign import check_folder, check_plain, no_weights
+from checkpoints.parts import part_of
 from checkpoints.sentences import MODULES, check_width, copy_companions, sentence_files, sentence_notes, shown
 from checkpoints.streaming import Part, assemble, part_name
 from checkpoints.tensor_maps import FAMILIES, Tensor, architecture_of, build, flat_state, model_tensors
@@ -154,12 +155,13 @@ def open_folder(source: str) -> Folder:
     check_folder(folder)
     hf_config = read_json(folder / CONFIG)
     check_plain(hf_config, folder / CONFIG)
+    hf_config = part_of(hf_config, folder / CONFIG) or hf_config
     family, architecture = architecture_in(hf_config, folder)
     known = FAMILIES[family]
     head = known.architectures[architecture]
     found = [tensor for file in tensor_files(folder) for tensor in _headers(file)]
     by_name = {known.bare(tensor.name): tensor for tensor in found}
-    derived = derived_fields(family, head.task, by_name, folder)
+    derived = derived_fields(family, head, by_name, folder)
     config, labels = config_from_hf(family, hf_config, folder, derived)
     if head.task == "embedding":
         check_width(folder, config.hidden_size)
@@ -216,7 +218,7 @@ def _left_out(tensors: Sequence[Stored]) -> Iterator[str]:
     """What is said of tensors that are neither computed nor kept."""
     if tensors:
         names = ", ".join(shown(tensor.name) for tensor in tensors[:4])
-        yield f"{len(tensors)} tensor(s) of another head are left out: {names}"
+        yield f"{len(tensors)} tensor(s) of another head or model are left out: {names}"
 
 
 def _notes(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:

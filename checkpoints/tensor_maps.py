@@ -14,6 +14,9 @@ from flax import nnx, traverse_util
 from astra_jax.codecs.config import AstraConfig
 from checkpoints.families import (
     bert,
+    clip,
+    deit,
+    dinov2,
     distilbert,
     gemma,
     gpt2,
@@ -25,32 +28,16 @@ from checkpoints.families import (
     phi3,
     qwen,
     roberta,
+    siglip,
     smollm3,
     vit,
 )
-from checkpoints.families.rows import Family, Key
+from checkpoints.families.rows import Architecture, Family, Key
 
+_PICTURES = (vit, deit, dinov2, clip, siglip)
+_TEXTS = (gpt2, llama, bert, roberta, distilbert, mpnet, modernbert, qwen, mistral, smollm3, phi3, olmo2, gemma)
 # Under Hugging Face's `model_type`. Our modules are named and not imported: a verb imports the one that it needs.
-FAMILIES: dict[str, Family] = {
-    name: family
-    for one in (
-        vit,
-        gpt2,
-        llama,
-        bert,
-        roberta,
-        distilbert,
-        mpnet,
-        qwen,
-        mistral,
-        modernbert,
-        smollm3,
-        phi3,
-        olmo2,
-        gemma,
-    )
-    for name, family in one.FAMILIES.items()
-}
+FAMILIES: dict[str, Family] = {name: family for one in (*_PICTURES, *_TEXTS) for name, family in one.FAMILIES.items()}
 
 
 def config_class(family: str) -> type:
@@ -61,8 +48,12 @@ def config_class(family: str) -> type:
 def architecture_of(family: str, config: Any) -> str:
     """The Hugging Face class of a configuration."""
     kind = getattr(config, "task", None), getattr(config, "masked_lm", False)
-    known = FAMILIES[family].architectures
-    return next(name for name, architecture in known.items() if (architecture.task, architecture.masked_lm) == kind)
+
+    def is_meant(known: Architecture) -> bool:
+        said = all(getattr(config, field) == value for field, value in known.settings.items())
+        return said and (known.task, known.masked_lm) == kind
+
+    return next(name for name, known in FAMILIES[family].architectures.items() if is_meant(known))
 
 
 def has_masked_lm(family: str, names: Collection[str]) -> bool:
@@ -74,6 +65,11 @@ def has_masked_lm(family: str, names: Collection[str]) -> bool:
 def classifies(config: Any) -> bool:
     """Whether a model's output is classes."""
     return getattr(config, "task", "classification") == "classification"
+
+
+def embeds(config: Any) -> bool:
+    """Whether a model's output is embeddings, of texts or of pictures."""
+    return getattr(config, "task", None) in ("embedding", "image-embedding")
 
 
 def build(

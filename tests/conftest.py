@@ -35,15 +35,20 @@ import checkpoints
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.inputs.token_batches import Text
 from astra_jax.models.bert import Bert, BertConfig
+from astra_jax.models.clip import CLIPVision, CLIPVisionConfig
+from astra_jax.models.deit import DeiT, DeiTConfig
+from astra_jax.models.dinov2 import Dinov2, Dinov2WithRegistersConfig
 from astra_jax.models.distilbert import DistilBert, DistilBertConfig
 from astra_jax.models.gemma import Gemma3Text, Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2, GPT2Config
 from astra_jax.models.llama import Llama, LlamaConfig
 from astra_jax.models.mpnet import MPNet, MPNetConfig
 from astra_jax.models.roberta import Roberta, RobertaConfig
+from astra_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from astra_jax.models.vit import ViT, ViTConfig
 from tests.helpers.models import (
     TINY_BERT,
+    TINY_DINOV2,
     TINY_DISTILBERT,
     TINY_GEMMA3,
     TINY_GPT2,
@@ -106,6 +111,31 @@ def random_module() -> Callable[..., Any]:
 def tiny_vit() -> Callable[..., ViT]:
     """Makes a ViT of two blocks and 5x5 patches: no number of devices from 2 to 8 but 5 divides its tokens."""
     return maker(ViT, ViTConfig, TINY_VIT)
+
+
+@pytest.fixture(scope="session")
+def tiny_deit() -> Callable[..., DeiT]:
+    """Makes a DeiT of the same size: two class tokens."""
+    return maker(DeiT, DeiTConfig, TINY_VIT)
+
+
+@pytest.fixture(scope="session")
+def tiny_dinov2() -> Callable[..., Dinov2]:
+    """Makes a DINOv2 of the same size with three registers."""
+    return maker(Dinov2, Dinov2WithRegistersConfig, TINY_DINOV2)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Callable[..., CLIPVision]:
+    """Makes a CLIP of the same size."""
+    sizes = {name: value for name, value in TINY_VIT.items() if name != "num_labels"}
+    return maker(CLIPVision, CLIPVisionConfig, {**sizes, "projection_dim": 6})
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip() -> Callable[..., SiglipVision]:
+    """Makes a SigLIP of the same size: no class token, and a head that attends to all patches."""
+    return maker(SiglipVision, SiglipVisionConfig, {n: value for n, value in TINY_VIT.items() if n != "num_labels"})
 
 
 @pytest.fixture(scope="session")

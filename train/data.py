@@ -102,7 +102,7 @@ def decode(data: ImageData, processor: ImageProcessor) -> Decoded:
       AstraError: an image cannot be decoded; the message names it.
     """
     shape = (processor.height, processor.width, processor.channels)
-    if isinstance(data, Decoded) and data.pixels.shape[1:] == shape == (*processor.size, processor.channels):
+    if isinstance(data, Decoded) and data.pixels.shape[1:] == shape and processor.size == shape[:2]:
         return data
     pixels, labels = np.empty((len(data), *shape), np.uint8), np.empty(len(data), np.int32)
     chunks = grain.MapDataset.range(len(data)).batch(DECODE_CHUNK, batch_fn=np.asarray)

@@ -20,6 +20,7 @@ from astra_jax.mesh.sharding import parse_devices
 from astra_jax.report import Report
 from checkpoints import Checkpoint
 from checkpoints.configs import need_one_class
+from checkpoints.tensor_maps import embeds
 from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
@@ -66,16 +67,16 @@ def training_batches(checkpoint: Checkpoint, args: Args, tell: Tell) -> Iterator
     """
     training = args.training
     need_one_class(checkpoint, args.checkpoint, "finetuned for")
+    if embeds(checkpoint.config):
+        raise AstraError(
+            f"{args.checkpoint}: gives embeddings and has no classifier, so there is no loss for it: use it as "
+            "`astra calibrate` made it"
+        )
     if checkpoint.config.input_kind == "images":
         augment = Augment(flip=args.flip) if args.augment else None
         data = args.open(model_classes(checkpoint))
         tell(data.account)
         return train_batches(data, checkpoint.processor, training.batch_size, training.seed, augment)
-    if checkpoint.config.task == "embedding":
-        raise AstraError(
-            f"{args.checkpoint}: is a sentence encoder without a classifier, which there is no loss for: use it as "
-            "`astra calibrate` made it"
-        )
     return text_batches(*sequences(checkpoint, args, args.length, tell), training.batch_size, training.seed)
 
 

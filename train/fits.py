@@ -106,7 +106,7 @@ def abstract_batch(work: Workload, batch_size: int) -> dict[str, Any]:
     """The shapes of a batch."""
     label = {"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
     if work.config.input_kind == "images":
-        side = work.config.image_size
+        side = work.config.side
         return {"input": jax.ShapeDtypeStruct((batch_size, side, side, work.config.num_channels), jnp.float32), **label}
     ids, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch_size, work.T), (batch_size,)))
     return {"input": Text(ids, lengths)} | (label if work.config.task == "classification" else {})  # type: ignore[arg-type]

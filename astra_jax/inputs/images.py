@@ -1,4 +1,4 @@
-"""Pictures -> what a ViT reads: the numbers of Hugging Face's `preprocessor_config.json`, applied with Pillow."""
+"""Pictures -> what a model reads: the numbers of Hugging Face's `preprocessor_config.json`, applied with Pillow."""
 
 import dataclasses
 import io
@@ -28,11 +28,24 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 
-# What a file that leaves a field out means. Both families resize to exactly `size`; DeiT then cuts out the middle.
+# What a file that leaves a field out means. A `size` that is one number is a square for the first two, and else the
+# shorter side, in proportion to which the longer one changes; what has a `crop_size` then cuts out the middle.
+_OF_OPENAI = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": {"size": 224, "resample": Image.Resampling.BILINEAR, "do_center_crop": False},
-    "DeiT": {"size": 256, "resample": Image.Resampling.BICUBIC, "do_center_crop": True, "crop_size": 224},
+    "DeiT": {"size": 256, "resample": Image.Resampling.BICUBIC, "do_center_crop": True},
+    "CLIP": {"size": 224, "resample": Image.Resampling.BICUBIC, "do_center_crop": True, **_OF_OPENAI},
+    "Siglip": {
+        "size": {"height": 224, "width": 224},
+        "resample": Image.Resampling.BICUBIC,
+        "do_center_crop": False,
+    },
 }
+_DEFAULTS["Bit"] = _DEFAULTS["CLIP"]
+_SQUARE = ("ViT", "DeiT")
 # What is read beside switches, and then what changes nothing: names, where arrays are, and how batches are made.
 _KNOWN = frozenset(
     (
@@ -56,9 +69,7 @@ def _check_steps(given: dict[str, Any]) -> None:
             f"{CONFIG_FILE}: has {', '.join(unknown)}, which is not known here and might change the result: remove "
             "it if it does not"
         )
-    if not given.get("default_to_square", True):
-        raise AstraError(f"{CONFIG_FILE}: default_to_square is false; only squares are supported: give size in full")
-    for key in _SWITCHES:
+    for key in (*_SWITCHES, "default_to_square"):
         if not isinstance(given.get(key, False), bool):
             raise AstraError(f"{CONFIG_FILE}: {key} is {given[key]!r}; it must be true or false")
 
@@ -68,7 +79,8 @@ class ImageProcessor:
     """Resize, crop the centre, rescale, normalise: each step as in Hugging Face's Pillow image processors.
 
     Attributes:
-      size: (height, width) in pixels that images are resized to, without regard to their aspect ratio.
+      size: (height, width) in pixels that images are resized to, without regard to their aspect ratio; or the length of
+        their shorter side, to which the longer one stays in proportion. The latter needs a `crop_size`.
       crop_size: (height, width) of the centre that is kept after the resize; None keeps everything.
       do_resize: False takes only images that already have `size`.
       resample: Pillow's filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming.
@@ -79,7 +91,7 @@ class ImageProcessor:
       AstraError: a value is outside its range; the message names the field of `preprocessor_config.json`.
     """
 
-    size: tuple[int, int] = (224, 224)
+    size: tuple[int, int] | int = (224, 224)
     crop_size: tuple[int, int] | None = None
     do_resize: bool = True
     resample: int = int(Image.Resampling.BILINEAR)
@@ -111,26 +123,37 @@ class ImageProcessor:
             )
 
     def _check_sizes(self) -> None:
-        for field, (height, width) in (("size", self.size), ("crop_size", self.crop_size or (1, 1))):
+        least = (self.size, self.size) if isinstance(self.size, int) else self.size
+        for field, (height, width) in (("size", least), ("crop_size", self.crop_size or (1, 1))):
             if height * width > MAX_INPUT_PIXELS:
                 raise AstraError(
                     f"{CONFIG_FILE}: {field} is {height} x {width} (height x width); at most {MAX_INPUT_PIXELS:,} "
                     "pixels, such as 4096 x 4096, are read: correct it"
                 )
-        if self.crop_size is not None and (self.crop_size[0] > self.size[0] or self.crop_size[1] > self.size[1]):
+        if self.crop_size is not None and (self.crop_size[0] > least[0] or self.crop_size[1] > least[1]):
             raise AstraError(
-                f"{CONFIG_FILE}: crop_size {list(self.crop_size)} is larger than size {list(self.size)} (height, width)"
+                f"{CONFIG_FILE}: crop_size {list(self.crop_size)} is larger than size {list(least)} (height, width)"
+            )
+        if isinstance(self.size, int) and (self.crop_size is None or not self.do_resize):
+            raise AstraError(
+                f"{CONFIG_FILE}: size is the shorter side alone, {self.size}, which is supported with do_resize and "
+                "do_center_crop: images would differ in size; give height and width"
             )
 
     @property
     def height(self) -> int:
         """Rows of the result, in pixels."""
-        return (self.crop_size or self.size)[0]
+        return self._shape[0]
 
     @property
     def width(self) -> int:
         """Columns of the result, in pixels."""
-        return (self.crop_size or self.size)[1]
+        return self._shape[1]
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        assert not isinstance(self.size, int) or self.crop_size is not None
+        return self.crop_size or self.size  # type: ignore[return-value]  # as checked
 
     @property
     def channels(self) -> int:
@@ -139,15 +162,16 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "ImageProcessor":
-        """Reads the parsed `preprocessor_config.json` of a ViT or DeiT; `to_hf` is its inverse.
+        """Reads the parsed `preprocessor_config.json` of one of the kinds that are known; `to_hf` is its inverse.
 
         Raises:
           AstraError: another kind of processor, a step that is not supported, or a value of the wrong form.
         """
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "ViTImageProcessor"
-        family = re.fullmatch(r"(ViT|DeiT)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind))
+        family = re.fullmatch(rf"({'|'.join(_DEFAULTS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind))
         if family is None:
-            raise AstraError(f"{CONFIG_FILE}: image_processor_type is {kind!r}; only ViT's and DeiT's are supported")
+            known = ", ".join(f"{name}ImageProcessor" for name in _DEFAULTS)
+            raise AstraError(f"{CONFIG_FILE}: image_processor_type is {kind!r}; known are {known}")
         given = _DEFAULTS[family[1]] | {key: value for key, value in values.items() if value is not None}
         _check_steps(given)
         if isinstance(given["resample"], bool) or given["resample"] not in list(Image.Resampling):
@@ -159,7 +183,7 @@ class ImageProcessor:
             raise AstraError(f"{CONFIG_FILE}: rescale_factor is {factor!r}; it must be a finite number")
         mean, std = (_numbers(given.get(key, 0.5), key) for key in ("image_mean", "image_std"))
         return cls(
-            size=_pixels(given["size"], "size"),
+            size=_size(given["size"], given.get("default_to_square", family[1] in _SQUARE)),
             crop_size=_pixels(given.get("crop_size", 224), "crop_size") if given["do_center_crop"] else None,
             do_resize=given.get("do_resize", True),
             resample=int(given["resample"]),
@@ -172,15 +196,19 @@ class ImageProcessor:
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `preprocessor_config.json` with which transformers computes the same numbers."""
-        crop = {}
+        crop, kind, size = {}, "DeiTImageProcessor", {}
+        if isinstance(self.size, int):
+            kind, size = "CLIPImageProcessor", {"shortest_edge": self.size}
+        else:
+            size = {"height": self.size[0], "width": self.size[1]}
         if self.crop_size is not None:
             crop = {"do_center_crop": True, "crop_size": {"height": self.height, "width": self.width}}
         return {
             # ViT's class in transformers 4 leaves the crop out without a word; DeiT's is the same with it.
-            "image_processor_type": "DeiTImageProcessor" if crop else "ViTImageProcessor",
+            "image_processor_type": kind if crop else "ViTImageProcessor",
             "do_convert_rgb": self.channels == 3,
             "do_resize": self.do_resize,
-            "size": {"height": self.size[0], "width": self.size[1]},
+            "size": size,
             "resample": self.resample,
             **crop,
             "do_rescale": self.do_rescale,
@@ -201,10 +229,9 @@ class ImageProcessor:
     def resize(self, images: Sequence[Image.Image | np.ndarray]) -> UInt8[np.ndarray, "B height width channels"]:
         """The first half of `__call__`: everything that works on 8-bit pixels, so that it can be done once and kept."""
         pixels = np.empty((len(images), self.height, self.width, self.channels), np.uint8)
-        height, width = self.size
-        top, left = (height - self.height) // 2, (width - self.width) // 2
         for row, image in zip(pixels, images, strict=True):
             image = _to_mode(_as_pillow(image), "RGB" if self.channels == 3 else "L")
+            height, width = self._resized(image)
             if image.size != (width, height):
                 if not self.do_resize:
                     raise AstraError(
@@ -212,9 +239,23 @@ class ImageProcessor:
                         f"false and size {height}x{width}: set do_resize to true, or give images of that size"
                     )
                 image = image.resize((width, height), self.resample)
+            top, left = (height - self.height) // 2, (width - self.width) // 2
             cut = np.asarray(image)[top : top + self.height, left : left + self.width]
             row[...] = cut.reshape(row.shape)
         return pixels
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width of an image after the resize. Raises AstraError where these are far too many pixels."""
+        if not isinstance(self.size, int):
+            return self.size
+        shorter = min(image.size)
+        width, height = (int(self.size * side / shorter) for side in image.size)
+        if height * width > MAX_PIXELS:
+            raise AstraError(
+                f"an image is {image.height}x{image.width} (height x width): with a shorter side of {self.size} it has "
+                f"more than {MAX_PIXELS:,} pixels: cut it"
+            )
+        return height, width
 
     def normalize(
         self, pixels: UInt8[np.ndarray, "B height width channels"]
@@ -309,8 +350,16 @@ def _check_depth(image: Image.Image, name: str) -> None:
         raise AstraError(f"{name}: has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
 
 
+def _size(value: Any, square: bool) -> tuple[int, int] | int:
+    """(height, width), or the shorter side: `shortest_edge`, or one number where that does not mean a square."""
+    sides = {key: side for key, side in value.items() if side is not None} if isinstance(value, dict) else {}
+    if set(sides) == {"shortest_edge"} or (isinstance(value, int) and not square):
+        return _pixels(sides.get("shortest_edge", value), "size")[0]
+    return _pixels(value, "size")
+
+
 def _pixels(value: Any, field: str) -> tuple[int, int]:
-    """ViT's forms of a size -> (height, width)."""
+    """The forms of a size -> (height, width)."""
     sides = value
     if isinstance(value, dict):
         sides = {key: side for key, side in value.items() if side is not None}

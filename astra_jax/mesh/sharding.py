@@ -18,7 +18,10 @@ SEQ = "seq"  # the tokens are split over this axis: N devices
 
 MOST_CPU_DEVICES = 256  # that are made on demand: each has threads of its own, and thousands take all memory
 
-Pooling = Literal["class", "mean", "last"]
+CLASSES = ("class", "second class")  # class tokens that heads read; there may be more, such as registers
+Pooling = Literal["class", "mean", "last"]  # what a configuration may say that a head reads
+# What a head may read: see `Shards.weights`; or all tokens by attention of its own, see `Strategy.attend`.
+Reading = Pooling | Literal["second class", "input", "attention"]
 Table = Array | np.ndarray  # a numpy table is known when a program is traced, and becomes a constant of it
 
 
@@ -104,8 +107,8 @@ class Tokens(NamedTuple):
 class Shards:
     """A split of the tokens of a sequence into N contiguous shards, each padded to the same S slots.
 
-    With a class token every shard has one more slot at its head. Under `distributed` all N of them hold a replica
-    that stays at home; under `single` only shard 0's is in use, and it is sent like any other token.
+    With class tokens every shard has a slot more for each at its head. Under `distributed` all N shards hold replicas
+    that stay at home; under `single` only shard 0's are in use, and they are sent like any other token.
 
     Attributes:
       lengths: tokens in every shard, class tokens not counted; they may differ. A tuple of N numbers is the same split
@@ -114,6 +117,7 @@ class Shards:
       longest: of an array, tokens that a sequence may have; None of a tuple.
       class_token: `distributed`, `single`, or None for a family that has none.
       causal: whether a token sees only itself and those before it.
+      class_count: class tokens of a sequence, where there are any: all that are no part of the input.
 
     Raises:
       AstraError: a shard of a tuple would be empty.
@@ -124,6 +128,7 @@ class Shards:
     slots: int | None = None
     causal: bool = False
     longest: int | None = None
+    class_count: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.lengths, tuple) and min(self.lengths, default=0) < 1:
@@ -133,13 +138,13 @@ class Shards:
             )
 
     @classmethod
-    def split(cls, T: int, N: int, class_token: str | None = None) -> "Shards":
+    def split(cls, T: int, N: int, class_token: str | None = None, class_count: int = 1) -> "Shards":
         """Splits T tokens over N devices as evenly as can be, the longer shards last.
 
         Raises:
           AstraError: a device would get no token.
         """
-        return cls(_known(T, np.ones(N, int)), class_token)
+        return cls(_known(T, np.ones(N, int)), class_token, class_count=class_count)
 
     @classmethod
     def ragged(
@@ -173,7 +178,7 @@ class Shards:
         return dataclasses.replace(self, lengths=lengths)
 
     def without_replicas(self) -> "Shards":
-        """The same with a class token, if there is one, that is a token like any other."""
+        """The same with class tokens, if there are any, that are tokens like any other."""
         return dataclasses.replace(self, class_token="single" if self.class_token else None)
 
     @property
@@ -189,7 +194,7 @@ class Shards:
 
     @property
     def S(self) -> int:
-        """Slots of a shard for the tokens that the input has, class token not counted."""
+        """Slots of a shard for the tokens that the input has, class tokens not counted."""
         if self.slots is not None:
             return self.slots
         assert isinstance(self.lengths, tuple)
@@ -197,13 +202,13 @@ class Shards:
 
     @property
     def class_slots(self) -> int:
-        """Slots at the head of every shard for the class token: 0 or 1."""
-        return int(self.class_token is not None)
+        """Slots at the head of every shard for class tokens."""
+        return self.class_count if self.class_token is not None else 0
 
     @property
     def home_slots(self) -> int:
         """Leading slots of every shard whose codes are never sent."""
-        return int(self.class_token == "distributed")
+        return self.class_slots if self.class_token == "distributed" else 0
 
     @property
     def sent_slots(self) -> int:
@@ -239,7 +244,7 @@ class Shards:
 
     def tokens(self) -> Tokens:
         """The attributes of all slots, class tokens included: arrays [*B, N, class_slots + S], or without B."""
-        lengths, shard = self.used(), np.arange(self.N)[:, None]
+        lengths, shard, places = self.used(), np.arange(self.N)[:, None], np.arange(self.class_slots)
         valid = np.arange(self.S) < lengths
         position = self.index() + self.class_slots
         sent = np.ones((self.N, self.class_slots + self.S), bool)
@@ -247,20 +252,24 @@ class Shards:
             # A replica counts where there are tokens, and on the last shard, lest a text without any has none.
             distributed = (lengths > 0) | (shard == self.N - 1)
             head = distributed if self.class_token == "distributed" else 0 * lengths + shard == 0
-            valid = self._np.concatenate([head, valid], axis=-1)
-            position = self._np.concatenate([0 * position[..., :1], position], axis=-1)
-            sent[:, 0] = self.home_slots == 0
+            valid = self._np.concatenate([head & (places >= 0), valid], axis=-1)
+            position = self._np.concatenate([0 * position[..., :1] + places, position], axis=-1)
+            sent[:, : self.home_slots] = False
         return Tokens(np.broadcast_to(shard, sent.shape), position, valid, sent)
 
-    def weights(self, pooling: Pooling) -> Float[Table, "*B N slots"]:
+    def weights(self, reading: Reading) -> Float[Table, "*B N slots"]:
         """What every slot weighs in the state that a head reads.
 
-        `class` is the mean of the class tokens in use, `mean` that of all tokens, `last` is the last token.
+        `class` is the mean of the first class tokens in use, `second class` that of the second ones, `mean` that of all
+        tokens, `input` that of all but class tokens, and `last` is the last token.
         """
         valid = self.tokens().valid
-        if pooling == "class":
-            used = valid & (np.arange(valid.shape[-1]) == 0)
-        elif pooling == "mean":
+        slots = np.arange(valid.shape[-1])
+        if reading in CLASSES:
+            used = valid & (slots == CLASSES.index(reading))
+        elif reading == "input":
+            used = valid & (slots >= self.class_slots)
+        elif reading == "mean":
             used = valid
         else:
             slot = np.arange(self.S) + self.S * np.arange(self.N)[:, None]

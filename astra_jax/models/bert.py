@@ -11,7 +11,7 @@ from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig, class_kind
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text, most_tokens
-from astra_jax.mesh.sharding import Shards
+from astra_jax.mesh.sharding import Reading, Shards
 from astra_jax.models.attention import MixedPrecisionAttention
 from astra_jax.models.blocks import scan_blocks, stack_blocks
 from astra_jax.models.encoder import DenseHead, EncoderConfig, MaskedLMHead
@@ -112,6 +112,11 @@ class Bert(nnx.Module):
         return self.blocks.attention.codec
 
     @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What an embedding, or what a head reads, is made of."""
+        return (self.config.pooled,)
+
+    @property
     def relative_positions(self) -> Any:
         """What all blocks add to scores (`Block.relative`): nothing."""
         return None
@@ -148,10 +153,10 @@ class Bert(nnx.Module):
         """Tokens of the shards that are here -> the pooled state of every sequence, and the reports of all blocks."""
         ids = tokens[..., 0]
         if self._reads_class:
-            ids = strategy.prepend_class(tokens[:, 0, 1:], tokens[..., :1])[..., 0]
+            ids = strategy.prepend_class(tokens[:, :1, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
         x, reports = scan_blocks(self, x, strategy, ids, self.relative_positions)
-        return strategy.pool(self.finished(x), self.config.pooled), reports
+        return strategy.pool(self.finished(x), *self.reads), reports
 
     def finished(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What follows on the blocks, before states are pooled: nothing."""

@@ -13,7 +13,7 @@ from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.token_batches import Text, longest
-from astra_jax.mesh.sharding import Shards
+from astra_jax.mesh.sharding import Reading, Shards
 from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import check_activation, check_choice, check_divides, check_numbers
 from astra_jax.models.mask import Windows
@@ -172,6 +172,11 @@ class Decoder(nnx.Module):
         return self.config.task == "causal-lm"
 
     @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What a classifier reads."""
+        return ("last",)
+
+    @property
     def codec(self) -> Quantizer | None:
         """The quantizers of all blocks, stacked on a leading axis L; None without codebooks."""
         return self.blocks.attention.codec
@@ -189,7 +194,7 @@ class Decoder(nnx.Module):
     def features(self, ids: Int[Array, "B S"], strategy: Strategy) -> tuple[Float[Array, "*rows D"], Report]:
         """Token ids -> what the head reads, final states [B,S,D] or those of last tokens [B,D], and the reports."""
         states, reports = self.states(ids, strategy)
-        return states if self.per_token else strategy.pool(states, "last"), reports
+        return states if self.per_token else strategy.pool(states, *self.reads), reports
 
     def logits(self, features: Float[Array, "*rows D"]) -> Float[Array, "*rows _"]:
         """Final states -> logits of the next token, or of the classes, float32."""

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import AstraConfig, Kind
-from astra_jax.mesh.sharding import Pooling, Shards, Table, Tokens
+from astra_jax.mesh.sharding import Reading, Shards, Table, Tokens
 from astra_jax.models.mask import Block
 
 
@@ -143,8 +143,8 @@ class Strategy(Protocol):
     def positions(self) -> Int[Table, "*B S"]:
         """Place of every such slot in the sequence, class tokens not included."""
 
-    def prepend_class(self, cls: Shaped[Array, "*B D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
-        """Puts the class token at the head of every shard that is here."""
+    def prepend_class(self, cls: Shaped[Array, "*B k D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
+        """Puts the k class tokens at the head of every shard that is here."""
 
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
         """The estimate before the first block; () without a predictor.
@@ -174,8 +174,13 @@ class Strategy(Protocol):
           xs: weights and numbers of all blocks.
         """
 
-    def pool(self, x: Float[Array, "B S D"], pooling: Pooling) -> Float[Array, "B D"]:
-        """The state that a head reads."""
+    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
+        """The states that a head reads (`Shards.weights`), side by side."""
+
+    def attend(
+        self, query: Float[Array, "B Q H E"], key: Float[Array, "B S J E"], value: Float[Array, "B S J E"]
+    ) -> Float[Array, "B Q H E"]:
+        """Attention of queries that all devices have to all tokens, of which these are here."""
 
 
 Step = Callable[[Any, Kind, Any, Any], tuple[Any, Report]]
@@ -198,6 +203,10 @@ class Model(Protocol):
     dtype: Any
     blocks: Any
     per_token: bool
+
+    @property
+    def reads(self) -> Sequence[Reading]:
+        """What the head reads of a sequence where the output has one row for it: a state each."""
 
     @property
     def codec(self) -> Quantizer | None:

@@ -19,11 +19,17 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 0.5 * x * (1 + jax.lax.erf(x * jnp.asarray(0.5**0.5, x.dtype)))
 
 
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x sigmoid(1.702 x)`, which CLIP has in place of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 # Under the names of Hugging Face's `hidden_act`. `gelu` there is the exact one, not JAX's default.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
@@ -82,7 +88,10 @@ def check_choice(config: Any, field: str, choices: Any) -> None:
 
 
 # The most there can be of what is not only a size: blocks, and pixels on a side.
-MOST = {"num_hidden_layers": 10_000, "n_layer": 10_000, "n_layers": 10_000, "image_size": 16_384}
+MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 10_000) | {
+    "image_size": 16_384,
+    "picture_size": 16_384,
+}
 LEAST = {"pad_token_id": 0}  # of what is no size
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from astra_jax.mesh.sharding import Pooling, Tokens
+from astra_jax.mesh.sharding import Reading, Tokens
 from astra_jax.models import mask
 from astra_jax.models.interface import Content, Exchanged, Kept, Remote, Report, Source
 from astra_jax.models.mask import Block
@@ -102,11 +102,11 @@ class Decode(Whole):
         there = jnp.ones_like(position, bool)
         return Tokens(jnp.ones_like(position), position, there, there)
 
-    def prepend_class(self, cls: Array, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def prepend_class(self, cls: Shaped[Array, "*B k D"], x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """A text that goes on has no class token."""
         return x
 
-    def pool(self, x: Float[Array, "B S D"], pooling: Pooling) -> Float[Array, "B D"]:
+    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B D"]:
         """The state of the only token."""
         return x[:, -1]
 

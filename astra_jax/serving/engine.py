@@ -24,6 +24,8 @@ from astra_jax.serving.sampling import Sampling, is_whole
 from astra_jax.strategies.coded import Astra
 
 NEW_TOKENS = 128  # where nobody says how many, our choice
+# What a checkpoint is for -> the method of `Engine` that does it.
+METHODS = {"causal-lm": "generate", "embedding": "embed", "image-embedding": "embed", "classification": "classify"}
 
 Result = TypeVar("Result")
 Encoded = Text | np.ndarray | Array  # what the model reads
@@ -256,10 +258,9 @@ class Engine:
     def _encoded(self, inputs: Encoded | Iterable[Any]) -> Any:
         return inputs if isinstance(inputs, Text | np.ndarray | Array) else self.encode(inputs)
 
-    def _need(self, task: str) -> None:
-        if self.task != task:
-            method = {"causal-lm": "generate", "embedding": "embed", "classification": "classify"}[self.task]
-            raise AstraError(f"this checkpoint is for {self.task}: call {method}")
+    def _need(self, method: str) -> None:
+        if METHODS[self.task] != method:
+            raise AstraError(f"this checkpoint is for {self.task}: call {METHODS[self.task]}")
 
     def _run(self, inputs: Encoded) -> Float[Array, "B _"]:
         return self._passing(inputs, lambda: self._program(inputs))
@@ -274,17 +275,17 @@ class Engine:
         Raises:
           AstraError: the model is no classifier, or does not take these (`encode`).
         """
-        self._need("classification")
+        self._need("classify")
         return classes(self.checkpoint, self._run(self._encoded(inputs)), top)
 
-    def embed(self, texts: Encoded | Iterable[str]) -> Float[np.ndarray, "B D"]:
-        """An embedding of every text; `config.similarity` says how they are compared.
+    def embed(self, inputs: Encoded | Iterable[Any]) -> Float[np.ndarray, "B D"]:
+        """An embedding of every picture or text; `config.similarity` says how they are compared.
 
         Raises:
-          AstraError: the model is no sentence encoder, or does not take these (`encode`).
+          AstraError: the model gives no embeddings, or does not take these (`encode`).
         """
-        self._need("embedding")
-        return np.asarray(self._run(self._encoded(texts)))
+        self._need("embed")
+        return np.asarray(self._run(self._encoded(inputs)))
 
     def new_tokens(self, length: int, options: TextOptions) -> int:
         """For how many tokens a prompt of so many goes on, at most. Raises AstraError where the model takes fewer."""
@@ -305,7 +306,7 @@ class Engine:
         Raises:
           AstraError: the model is no language model, or does not take these (`encode`, `new_tokens`).
         """
-        self._need("causal-lm")
+        self._need("generate")
         text = self._encoded(prompts)
         lengths = np.asarray(text.lengths).tolist()
         each = [options] * len(lengths) if isinstance(options, TextOptions) else list(options)

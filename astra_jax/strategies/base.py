@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from astra_jax.codecs.base import Quantizer
 from astra_jax.codecs.config import CODED, Kind
 from astra_jax.mesh.collectives import Alone
-from astra_jax.mesh.sharding import Pooling, Shards, Table, Tokens
+from astra_jax.mesh.sharding import Reading, Shards, Table, Tokens
 from astra_jax.models import mask
+from astra_jax.models.attention import Partial, attend, merge
 from astra_jax.models.blocks import run_stack
 from astra_jax.models.interface import Content, Exchanged, Remote, Report, Source, Step, TokenIds
 from astra_jax.models.mask import Block
@@ -57,6 +58,23 @@ class Whole:
 
     def cached(self, block: Block) -> list[Source]:
         return []
+
+    def tokens(self) -> Tokens:
+        """Attributes of every slot that is here."""
+        raise NotImplementedError
+
+    def gathered(self, x: Float[Array, "*shape"]) -> Float[Array, "parts *shape"]:
+        """What every device has that holds a part of the tokens."""
+        return x[None]
+
+    def attend(
+        self, query: Float[Array, "B Q H E"], key: Float[Array, "B S J E"], value: Float[Array, "B S J E"]
+    ) -> Float[Array, "B Q H E"]:
+        """Exact: devices send the statistics of their tokens' softmax, E + 2 numbers of every query and head."""
+        seen = jnp.asarray(self.tokens().valid)[..., None, :]
+        mine = jnp.concatenate(attend(query, Source(key, value, seen)), axis=-1)
+        E = query.shape[-1]
+        return merge([Partial(p[..., :E], p[..., E : E + 1], p[..., E + 1 :]) for p in self.gathered(mine)])
 
     def reduce(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x
@@ -123,18 +141,21 @@ class Sharded(Whole):
     def positions(self) -> Int[Table, "*B S"]:
         return self.here(self.shards.index())
 
-    def prepend_class(self, cls: Shaped[Array, "*B D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
+    def prepend_class(self, cls: Shaped[Array, "*B k D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
         B, _, D = x.shape
         shards = x.reshape(B, -1, self.shards.S, D)
-        heads = jnp.broadcast_to(jnp.reshape(cls, (-1, 1, 1, D)), (B, shards.shape[1], 1, D))
+        heads = jnp.broadcast_to(cls[..., None, :, :], (B, shards.shape[1], cls.shape[-2], D))
         return jnp.concatenate([heads, shards], axis=2).reshape(B, -1, D)
 
     def local_mask(self, block: Block) -> Bool[Array, "*B queries keys"] | None:
         return mask.local(self.shards, self.tokens(), block)
 
-    def pool(self, x: Float[Array, "B S D"], pooling: Pooling) -> Float[Array, "B D"]:
-        weights = jnp.asarray(self.here(self.shards.weights(pooling)), x.dtype)
-        return self.total(jnp.einsum("bsd,bs->bd", x, jnp.broadcast_to(weights, x.shape[:2])))
+    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
+        def one(reading: Reading) -> Float[Array, "B D"]:
+            weights = jnp.asarray(self.here(self.shards.weights(reading)), x.dtype)
+            return jnp.einsum("bsd,bs->bd", x, jnp.broadcast_to(weights, x.shape[:2]))
+
+        return self.total(jnp.concatenate([one(reading) for reading in readings], axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +200,9 @@ class SplitTokens(Sharded):
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.transport.total(x)
+
+    def gathered(self, x: Float[Array, "*shape"]) -> Float[Array, "parts *shape"]:
+        return self.transport.gather(x[None])
 
     def local_mask(self, block: Block) -> Bool[Array, "*B queries keys"] | None:
         found = super().local_mask(block)
@@ -231,8 +255,13 @@ class SplitTokens(Sharded):
         return Remote(type(content)(_in_rows(self.transport.senders(said))), position, seen)
 
     def _pooled(self, model: Any) -> list[Message]:
-        """The state that a head reads: its sum over the devices, once."""
-        return [] if model.per_token else [Message("all-reduce", hidden_bits(model), 1, in_blocks=False)]
+        """The states that a head reads: their sum over the devices, or what `attend` sends, once."""
+        if model.per_token:
+            return []
+        if "attention" in model.reads:
+            D, H = model.config.hidden_size, model.config.num_attention_heads
+            return [Message("all-gather", 32 * (D + 2 * H), 1, in_blocks=False)]
+        return [Message("all-reduce", len(model.reads) * hidden_bits(model), 1, in_blocks=False)]
 
 
 def _in_rows(x: Shaped[Array, "N B S _"]) -> Shaped[Array, "B R _"]:

@@ -8,6 +8,7 @@ same rows serve reading and writing, so the two cannot disagree.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,12 +121,14 @@ class Architecture(NamedTuple):
       tied: what the first rows of the head repeat where `tie_word_embeddings` is set, a tensor each, separated by
         spaces.
       masked_lm: whether the head is that of a masked language model, which is kept and not computed.
+      settings: fields of the configuration that say which class it is, where `task` is not enough.
     """
 
     task: str | None
     keys: tuple[Key, ...] = ()
     tied: str = ""
     masked_lm: bool = False
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def ties(self) -> dict[str, str]:
@@ -164,7 +167,7 @@ class Family(NamedTuple):
       architectures: the Hugging Face classes; the first is meant where config.json names none.
       sizes: a configuration -> lengths of the tables' axes.
       skipped: patterns of tensors that are no parameters, names without the prefix.
-      left_out: patterns of heads that a file may have besides, and that are neither computed nor kept.
+      left_out: patterns of heads and models that a file may have besides, and that are neither computed nor kept.
       renamed: old parts of names -> what they are called today.
       harmless: fields of a config.json that change nothing of what is computed, besides those of all families.
     """
@@ -192,7 +195,7 @@ class Family(NamedTuple):
         return any(re.fullmatch(pattern, bare) for pattern in self.skipped)
 
     def is_left_out(self, bare: str) -> bool:
-        """Whether a tensor is of a head that is neither computed nor kept."""
+        """Whether a tensor is of a head or model that is neither computed nor kept."""
         return any(re.fullmatch(pattern, bare) for pattern in self.left_out)
 
     def is_mapped(self, bare: str) -> bool:

@@ -151,7 +151,7 @@ class Workload:
     def inputs(self) -> Any:
         """One image, or one text of T tokens."""
         if self.config.input_kind == "images":
-            return jnp.zeros((1, self.config.image_size, self.config.image_size, self.config.num_channels), self.dtype)
+            return jnp.zeros((1, self.config.side, self.config.side, self.config.num_channels), self.dtype)
         length = self.T + build(self.family, self.config).shards(1).class_slots
         return Text(np.zeros((1, length), np.int32), np.full((1,), length, np.int32))
 
@@ -203,7 +203,7 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
             raise AstraError(
                 f"--tokens is {T}; an image has a square number of patches: try {side**2} or {(side + 1) ** 2}"
             )
-        config = dataclasses.replace(config, image_size=side * config.patch_size)
+        config = config if path else dataclasses.replace(config, image_size=side * config.patch_size)
     else:
         class_slots = build(family, config).shards(1).class_slots
         limit = most_tokens(config) - class_slots

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, similarity."""
+"""What a model is worth: perplexity, similarity, neighbours."""

@@ -3,9 +3,19 @@
 from typing import Any
 
 # config.task -> what is measured; a model without that field classifies images.
-TASKS = {"causal-lm": "perplexity", "classification": "classification", "embedding": "similarity"}
+TASKS = {
+    "causal-lm": "perplexity",
+    "classification": "classification",
+    "embedding": "similarity",
+    "image-embedding": "neighbours",
+}
 # Task -> the column of what is measured.
-METRICS = {"perplexity": "perplexity", "classification": "accuracy %", "similarity": "Spearman"}
+METRICS = {
+    "perplexity": "perplexity",
+    "classification": "accuracy %",
+    "similarity": "Spearman",
+    "neighbours": "k-NN accuracy %",
+}
 
 
 def task_of(config: Any) -> str:

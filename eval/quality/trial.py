@@ -1,12 +1,13 @@
 """What a checkpoint reaches on data: the accuracy of a classifier of images or texts, the perplexity of a language
-model over sliding windows, or how well the similarity of sentence embeddings follows what people say."""
+model over sliding windows, how well the similarity of sentence embeddings follows what people say, or how often the
+nearest neighbours of a picture's embedding are of its class."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from astra_jax.inputs.token_batches import Text, longest
 from astra_jax.report import progress
@@ -15,6 +16,7 @@ from eval.datasets.account import Tell
 from eval.datasets.labelled import DataArgs, batches
 from eval.datasets.labels import model_classes
 from eval.datasets.windows import encode, run_batches, windows
+from eval.quality.neighbours import neighbour_accuracy, voters
 from eval.quality.perplexity import NextTokenLoss, perplexity
 from eval.quality.similarity import correlations
 from eval.quality.tasks import task_of
@@ -90,22 +92,42 @@ class Trial:
         return sequences
 
 
+def image_outputs(
+    trial: Trial, run: Run, data: Any, label: str
+) -> Iterator[tuple[Float[np.ndarray, "B outputs"], Int[np.ndarray, "B"]]]:
+    """What a model makes of pictures, batch by batch, and their labels."""
+    batch, total = trial.batch_size or 64, min(len(data), trial.limit or len(data))
+    with progress(f"images{label}", total) as advance:
+        for images, labels in batches(data, trial.checkpoint.processor, batch, limit=trial.limit):
+            # The last batch is filled up, so that one compiled program serves all.
+            filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
+            yield np.asarray(run(filled))[: len(labels)], labels
+            advance(len(labels))
+
+
 def image_accuracy(trial: Trial) -> list[Metrics]:
     """Share of the images whose highest logit is their label."""
-    batch, data = trial.batch_size or 64, trial.data.open(model_classes(trial.checkpoint))
+    data = trial.data.open(model_classes(trial.checkpoint))
     trial.tell(data.account.first(trial.limit, data.labels))
-    total = min(len(data), trial.limit or len(data))
 
     def score(run: Run, label: str) -> Metrics:
-        right = 0
-        with progress(f"images{label}", total) as advance:
-            for images, labels in batches(data, trial.checkpoint.processor, batch, limit=trial.limit):
-                # The last batch is filled up, so that one compiled program serves all.
-                filled = np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)
-                predicted = np.argmax(np.asarray(run(filled)), axis=-1)[: len(labels)]
-                right += int((predicted == labels).sum())
-                advance(len(labels), accuracy=right / total)
-        return {"accuracy %": 100 * right / total}
+        right = [found.argmax(-1) == labels for found, labels in image_outputs(trial, run, data, label)]
+        return {"accuracy %": 100 * float(np.concatenate(right).mean())}
+
+    return trial.tried(trial.checkpoint.model, score)
+
+
+def image_neighbours(trial: Trial) -> list[Metrics]:
+    """Share of the images that their nearest neighbours among the others say the label of."""
+    data = trial.data.open()
+    trial.tell(data.account.first(trial.limit, data.labels))
+    labels = np.asarray(data.labels)[: trial.limit]
+    k = voters(labels)
+    trial.say(f"each of {len(labels):,} images is given the class that its {k} nearest others vote for, by cosine")
+
+    def score(run: Run, label: str) -> Metrics:
+        embeddings = [found for found, _ in image_outputs(trial, run, data, label)]
+        return neighbour_accuracy(np.concatenate(embeddings), labels, k)
 
     return trial.tried(trial.checkpoint.model, score)
 
@@ -165,11 +187,17 @@ def similarity(trial: Trial) -> list[Metrics]:
     return trial.tried(trial.checkpoint.model, score)
 
 
-MEASURES = {"perplexity": text_perplexity, "classification": text_accuracy, "similarity": similarity}
+# By the kind of the inputs, and the task.
+MEASURES = {
+    ("text", "perplexity"): text_perplexity,
+    ("text", "classification"): text_accuracy,
+    ("text", "similarity"): similarity,
+    ("images", "classification"): image_accuracy,
+    ("images", "neighbours"): image_neighbours,
+}
 
 
 def reached(trial: Trial) -> list[Metrics]:
     """What a checkpoint reaches in every try, of what it was made for."""
-    if trial.checkpoint.config.input_kind == "images":
-        return image_accuracy(trial)
-    return MEASURES[task_of(trial.checkpoint.config)](trial)
+    config = trial.checkpoint.config
+    return MEASURES[config.input_kind, task_of(config)](trial)

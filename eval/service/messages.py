@@ -51,7 +51,7 @@ class ShortText(Message):
 
 @dataclasses.dataclass(frozen=True)
 class Table(Message):
-    """The answer as a table: `classes` of inputs, or `similarities` of pairs of texts."""
+    """The answer as a table: `classes` of inputs, or `similarities` of pairs of them."""
 
     name: str
     checkpoint: str

@@ -32,6 +32,7 @@ from astra_jax.models.weight_quantization import Weights, quantize_weights, weig
 from astra_jax.serving.compile import STRATEGIES, shardings
 from astra_jax.serving.engine import Classes, Engine
 from astra_jax.serving.generate import ends_of
+from checkpoints.tensor_maps import embeds
 from eval.quality.similarity import similarities
 from eval.service.host_times import TimeTable, sent_bytes
 from eval.service.messages import (
@@ -84,12 +85,18 @@ def class_rows(found: Sequence[Classes], names: Sequence[str]) -> list[dict[str,
     ]
 
 
-def similarity_rows(embeddings: Any, names: Sequence[str], by: Similarity = "cosine") -> list[dict[str, Any]]:
-    """How similar the embeddings of every pair of sentences are, compared as the model is made for."""
+def similarity_rows(
+    embeddings: Any, names: Sequence[str], by: Similarity = "cosine", one: str = "sentence"
+) -> list[dict[str, Any]]:
+    """How similar the embeddings of every pair of inputs are, compared as the model is made for.
+
+    Args:
+      one: what an input is called.
+    """
     rows = np.asarray(embeddings)
     pairs = itertools.combinations(range(len(names)), 2)
     return [
-        {"sentence": names[a], "and": names[b], by: float(similarities(rows[a : a + 1], rows[b : b + 1], by)[0])}
+        {one: names[a], "and": names[b], by: float(similarities(rows[a : a + 1], rows[b : b + 1], by)[0])}
         for a, b in pairs
     ]
 
@@ -174,10 +181,11 @@ class Service:
         if not given or other:
             takes, gave, not_ = ("pictures", "image", "prompt") if images else ("text", "prompt", "image")
             raise AstraError(f"{self.name}: takes {takes}: give --{gave}, not --{not_}")
+        if embeds(self.checkpoint.config) and len(given) < 2:
+            encoder, what = ("an", "pictures with --image") if images else ("a sentence", "texts with --prompt")
+            raise AstraError(f"{self.name}: is {encoder} encoder: give two or more {what}")
         if images:
             return self.engine.encode(map(decode_image, request.files, request.names))
-        if task == "embedding" and len(request.prompts) < 2:
-            raise AstraError(f"{self.name}: is a sentence encoder: give two or more texts with --prompt")
         if request.pairs and task != "classification":
             raise AstraError(f"{self.name}: --pair is for classifiers, and this is a model for {task}: leave it out")
         text = self.engine.encode(request.texts)
@@ -211,8 +219,9 @@ class Service:
 
     def _table(self, request: Request, inputs: Any) -> Iterator[Message]:
         names, engine, config = request.called, self.engine, self.checkpoint.config
-        if engine.task == "embedding":
-            kind, rows = "similarities", similarity_rows(engine.embed(inputs), names, config.similarity)
+        if embeds(config):
+            one = "picture" if request.names else "sentence"
+            kind, rows = "similarities", similarity_rows(engine.embed(inputs), names, config.similarity, one)
         else:
             kind, rows = "classes", class_rows(engine.classify(inputs, request.wishes.top), names)
         if jax.process_index():

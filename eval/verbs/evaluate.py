@@ -1,7 +1,8 @@
 """Quality, bits and predicted latency of one or more checkpoints, as one table and one plot.
 
 Quality is the accuracy of a classifier of images or texts, the perplexity of a language model over sliding windows, or
-how well the similarity of sentence embeddings follows what people say (Pearson's and Spearman's correlation).
+how well the similarity of sentence embeddings follows what people say (Pearson's and Spearman's correlation), and of
+embeddings of pictures how often the nearest other ones are of the same class.
 
 A checkpoint with codebooks runs as ASTRA over the mesh that --devices picks, one without on a single device: give the
 original first to compare. On a CPU the devices are made by the program itself.
@@ -90,7 +91,7 @@ class Args(DataArgs):
 
     checkpoints: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT...")]
     """One or more checkpoints, the original first."""
-    task: Literal["auto", "perplexity", "classification", "similarity"] = "auto"
+    task: Literal["auto", "perplexity", "classification", "similarity", "neighbours"] = "auto"
     """What to measure; `auto` is what the checkpoint was made for."""
     split: str = "test"
     """Which part of the data; a slice such as test[:1000] goes too."""
@@ -194,7 +195,7 @@ def check_task(args: Args) -> str:
     if args.stride is not None and task != "perplexity":
         raise AstraError(f"--stride is for perplexity; {first} is a model for {task}: leave the option out")
     if args.length is not None and any(meta.config.input_kind == "images" for meta in described.values()):
-        raise AstraError("--length is for text; a ViT's images all have the same size: leave the option out")
+        raise AstraError("--length is for text; a model's images all have the same size: leave the option out")
     return task
 
 
@@ -253,7 +254,7 @@ def example(checkpoint: Checkpoint, windows: Sliding | None) -> Any:
     """One input of a model: an image, or a sequence as long as a window."""
     config = checkpoint.config
     if windows is None:
-        return jnp.zeros((1, config.image_size, config.image_size, config.num_channels))
+        return jnp.zeros((1, config.side, config.side, config.num_channels))
     return Text(jnp.zeros((1, windows.length), jnp.int32), jnp.full((1,), windows.length, jnp.int32))
 
 

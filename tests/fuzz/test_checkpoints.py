@@ -23,9 +23,10 @@ from astra_jax.mesh.sharding import Pooling
 from astra_jax.models.rotary import Rotary
 from checkpoints import configs, description, huggingface, tensor_maps, weights
 from checkpoints.files import read_json
+from checkpoints.parts import part_of
 from tests.fuzz.harness import REFUSED, attempt, fuzz
 from tests.fuzz.mutations import byte_strings, json_files, trees, written
-from tests.helpers.models import TINY_BERT, TINY_GPT2, TINY_LLAMA, TINY_VIT
+from tests.helpers.models import TINY_BERT, TINY_DINOV2, TINY_GPT2, TINY_LLAMA, TINY_VIT
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,12 @@ del VIT["num_labels"]
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **TINY_GPT2}
 BERT = {"model_type": "bert", "architectures": ["BertModel"], **TINY_BERT}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **TINY_LLAMA, "rope_theta": 5e5}
+DINOV2 = {"model_type": "dinov2_with_registers", "architectures": ["Dinov2WithRegistersModel"], **TINY_DINOV2}
+del DINOV2["num_labels"]
+CLIP = {
+    "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 8, "text_config": {"vocab_size": 40},
+    "vision_config": {name: value for name, value in TINY_VIT.items() if name != "num_labels"},
+}  # fmt: skip
 ROPES = (
     {"rope_type": "linear", "factor": 2.0},
     {"type": "dynamic", "factor": 4.0},
@@ -50,6 +57,11 @@ ROPES = (
 )  # fmt: skip
 FAMILIES = {
     "vit": [VIT, VIT | {"hidden_act": "gelu_new", "qkv_bias": False, "image_size": [20, 20], "layer_norm_eps": 1e-6}],
+    "dinov2_with_registers": [
+        DINOV2,
+        DINOV2 | {"architectures": ["Dinov2WithRegistersForImageClassification"], **LABELS, "image_size": 32},
+    ],
+    "clip_vision_model": [CLIP, CLIP | {"vision_config_dict": {"hidden_size": 24, "hidden_act": "gelu"}}],
     "gpt2": [GPT2, GPT2 | {"architectures": ["GPT2ForSequenceClassification"], **LABELS, "pad_token_id": 0}],
     "bert": [BERT, BERT | {"architectures": ["BertForSequenceClassification"], **LABELS}],
     "llama": [LLAMA, *(LLAMA | {field: rope} for rope in ROPES for field in ("rope_scaling", "rope_parameters"))],
@@ -58,6 +70,14 @@ FAMILIES = {
 KNOWN = {
     "vit": {
         "layer_norm_eps": 1e-6, "num_labels": 7, "encoder_stride": 16, "pooler_output_size": 8, "hidden_act": "relu",
+    },
+    "dinov2_with_registers": {
+        "use_swiglu_ffn": True, "mlp_ratio": 3, "layerscale_value": 0.1, "qkv_bias": False, "layer_norm_eps": 1e-5,
+        "out_features": ["stem"], "drop_path_rate": 0.1, "hidden_act": "relu", "use_mask_token": False,
+    },
+    "clip_vision_model": {
+        "dropout": 0.0, "projection_dim": 12, "layer_norm_eps": 1e-6, "num_channels": 1, "initializer_factor": 1.0,
+        "hidden_act": "quick_gelu", "logit_scale_init_value": 2.6, "vision_config_dict": None,
     },
     "gpt2": {
         "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
@@ -81,9 +101,10 @@ KNOWN = {
 def read_config(folder):
     """Family, configuration and labels of the config.json in a folder."""
     content = read_json(folder / configs.CONFIG)
+    content = part_of(content, folder / configs.CONFIG) or content
     family, architecture = configs.architecture_in(content, folder)
-    task = tensor_maps.FAMILIES[family].architectures[architecture].task
-    derived = configs.derived_fields(family, task, ["pooler.dense.weight"], folder)
+    head = tensor_maps.FAMILIES[family].architectures[architecture]
+    derived = configs.derived_fields(family, head, ["pooler.dense.weight"], folder)
     return family, content, *configs.config_from_hf(family, content, folder, derived)
 
 
@@ -159,6 +180,18 @@ def test_config_of_vit(folder, content):
 
 
 @fuzz
+@given(json_files(*FAMILIES["dinov2_with_registers"], known=KNOWN["dinov2_with_registers"]))
+def test_config_of_dinov2(folder, content):
+    check_config("dinov2_with_registers", folder, content)
+
+
+@fuzz
+@given(json_files(*FAMILIES["clip_vision_model"], known=KNOWN["clip_vision_model"]))
+def test_config_of_clip(folder, content):
+    check_config("clip_vision_model", folder, content)
+
+
+@fuzz
 @given(json_files(*FAMILIES["gpt2"], known=KNOWN["gpt2"]))
 def test_config_of_gpt2(folder, content):
     check_config("gpt2", folder, content)
@@ -195,7 +228,8 @@ ADDED = {
 
 
 def read_embedding(folder):
-    derived = configs.derived_fields("bert", "embedding", [], folder)
+    head = tensor_maps.FAMILIES["bert"].architectures["BertModel"]
+    derived = configs.derived_fields("bert", head, [], folder)
     return configs.config_from_hf("bert", BERT, folder, derived)[0]
 
 

@@ -15,6 +15,9 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.clip import CLIPVisionConfig
+from astra_jax.models.deit import DeiTConfig
+from astra_jax.models.dinov2 import Dinov2Config, Dinov2WithRegistersConfig
 from astra_jax.models.distilbert import DistilBertConfig
 from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
@@ -26,6 +29,7 @@ from astra_jax.models.phi3 import Phi3Config
 from astra_jax.models.qwen import Qwen3Config
 from astra_jax.models.roberta import RobertaConfig
 from astra_jax.models.rotary import Rotary
+from astra_jax.models.siglip import SiglipVisionConfig
 from astra_jax.models.vit import ViTConfig
 from checkpoints import huggingface
 from checkpoints.tensor_maps import FAMILIES, build, flat_state, with_state
@@ -60,8 +64,33 @@ BERT = BertConfig(
     intermediate_size=12,
     max_position_embeddings=6,
 )
+DINOV2 = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 8}
 CONFIGS = {
     "vit": ("vit", VIT),
+    "deit, teacher": ("deit", DeiTConfig(**dataclasses.asdict(VIT), with_teacher=True)),
+    "dinov2": ("dinov2", Dinov2Config(**DINOV2, patch_size=4, use_swiglu_ffn=True, use_mask_token=False)),
+    "dinov2, registers, classes": (
+        "dinov2_with_registers",
+        Dinov2WithRegistersConfig(**DINOV2, patch_size=4, task="classification", num_labels=3),
+    ),
+    "clip": (
+        "clip_vision_model",
+        CLIPVisionConfig(
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            image_size=8,
+            patch_size=4,
+            projection_dim=6,
+        ),
+    ),
+    "siglip": (
+        "siglip_vision_model",
+        SiglipVisionConfig(
+            hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4
+        ),
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, untied": ("gpt2", dataclasses.replace(GPT2, tie_word_embeddings=False, n_inner=20)),
     "gpt2, classes": ("gpt2", dataclasses.replace(GPT2, task="classification", num_labels=3)),

@@ -22,6 +22,12 @@ TINY_VIT = {
     "num_labels": 5,
 }
 
+TINY_DINOV2 = {
+    **{name: value for name, value in TINY_VIT.items() if name != "intermediate_size"},
+    "mlp_ratio": 2,
+    "num_register_tokens": 3,
+}
+
 TINY_GPT2 = {"vocab_size": 50, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
 
 TINY_BERT = {

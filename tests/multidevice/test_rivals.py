@@ -24,6 +24,9 @@ from tests.helpers.sharded import real
 # Name -> fixture, and values of the configuration: heads, also those of keys and values, that four devices can share.
 MODELS = {
     "vit": ("tiny_vit", {"num_attention_heads": 4}),
+    "deit": ("tiny_deit", {"num_attention_heads": 4, "with_teacher": True}),
+    "dinov2": ("tiny_dinov2", {"num_attention_heads": 4, "task": "classification"}),
+    "siglip": ("tiny_siglip", {"num_attention_heads": 4}),
     "gpt2": ("tiny_gpt2", {"n_head": 4}),
     "gpt2 classifier": ("tiny_gpt2", {"n_head": 4, "task": "classification", "num_labels": 3}),
     "llama": ("tiny_llama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
@@ -35,6 +38,7 @@ MODELS = {
     "mpnet": ("tiny_mpnet", {}),
     "bert class": ("tiny_bert", {"pooling": "class", "task": "classification", "num_labels": 3}),
 }
+PICTURES = ("vit", "deit", "dinov2", "siglip")
 FAST = {
     ("vit", "sp", 4),
     ("vit", "tp", 2),
@@ -55,7 +59,7 @@ def make_model(request, name, astra=None, **more):
 @pytest.fixture
 def inputs_for(rank_coded, random_text):
     """Images, or texts of different lengths, also of one token."""
-    return lambda name: rank_coded(2) if name == "vit" else random_text(23, 1, 7, 24)
+    return lambda name: rank_coded(2) if name in PICTURES else random_text(23, 1, 7, 24)
 
 
 @nnx.jit
@@ -147,6 +151,8 @@ EXPECTED = {
     ("vit", "tp"): {"all-reduce": 4 * 26 * 16 * 32},
     ("vit", "bp-ag"): {"all-gather": 8 * 16 * 32},
     ("vit", "bp-sp"): {"all-gather": 2 * 8 * 16 * 32, "all-to-all": 8 * 16 * 32},
+    ("deit", "sp"): {"all-gather": 2 * 9 * 16 * 32, "all-reduce": 2 * 16 * 32},
+    ("siglip", "sp"): {"all-gather": 2 * 7 * 16 * 32 + (16 + 2 * 4) * 32},
     ("llama", "sp"): {"all-gather": 2 * 6 * 16 * 32},
     ("llama", "tp"): {"all-reduce": 4 * 24 * 16 * 32},
     ("llama", "bp-ag"): {"all-gather": 6 * 16 * 32},
@@ -162,10 +168,10 @@ def sent(model, inputs, strategy):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [pytest.param(*case, marks=[] if case[0] == "vit" else pytest.mark.slow) for case in EXPECTED],
+    [pytest.param(*case, marks=[] if case[0] in PICTURES else pytest.mark.slow) for case in EXPECTED],
 )
 def test_the_compiled_program_sends_what_is_predicted(request, rank_coded, random_text, name, strategy):
-    inputs = rank_coded(1) if name == "vit" else random_text(24)
+    inputs = rank_coded(1) if name in PICTURES else random_text(24)
     assert sent(make_model(request, name), inputs, strategy) == EXPECTED[name, strategy]
 
 

@@ -32,6 +32,37 @@ def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
     check(tiny_vit(VQConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
 
 
+# Name -> fixture, and values of the configuration. All have other numbers of class tokens than ViT, or other heads.
+PICTURE_MODELS = {
+    "deit": ("tiny_deit", {"with_teacher": True}),
+    "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
+    "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
+    "clip": ("tiny_clip", {}),
+    "siglip": ("tiny_siglip", {}),
+}
+FAST_PICTURES = [
+    ("deit", 3, HIDDEN, DISTRIBUTED),
+    ("deit", 2, KV, SINGLE),
+    ("dinov2 classifier", 3, KV, DISTRIBUTED),
+    ("siglip", 3, HIDDEN, SINGLE),
+]
+# Every model meets every number of devices with both class tokens, and both sites.
+EVERY_PICTURE = [
+    (name, N, (HIDDEN, KV)[(N + kind) % 2], class_token)
+    for name, N, (kind, class_token) in itertools.product(
+        PICTURE_MODELS, (1, 2, 3, 4, 8), enumerate((DISTRIBUTED, SINGLE))
+    )
+]
+ALL_PICTURES = list(dict.fromkeys(FAST_PICTURES + EVERY_PICTURE))
+
+
+@pytest.mark.parametrize(("name", "N", "site", "class_token"), cases(ALL_PICTURES, FAST_PICTURES))
+def test_other_models_of_pictures(request, rank_coded, name, N, site, class_token):
+    fixture, options = PICTURE_MODELS[name]
+    astra = VQConfig(groups=4, codewords=16, site=site, class_token=class_token)
+    check(request.getfixturevalue(fixture)(astra, **options), rank_coded(2), N)
+
+
 ONE_LEVEL = NestedPQConfig(groups=3, codewords=16, widths=(1, 3, 4), levels=(3,))
 NESTED = NestedPQConfig(groups=3, codewords=16, widths=(8, 2, 5), levels=(1, 2))
 

@@ -67,7 +67,7 @@ def to_torch(images: np.ndarray) -> torch.Tensor:
 def around_the_blocks(model: Any, images: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What our first block gets, and what our last norm makes of what theirs got."""
     x = model.embed(model.to_tokens(images)) + model.position[...][1:]
-    x = Single(model.shards(1)).prepend_class(model.cls[...] + model.position[...][0], x)
+    x = Single(model.shards(1)).prepend_class(model.class_states(), x)
     return x, model.norm(last)
 
 

@@ -115,7 +115,7 @@ def metric_of(args: Args) -> str:
     """The column of `astra eval` that is shown. Raises AstraError for a model that has no loss to be finetuned by."""
     metric = METRICS[task_of(checkpoints.read_meta(args.original).config)]
     if metric not in LOST:
-        raise AstraError(f"{args.original}: is a sentence encoder: use a language model or a classifier")
+        raise AstraError(f"{args.original}: gives embeddings: use a language model or a classifier")
     return metric
 
 

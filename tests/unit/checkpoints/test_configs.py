@@ -23,191 +23,7 @@ from checkpoints.tensor_maps import FAMILIES
 from eval.cost.presets import PRESETS
 from eval.service.service import class_rows
 from tests.helpers.folders import drawn
-
-# config.json files as they are published, but for long lists of labels.
-BERT = {
-    "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
-    "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.6.0",
-    "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
-}  # fmt: skip
-ROBERTA = BERT | {
-    "architectures": ["RobertaForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1, "type_vocab_size": 1,
-    "vocab_size": 50265,
-}  # fmt: skip
-NOT_MPNET = ("type_vocab_size", "use_cache", "position_embedding_type", "gradient_checkpointing")
-DISTILBERT = {
-    "activation": "gelu", "architectures": ["DistilBertForMaskedLM"], "attention_dropout": 0.1, "dim": 768,
-    "dropout": 0.1, "hidden_dim": 3072, "initializer_range": 0.02, "max_position_embeddings": 512,
-    "model_type": "distilbert", "n_heads": 12, "n_layers": 6, "pad_token_id": 0, "qa_dropout": 0.1,
-    "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False, "tie_weights_": True, "transformers_version": "4.10.0",
-    "vocab_size": 30522,
-}  # fmt: skip
-GPT2 = {
-    "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1, "bos_token_id": 50256,
-    "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
-    "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
-    "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
-    "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 50257,
-    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-}  # fmt: skip
-LLAMA2 = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
-    "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-LLAMA32 = LLAMA2 | {
-    "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
-    "hidden_size": 2048, "mlp_bias": False, "num_key_value_heads": 8, "rope_theta": 500000.0,
-    "tie_word_embeddings": True, "vocab_size": 128256,
-    "rope_scaling": {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}  # fmt: skip
-VIT = {
-    "architectures": ["ViTForImageClassification"], "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0, "hidden_size": 768, "id2label": {"0": "tench", "1": "goldfish"}, "image_size": 224,
-    "initializer_range": 0.02, "intermediate_size": 3072, "label2id": {"tench": "0", "goldfish": "1"},
-    "layer_norm_eps": 1e-12, "model_type": "vit", "num_attention_heads": 12, "num_channels": 3,
-    "num_hidden_layers": 12, "patch_size": 16, "qkv_bias": True, "transformers_version": "4.13.0.dev0",
-}  # fmt: skip
-DECODER = {
-    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "rope_scaling": None,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
-}  # fmt: skip
-QWEN3 = DECODER | {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
-    "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
-    "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
-    "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
-QWEN25 = DECODER | {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
-    "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
-    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False,
-    "vocab_size": 151936,
-}  # fmt: skip
-GEMMA3 = DECODER | {
-    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": None,
-    "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
-    "max_position_embeddings": 32768, "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26,
-    "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
-    "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
-}  # fmt: skip
-GEMMA2 = DECODER | {
-    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
-    "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304,
-    "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
-    "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
-    "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 256000,
-}  # fmt: skip
-MISTRAL = DECODER | {
-    "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
-    "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
-    "tie_word_embeddings": False, "vocab_size": 32768,
-}  # fmt: skip
-PHI4 = DECODER | {
-    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "embd_pdrop": 0.0, "full_attn_mod": 1,
-    "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192, "interpolate_factor": 1,
-    "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3",
-    "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "original_max_position_embeddings": 4096, "pad_token_id": 199999, "partial_rotary_factor": 0.75,
-    "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 262144,
-    "tie_word_embeddings": True, "vocab_size": 200064,
-    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
-}  # fmt: skip
-SMOLLM3 = DECODER | {
-    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
-    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
-    "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
-    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
-    "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_theta": 5000000.0, "sliding_window": None,
-    "use_sliding_window": False, "vocab_size": 128256,
-}  # fmt: skip
-OLMO2 = DECODER | {
-    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048,
-    "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 16,
-    "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
-    "rope_theta": 500000, "tie_word_embeddings": False, "vocab_size": 100352,
-}  # fmt: skip
-MODERNBERT = {
-    "architectures": ["ModernBertForMaskedLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 50281, "classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0,
-    "classifier_pooling": "mean", "cls_token_id": 50281, "decoder_bias": True, "deterministic_flash_attn": False,
-    "embedding_dropout": 0.0, "eos_token_id": 50282, "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0,
-    "gradient_checkpointing": False, "hidden_activation": "gelu", "hidden_size": 768, "initializer_cutoff_factor": 2.0,
-    "initializer_range": 0.02, "intermediate_size": 1152, "layer_norm_eps": 1e-05, "local_attention": 128,
-    "local_rope_theta": 10000.0, "max_position_embeddings": 8192, "mlp_bias": False, "mlp_dropout": 0.0,
-    "model_type": "modernbert", "norm_bias": False, "norm_eps": 1e-05, "num_attention_heads": 12,
-    "num_hidden_layers": 22, "pad_token_id": 50283, "position_embedding_type": "absolute", "sep_token_id": 50282,
-    "tie_word_embeddings": True, "torch_dtype": "float32", "transformers_version": "4.47.0.dev0", "vocab_size": 50368,
-}  # fmt: skip
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert-base-uncased": ("bert", BERT | {"architectures": ["BertForMaskedLM"]}),
-    "all-MiniLM-L6-v2": (
-        "bert",
-        BERT
-        | {"_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"], "hidden_size": 384}
-        | {"intermediate_size": 1536, "num_hidden_layers": 6},
-    ),
-    "bert-base-multilingual-cased": (
-        "bert",
-        BERT
-        | {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3}
-        | {"pooler_size_per_head": 128, "pooler_type": "first_token_transform", "output_past": True},
-    ),
-    "bge-small-en": ("bert", BERT | {"classifier_dropout": None, "id2label": {"0": "LABEL_0"}}),
-    "roberta-base": ("roberta", ROBERTA),
-    "xlm-roberta-base": ("xlm-roberta", ROBERTA | {"output_past": True, "vocab_size": 250002}),
-    "distilbert-base-uncased": ("distilbert", DISTILBERT),
-    "distilbert-base-uncased-finetuned-sst-2-english": (
-        "distilbert",
-        DISTILBERT
-        | {"architectures": ["DistilBertForSequenceClassification"], "finetuning_task": "sst-2", "output_past": True}
-        | {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}},
-    ),
-    "all-mpnet-base-v2": (
-        "mpnet",
-        {name: value for name, value in ROBERTA.items() if name not in NOT_MPNET}
-        | {"architectures": ["MPNetForMaskedLM"], "model_type": "mpnet", "relative_attention_num_buckets": 32},
-    ),
-    "gpt2": ("gpt2", GPT2),
-    "gpt2-medium": ("gpt2", GPT2 | {"n_special": 0, "predict_special_tokens": True}),
-    "distilgpt2": ("gpt2", GPT2 | {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}),
-    "Llama-2-7b": ("llama", LLAMA2),
-    "TinyLlama-1.1B": (
-        "llama",
-        LLAMA2 | {"attention_bias": False, "hidden_size": 2048, "num_key_value_heads": 4, "rope_theta": 10000.0},
-    ),
-    "Llama-3.2-1B": ("llama", LLAMA32),
-    "SmolLM2-135M": (
-        "llama",
-        LLAMA2
-        | {"is_llama_config": True, "rope_interleaved": False, "rope_theta": 100000, "attention_dropout": 0.0}
-        | {"transformers.js_config": {"dtype": "q4"}},
-    ),
-    "vit-base-patch16-224": ("vit", VIT),
-    "Qwen3-0.6B": ("qwen3", QWEN3),
-    "Qwen2.5-0.5B": ("qwen2", QWEN25),
-    "gemma-3-1b-it": ("gemma3_text", GEMMA3),
-    "gemma-2-2b": ("gemma2", GEMMA2),
-    "Mistral-7B-v0.3": ("mistral", MISTRAL),
-    "Phi-4-mini-instruct": ("phi3", PHI4),
-    "SmolLM3-3B": ("smollm3", SMOLLM3),
-    "OLMo-2-0425-1B": ("olmo2", OLMO2),
-    "ModernBERT-base": ("modernbert", MODERNBERT),
-}  # fmt: skip
+from tests.helpers.published import PUBLISHED
 
 
 @pytest.mark.parametrize(
@@ -235,6 +51,7 @@ def test_published_configurations_are_read(name: str) -> None:
     family, content = PUBLISHED[name]
     config, _ = config_from_hf(family, content, Path())
     assert config.hidden_size == content.get("hidden_size", 768)
+    assert content.get("projection_dim") == getattr(config, "projection_dim", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +79,7 @@ SU: dict[str, Any] = {"type": "su", "long_factor": [1.0] * 48}
         ),
         ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "(as Mamba or DeltaNet), which is not supported"),
         ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "an encoder with a decoder"),
-        ({"architectures": ["ResNetForImageClassification"]}, "is not known; known are BertForSequenceClassification"),
+        ({"architectures": ["ResNetForImageClassification"]}, "is not known; there are those of bert, "),
     ],
 )
 def test_kinds_of_models_that_are_not_supported(content: dict[str, Any], expected: str) -> None:

@@ -1,12 +1,15 @@
 """Preprocessing: the numbers of transformers' own Pillow processors, and errors that name file and field."""
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import re
 import zlib
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,6 +28,13 @@ VIT = {
     "resample": 2,
     "rescale_factor": 1 / 255,
     "size": {"height": 24, "width": 32},
+}
+CLIP = VIT | {
+    "image_processor_type": "CLIPImageProcessor",
+    "resample": 3,
+    "size": {"shortest_edge": 25},
+    "do_center_crop": True,
+    "crop_size": {"height": 24, "width": 20},
 }
 DEIT = VIT | {
     "image_processor_type": "DeiTImageProcessor",
@@ -58,10 +68,9 @@ def png(image: Image.Image) -> bytes:
 
 def reference(config: dict, images: list[Image.Image]) -> np.ndarray:
     """What transformers computes, as NHWC."""
-    from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    kind = DeiTImageProcessorPil if config["image_processor_type"].startswith("DeiT") else ViTImageProcessorPil
+    family = config["image_processor_type"].removesuffix("ImageProcessor")
+    module = importlib.import_module(f"transformers.models.{family.lower()}.image_processing_pil_{family.lower()}")
+    kind = getattr(module, f"{family}ImageProcessorPil")
     values = {key: value for key, value in config.items() if key != "image_processor_type"}
     processed = kind(**values | {"do_convert_rgb": True})(images, return_tensors="np")["pixel_values"]
     return processed.transpose(0, 2, 3, 1)
@@ -71,6 +80,8 @@ def reference(config: dict, images: list[Image.Image]) -> np.ndarray:
     "config",
     [VIT, DEIT]
     + [VIT | {"resample": resample} for resample in (0, 1, 3, 4, 5)]
+    + [CLIP, CLIP | {"image_processor_type": "BitImageProcessor", "size": 24, "crop_size": 24}]
+    + [VIT | {"image_processor_type": "SiglipImageProcessor", "resample": 3}]
     + [VIT | {"do_normalize": False}, VIT | {"size": {"height": 40, "width": 50}, "do_resize": False}],
     ids=lambda c: f"{c['image_processor_type']}-{c['resample']}-{c['do_normalize']}-{c['do_resize']}",
 )
@@ -146,6 +157,26 @@ def test_round_trip_and_fields_without_meaning():
     assert processor.to_hf() == VIT | {"do_convert_rgb": True}
 
 
+def test_the_shorter_side_of_high_and_wide_pictures():
+    """And what CLIP's first files on the hub say; a strip would become too large."""
+    processor = ImageProcessor.from_hf({"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 20})
+    assert (processor.size, processor.crop_size, processor.resample) == (24, (20, 20), 3)
+    assert ImageProcessor.from_hf(processor.to_hf()) == processor
+    pictures = [Image.fromarray(noise(*sides)) for sides in ((31, 77), (77, 31), (24, 24), (20, 21))]
+    expected = reference(CLIP | {"size": {"shortest_edge": 24}, "crop_size": 20}, pictures)
+    same = dataclasses.replace(processor, image_mean=tuple(CLIP["image_mean"]), image_std=tuple(CLIP["image_std"]))
+    np.testing.assert_allclose(same(pictures), expected, rtol=0, atol=1e-6)
+    with pytest.raises(AstraError, match=r"an image is 1x200000 .* more than 89,478,485 pixels: cut it"):
+        processor([Image.new("L", (200_000, 1))])
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "CLIP", "Bit", "Siglip"])
+def test_defaults_are_those_of_transformers(family):
+    ours = ImageProcessor.from_hf({"image_processor_type": f"{family}ImageProcessor"})
+    theirs = getattr(transformers, f"{family}ImageProcessor")()
+    assert ours == ImageProcessor.from_hf(theirs.to_dict())
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -166,7 +197,8 @@ def test_round_trip_and_fields_without_meaning():
         ("do_pad", True),
         ("do_flip_channel_order", True),
         ("do_resize", "yes"),
-        ("image_processor_type", "CLIPImageProcessor"),
+        ("size", {"shortest_edge": 224, "longest_edge": 300}),
+        ("image_processor_type", "LevitImageProcessor"),
     ],
 )
 def test_error_names_file_and_field(field, value):

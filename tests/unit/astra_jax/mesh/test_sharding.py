@@ -1,5 +1,6 @@
 """How tokens are split over devices, and what is said when they cannot be."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -53,6 +54,26 @@ def test_a_single_class_token_is_in_use_on_shard_0_and_sent():
     assert tokens.sent.all()
     assert (shards.class_slots, shards.home_slots, shards.sent_slots) == (1, 0, 3)
     assert shards.weights("class").tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+def test_several_class_tokens_are_all_as_one_is():
+    shards = Shards((2, 1), "distributed", class_count=3)
+    tokens = shards.tokens()
+    assert tokens.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert tokens.sent.tolist() == [[False] * 3 + [True] * 2] * 2
+    assert tokens.position.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 5]]
+    assert (shards.class_slots, shards.home_slots, shards.sent_slots) == (3, 3, 2)
+    assert shards.weights("class").tolist() == [[0.5, 0, 0, 0, 0]] * 2
+    assert shards.weights("second class").tolist() == [[0, 0.5, 0, 0, 0]] * 2
+    np.testing.assert_allclose(shards.weights("input"), np.array([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]) / 3)
+    single = dataclasses.replace(shards, class_token="single")
+    assert single == shards.without_replicas()
+    assert single.tokens().valid.tolist() == [[True] * 5, [False] * 3 + [True, False]]
+    assert single.tokens().sent.all() and single.sent_slots == 5
+    assert single.weights("second class").tolist() == [[0, 1, 0, 0, 0], [0] * 5]
+    ragged = dataclasses.replace(Shards.ragged(jnp.asarray([3]), 3, 2, "distributed"), class_count=3)
+    for ours, theirs in zip(ragged.tokens(), Shards((1, 2), "distributed", class_count=3).tokens(), strict=True):
+        np.testing.assert_array_equal(np.broadcast_to(ours, (1, 2, 5))[0], theirs)
 
 
 MOST = 20  # tokens of the longest sequence in a ragged batch

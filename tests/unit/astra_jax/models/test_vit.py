@@ -27,7 +27,10 @@ from astra_jax.strategies.base import Single
         ({"num_hidden_layers": "12"}, "num_hidden_layers is '12'; it must be a whole number"),
         ({"num_attention_heads": 7}, "hidden_size 768 is not a multiple of num_attention_heads 7"),
         ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16"),
-        ({"hidden_act": "swish"}, "hidden_act is 'swish'; known are gelu, gelu_new, gelu_pytorch_tanh, relu, silu"),
+        (
+            {"hidden_act": "swish"},
+            "hidden_act is 'swish'; known are gelu, gelu_new, gelu_pytorch_tanh, quick_gelu, relu, silu",
+        ),
     ],
 )
 def test_a_config_that_cannot_be(wrong, message):

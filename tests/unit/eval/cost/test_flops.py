@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from astra_jax.codecs.config import VQConfig
 from astra_jax.mesh.sharding import DATA, SEQ, Shards, make_mesh
 from astra_jax.models.mask import Block
-from astra_jax.models.vit import ViTBlock, ViTConfig
+from astra_jax.models.vision import PreNormBlock
+from astra_jax.models.vit import ViTConfig
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra
 from eval.cost.flops import flops
@@ -94,7 +95,7 @@ def test_one_device_counts():
 def block_flops(G, strategy, slots):
     """Of a ViT-Base block whose weights are shapes, for one sequence on this device."""
     astra = VQConfig(groups=G) if G else None
-    block = nnx.eval_shape(lambda: ViTBlock(ViTConfig(), astra, jnp.float32, nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: PreNormBlock(ViTConfig(), astra, jnp.float32, nnx.Rngs(0)))
     graphdef, state = nnx.split(block)
     return flops(lambda state, x: nnx.merge(graphdef, state)(x, strategy, (), Block(0))[0], state, shape(1, slots, 768))
 
