@@ -169,7 +169,7 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
         ({"weights": ".."}, "must be the name"),
         ({"weights": 7}, "must be the name"),
         ({"weights": "weights-0007"}, "weights are missing"),
-        ({"family": "resnet"}, "known are bert, gpt2, llama, vit"),
+        ({"family": "resnet"}, "known are bert, clip_vision_model"),
         ({"labels": "cat"}, "labels is missing or of the wrong type"),
         ({"labels": ["cat", "dog"]}, "labels are no names of the 3 classes"),
         ({"labels": ["cat", "dog", None]}, "labels are no names of the 3 classes"),
