@@ -39,6 +39,7 @@ from astra_jax.report import Report, progress
 from astra_jax.strategies.base import Single
 from astra_jax.strategies.coded import Astra
 from checkpoints import Checkpoint
+from checkpoints.tensor_maps import embeds
 from eval.datasets.account import Tell, telling
 from eval.datasets.labelled import DataArgs
 from eval.datasets.labels import model_classes
@@ -359,5 +360,6 @@ def main(args: Args) -> None:
     checkpoint = dataclasses.replace(checkpoint, history=(*checkpoint.history, provenance))
     checkpoints.save(args.out, checkpoint)
     report.say(f"wrote {args.out}", out=str(args.out))
-    report.say(f"next: astra finetune {args.out} {args.out}-finetuned --data {args.data}")
+    verb = f"eval {args.out}" if embeds(checkpoint.config) else f"finetune {args.out} {args.out}-finetuned"
+    report.say(f"next: astra {verb} --data {args.data}")
     report.close()

@@ -75,7 +75,7 @@ def test_drops_of_other_metrics():
         ('{"verb": "eval", "rows": []}', "no row says what the original reaches"),
         (
             '{"verb": "eval", "rows": [{"N": 1, "G": null}]}',
-            "row 1 has no column 'perplexity or accuracy % or Spearman'",
+            "row 1 has no column 'perplexity or accuracy % or Spearman or k-NN accuracy %'",
         ),
         ('{"verb": "eval", "rows": [{"N": 1, "accuracy %": 3}]}', "row 1 has no column 'G'"),
         ('{"verb": "eval", "rows": [{"N": 4, "G": 1, "accuracy %": 3}]}', "no row says what the original reaches"),
