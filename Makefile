@@ -1,22 +1,25 @@
-# make demo | docs | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv.
+# make demo | docs | models | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv.
 # PYTHON=python3.12 picks another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo docs paper results lab bench accelerators test test-all multidevice fuzz lint venv clean
+.PHONY: demo docs paper models results lab bench accelerators test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	@$(BIN)/python -m train.recipes.digits
 
-# The pages whose numbers take minutes: docs/paper.md and docs/results.md. `make lab` and `make bench` take half an hour each, and
+# The pages whose numbers take minutes: docs/paper.md, docs/models.md and docs/results.md. `make lab` and `make bench` take half an hour each, and
 # docs/accuracy-per-bit.md hours, by the commands that it names.
-docs: paper results
+docs: paper models results
 
 paper: .venv/installed
 	@$(BIN)/python -m eval.reports.paper --markdown docs/paper.md
+
+models: .venv/installed
+	@$(BIN)/python -m eval.reports.models --markdown docs/models.md
 
 results: demo
 	@$(BIN)/python -m eval.reports.results --markdown docs/results.md

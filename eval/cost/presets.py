@@ -3,6 +3,7 @@
 from typing import Any
 
 from astra_jax.models.bert import BertConfig
+from astra_jax.models.dinov2 import Dinov2Config
 from astra_jax.models.gemma import Gemma3TextConfig
 from astra_jax.models.gpt2 import GPT2Config
 from astra_jax.models.llama import LlamaConfig
@@ -10,7 +11,9 @@ from astra_jax.models.mistral import MistralConfig
 from astra_jax.models.modernbert import ModernBertConfig
 from astra_jax.models.phi3 import Phi3Config
 from astra_jax.models.qwen import Qwen3Config
+from astra_jax.models.roberta import XLMRobertaConfig
 from astra_jax.models.rotary import Rotary
+from astra_jax.models.siglip import SiglipVisionConfig
 from astra_jax.models.smollm3 import SmolLM3Config
 from astra_jax.models.vit import ViTConfig
 
@@ -129,5 +132,13 @@ PRESETS: dict[str, tuple[str, Any]] = {
     "llama-s": ("llama", LLAMA_S),
     "llama-3-8b": ("llama", LLAMA_3_8B),
     **DECODERS,
+    "xlm-r-base": (
+        "xlm-roberta",
+        XLMRobertaConfig(
+            vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pooling="class"
+        ),
+    ),
     "modernbert-base": ("modernbert", ModernBertConfig()),
+    "dinov2-base": ("dinov2", Dinov2Config(image_size=518)),
+    "siglip-base": ("siglip_vision_model", SiglipVisionConfig()),
 }

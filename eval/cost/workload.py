@@ -205,11 +205,13 @@ def open_workload(name: str, tokens: int | None, site: Site | None, dtype: Any) 
             )
         config = config if path else dataclasses.replace(config, image_size=side * config.patch_size)
     else:
-        class_slots = build(family, config).shards(1).class_slots
+        model = build(family, config)
+        class_slots = model.shards(1).class_slots
         limit = most_tokens(config) - class_slots
-        if path is None and family == "bert":  # a known architecture is stretched as ViT is: its positions are a table
-            limit = max(limit, tokens or TOKENS)
-            config = dataclasses.replace(config, max_position_embeddings=limit + class_slots)
+        if path is None and not model.per_token and limit < (tokens or TOKENS):  # an encoder is stretched as ViT is
+            more = (tokens or TOKENS) - limit
+            limit += more
+            config = dataclasses.replace(config, max_position_embeddings=config.max_position_embeddings + more)
         T = tokens or min(TOKENS, limit)
         if limit < T:
             raise AstraError(f"--tokens is {T}; {name} takes at most {limit}: use fewer")

@@ -99,11 +99,17 @@ def test_a_known_architecture_takes_1024_tokens(name):
         ("mistral-7b", 7.248e9),
         ("phi-4-mini", 3.836e9),
         ("smollm3-3b", 3.075e9),
+        ("xlm-r-base", 278e6),
+        ("modernbert-base", 149e6),
+        ("dinov2-base", 86.6e6),
+        ("siglip-base", 92.9e6),
     ],
 )
 def test_a_known_architecture_has_the_published_size(name, parameters):
     """At the length for which each was published; ViTs with 1,000 classes, BERT without its pooler's 0.6 million."""
-    tokens = {"vit": 196, "bert": 511}.get(PRESETS[name][0])
+    tokens = {"vit": 196, "bert": 511, "xlm-roberta": 511, "dinov2": 37**2, "siglip_vision_model": 196}.get(
+        PRESETS[name][0]
+    )
     params = nnx.state(opened(name, tokens).abstract(None), nnx.Param)
     assert sum(a.size for a in jax.tree.leaves(params)) == pytest.approx(parameters, rel=0.01)
 
