@@ -48,8 +48,8 @@ ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_
 # are called as a configuration's `THETAS` says.
 SLIDING_ROPE, SLIDING, FULL = "sliding_rope", "sliding_attention", "full_attention"
 ORIGINAL = "original_max_position_embeddings"
-# `finetuned` only says how a model was made.
-ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "finetuned")
+# `finetuned` only says how a model was made, and the length stands outside, too.
+ROPE_READ = (*(field.name for field in dataclasses.fields(Rotary)), "type", "finetuned", "max_position_embeddings")
 
 
 def architecture_in(hf_config: Mapping[str, Any], folder: Path) -> tuple[str, str]:
@@ -264,6 +264,8 @@ def _rotary(hf_config: Mapping[str, Any], default: Rotary, limit: int, where: Pa
     found = hf_config.get(field) or {}
     if not isinstance(found, dict):
         raise AstraError(f"{where}: {field} is {found!r}; it must be an object")
+    if not found and default.rope_type != "default":
+        return default
     values = {name: value for name, value in found.items() if value is not None}
     rope_type = values.setdefault("rope_type", values.get("type", "default"))
     if rope_type == "su":  # its first name

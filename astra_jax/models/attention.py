@@ -305,6 +305,7 @@ class MixedPrecisionAttention(nnx.Module):
         remote, estimate, report = strategy.exchange(self.codec, sent, estimate, block)
         position = strategy.tokens().position if self.rotary else None
         q = self.rotate(self.normed(self.q(y), self.q_norm), position, block)
+        q = self.rotary.of_query(q, position) if self.rotary else q
         k, v = self.rotate(self.normed(k, self.k_norm), position, block), self.heads(v)
         local = Source(k, v, strategy.local_mask(block))
         sources = [_biased(local, block, strategy, None), *strategy.cached(block)]

@@ -20,6 +20,7 @@ BOUNDS = {
     **dict.fromkeys(("beta_fast", "beta_slow"), (1e-6, 1e9)),
     **dict.fromkeys(("mscale", "mscale_all_dim"), (-1e-6, 1e9)),  # 0 is none
     "partial_rotary_factor": (0, 1),
+    "llama_4_scaling_beta": (-1e-6, 1e3),
     "original_max_position_embeddings": (-1, LARGEST),
 }
 
@@ -37,6 +38,8 @@ class Rotary:
       attention_factor: what YaRN and LongRoPE scale queries and keys with; None for their formulas.
       short_factor: of every pair, up to `original_max_position_embeddings` tokens.
       long_factor: of every pair in longer texts, which no model here takes.
+      llama_4_scaling_beta: queries grow with it by the logarithm of how many times `original_max_position_embeddings`
+        they are from the start (Ministral 3); None for none.
       partial_rotary_factor: which part of a head is turned, from its front; the rest has no positions.
 
     Raises:
@@ -58,6 +61,7 @@ class Rotary:
     partial_rotary_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    llama_4_scaling_beta: float | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -71,7 +75,8 @@ class Rotary:
                 )
         if not all(1e-6 < factor < 1e9 for factor in (*self.short_factor, *self.long_factor)):
             raise AstraError("config.json: a short_factor or long_factor of the rotary embedding is not above 0")
-        if self.rope_type in ("llama3", "longrope", "yarn") and self.original_max_position_embeddings < 1:
+        needs = self.rope_type in ("llama3", "longrope", "yarn") or self.llama_4_scaling_beta is not None
+        if needs and self.original_max_position_embeddings < 1:
             raise AstraError(f"config.json: rope_type {self.rope_type} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise AstraError(
@@ -141,12 +146,23 @@ class Rotary:
         """Turns every head of x by `position` [R] or [B,R]. The number of the block makes no difference."""
         return _turn(x, position, self.frequencies(x.shape[-1]), self.scale)
 
+    def of_query(self, x: Float[Array, "B S heads E"], position: Any) -> Float[Array, "B S heads E"]:
+        """Turned queries as longer texts need them."""
+        if self.llama_4_scaling_beta is None:
+            return x
+        times = jnp.floor(jnp.asarray(position) / self.original_max_position_embeddings)
+        return x * (1 + self.llama_4_scaling_beta * jnp.log1p(times))[..., None, None].astype(x.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class RotaryByBlock:
     """A rotary embedding for every block; None in it for one without positions."""
 
     blocks: tuple[Rotary | None, ...]
+
+    def of_query(self, x: Float[Array, "B S heads E"], position: Any) -> Float[Array, "B S heads E"]:
+        """Turned queries, as they are."""
+        return x
 
     def __call__(self, x: Float[Array, "B R heads E"], position: Any, number: Any) -> Float[Array, "B R heads E"]:
         """Turns every head of x as block `number` does, which may be traced."""

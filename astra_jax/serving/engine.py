@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from astra_jax.errors import AstraError
 from astra_jax.inputs import InputKind
 from astra_jax.inputs.images import ImageProcessor
-from astra_jax.inputs.token_batches import Text, bucket, longest, pad
+from astra_jax.inputs.token_batches import Text, bucket, longest, most_tokens, pad
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.serving.batch import NO_LIMIT, Batch
 from astra_jax.serving.cache import Memory
@@ -289,7 +289,7 @@ class Engine:
 
     def new_tokens(self, length: int, options: TextOptions) -> int:
         """For how many tokens a prompt of so many goes on, at most. Raises AstraError where the model takes fewer."""
-        room = self.checkpoint.config.max_position_embeddings + 1 - length
+        room = most_tokens(self.checkpoint.config) + 1 - length
         found = min(NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens
         self._generator.check(length, found)
         return int(found)

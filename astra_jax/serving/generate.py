@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from astra_jax.errors import AstraError
-from astra_jax.inputs.token_batches import Text
+from astra_jax.inputs.token_batches import Text, most_tokens
 from astra_jax.mesh.sharding import DATA, SEQ
 from astra_jax.models.interface import Kept
 from astra_jax.serving.cache import Cache, Decode
@@ -214,7 +214,7 @@ class Generator:
 
     def check(self, length: int, new_tokens: int) -> None:
         """Raises AstraError if a prompt and its new tokens together are longer than the model's limit."""
-        limit = self.model.config.max_position_embeddings
+        limit = most_tokens(self.model.config)
         if new_tokens < 1:
             raise AstraError(f"the number of new tokens is {new_tokens}; it must be at least 1")
         if length + new_tokens > limit + 1:  # the last token drawn is not read

@@ -26,10 +26,10 @@ REFUSED = object()  # what `attempt` returns where the parser said no
 tried: dict[str, Counter[str]] = defaultdict(Counter)  # parser -> how often it accepted and refused
 
 
-def fuzz(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of `MUTATIONS` examples, which are always the same ones."""
+def fuzz(test: Callable[..., None], share: int = 1) -> Callable[..., None]:
+    """A test of `MUTATIONS` examples, or of a share of them, which are always the same ones."""
     given = settings(
-        max_examples=MUTATIONS,
+        max_examples=max(1, MUTATIONS // share),
         deadline=None,
         derandomize=True,
         database=None,

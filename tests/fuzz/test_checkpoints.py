@@ -427,7 +427,7 @@ def parts(stored):
     return undamaged._replace(weights=here), model, read_parts(undamaged, model)
 
 
-@fuzz
+@partial(fuzz, share=3)  # each reads all parts
 @given(st.data())
 def test_parts(parts, data):
     """A file of one part of the weights is mutated, and sometimes is gone; the others are as they were."""

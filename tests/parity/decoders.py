@@ -17,11 +17,19 @@ BASE: dict[str, dict[str, Any]] = {
 }
 SMALL = BASE["llama"]
 WIDE = {**SMALL, "head_dim": 8}
+LLAMA4 = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 6,
+    "llama_4_scaling_beta": 0.5,
+}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 BASE |= {
     "qwen2": SMALL,
     "qwen3": WIDE,
     "mistral": SMALL,
+    "ministral3": WIDE | {"eos_token_id": None, "rope_parameters": LLAMA4},
     "smollm3": SMALL,
     "phi3": SMALL,
     "olmo2": SMALL,
@@ -75,6 +83,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, classes": ("Qwen3ForSequenceClassification", {"num_labels": 5, "pad_token_id": PAD}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 5}),
     "mistral, no window": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 12}),
+    "ministral3": ("Ministral3ForCausalLM", {"sliding_window": 9}),
+    "ministral3, classes": ("Ministral3ForSequenceClassification", {"num_labels": 5, "pad_token_id": PAD}),
     "mistral, classes": ("MistralForSequenceClassification", {"num_labels": 5, "pad_token_id": PAD}),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2, "pad_token_id": PAD}),
     "smollm3, windows": (
@@ -187,7 +197,7 @@ GEMMA_NORMS = {
 }
 ONE_TENSOR = ("attention.q", "attention.k", "attention.v")
 MODULES |= {
-    **dict.fromkeys(("qwen2", "qwen3", "mistral", "smollm3"), MODULES["llama"]),
+    **dict.fromkeys(("qwen2", "qwen3", "mistral", "ministral3", "smollm3"), MODULES["llama"]),
     "phi3": (BUILT_AS_LLAMA, {ours: theirs for ours, theirs in LLAMA_MODULES.items() if ours not in ONE_TENSOR}),
     "olmo2": (BUILT_AS_LLAMA, LLAMA_MODULES | OTHER_NORMS),
     **dict.fromkeys(("gemma2", "gemma3_text"), (BUILT_AS_LLAMA, LLAMA_MODULES | GEMMA_NORMS)),

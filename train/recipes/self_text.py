@@ -19,7 +19,7 @@ from astra_jax.cli.arguments import parse
 from astra_jax.cli.main import guarded
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
-from astra_jax.inputs.token_batches import pad
+from astra_jax.inputs.token_batches import most_tokens, pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.report import progress, say
 from astra_jax.serving.batch import tokens
@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     begin = tokenizer.encode("") or list(checkpoint.eos_ids[:1])
     if not begin:
         raise AstraError(f"{args.checkpoint}: its tokenizer has no begin-of-text token to start from")
-    limit = checkpoint.config.max_position_embeddings
+    limit = most_tokens(checkpoint.config)
     generator = Generator(checkpoint.model, make_mesh(1))
     prompts = pad([begin] * args.batch_size, limit)
     texts: list[str] = []

@@ -269,7 +269,7 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("class_token", "predictor"), [("distributed", "mlp"), ("single", "linear")])
+@pytest.mark.parametrize(("class_token", "predictor"), [("distributed", "mlp")])
 def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_token, predictor):
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{n}" for n in rng.integers(0, 40, rng.integers(3, 30))) for _ in range(48)]
