@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import typing
+from functools import partial
 
 import numpy as np
 import pytest
