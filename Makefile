@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: demo docs paper models results lab bench accelerators test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:

@@ -46,12 +46,10 @@ FAST_PICTURES = [
     ("dinov2 classifier", 3, KV, DISTRIBUTED),
     ("siglip", 3, HIDDEN, SINGLE),
 ]
-# Every model meets every number of devices with both class tokens, and both sites.
+# Every model meets every number of devices, both class tokens, and both sites.
 EVERY_PICTURE = [
-    (name, N, (HIDDEN, KV)[(N + kind) % 2], class_token)
-    for name, N, (kind, class_token) in itertools.product(
-        PICTURE_MODELS, (1, 2, 3, 4, 8), enumerate((DISTRIBUTED, SINGLE))
-    )
+    (name, N, (HIDDEN, KV)[n % 2], (DISTRIBUTED, SINGLE)[(n + m) % 2])
+    for (n, name), (m, N) in itertools.product(enumerate(PICTURE_MODELS), enumerate((1, 2, 3, 4, 8)))
 ]
 ALL_PICTURES = list(dict.fromkeys(FAST_PICTURES + EVERY_PICTURE))
 

@@ -17,8 +17,7 @@ HOSTS = 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_the_second_start_of_hosts_compiles_nothing(tiny_vit, tmp_path, monkeypatch, shared):
+def test_the_second_start_of_hosts_compiles_nothing(tiny_vit, tmp_path, monkeypatch):
     for name in [name for name in os.environ if "CACHE" in name]:
         monkeypatch.delenv(name)
     for name in ("JAX_EXPLAIN_CACHE_MISSES", "JAX_LOG_COMPILES"):
@@ -35,7 +34,7 @@ def test_the_second_start_of_hosts_compiles_nothing(tiny_vit, tmp_path, monkeypa
         astra = [ASTRA, "run", str(tmp_path / "vit")]
         options = ["--image", str(tmp_path / "x.png"), "--json", str(tmp_path / "answer.json")]
         several = ["--coordinator", f"127.0.0.1:{free_port()}", "--hosts", str(HOSTS), "--host"]
-        homes = [f"XDG_CACHE_HOME={tmp_path / ('home' if shared else f'home-{host}')}" for host in range(HOSTS)]
+        homes = [f"XDG_CACHE_HOME={tmp_path / f'home-{host}'}" for host in range(HOSTS)]
         ended = together([["env", home, *astra, *options, *several, str(host)] for host, home in enumerate(homes)])
         for host in ended:
             assert host.returncode == 0, host.stderr

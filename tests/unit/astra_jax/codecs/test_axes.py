@@ -21,7 +21,6 @@ from train.calibrate import axis_variances, choose, distance, head_input
 from train.fit_codecs import fit, key_value_metric
 from train.kmeans import kmeans
 
-RNG = np.random.default_rng(0)
 WIDTHS = (1, 2, 4)
 
 
@@ -32,7 +31,7 @@ def skewed(M=2000, W=8, seed=0):
 
 
 def random_metric(W=8, rank=8):
-    a = RNG.normal(size=(W, rank))
+    a = np.random.default_rng(1).normal(size=(W, rank))
     return a @ a.T
 
 
@@ -66,7 +65,7 @@ def test_all_axes_give_the_vector_back_and_the_first_ones_the_best_linear_estima
 def test_the_metric_is_the_error_of_keys_and_values(tiny_llama, site):
     attention = block_at(tiny_llama(VQConfig(groups=2, codewords=16, site=site)).blocks, 0).attention
     metric = key_value_metric(attention)
-    e = RNG.normal(size=len(metric)).astype(np.float32)
+    e = np.random.default_rng(2).normal(size=len(metric)).astype(np.float32)
     key_value = [e] if site == "kv" else [e @ layer.kernel[...] for layer in (attention.k, attention.v)]
     np.testing.assert_allclose(e @ metric @ e, sum(float((x**2).sum()) for x in key_value), rtol=1e-5)
 
@@ -106,7 +105,7 @@ def test_codewords_spread_as_far_as_their_bits_say(variance, bits):
 
 def test_few_bits_for_many_axes():
     """K-means that starts from vectors as they are finds codewords that serve one vector each."""
-    y = jnp.asarray(RNG.normal(size=(2048, 1, 64)).astype(np.float32))
+    y = jnp.asarray(np.random.default_rng(3).normal(size=(2048, 1, 64)).astype(np.float32))
     shrink = jnp.asarray(codeword_spread(np.asarray(y[:, 0].var(0)), 7)[None], jnp.float32)
     as_they_are, shrunk = (kmeans(y, 128, 12, jax.random.key(0), by) for by in (None, shrink))
     assert int((as_they_are.count <= 1).sum()) > 40 and int((shrunk.count <= 1).sum()) < 20

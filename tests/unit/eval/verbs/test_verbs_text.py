@@ -178,7 +178,7 @@ def test_a_sentence_encoder(place, capsys):
     assert main(["run", str(place / "e-codes"), "--prompt", "w1"]) == 2
     assert "two or more texts" in capsys.readouterr().err
     assert main(["finetune", str(place / "e-codes"), str(place / "e-tuned"), *map(str, data)]) == 2
-    assert "without a classifier" in capsys.readouterr().err
+    assert "has no classifier, so there is no loss for it" in capsys.readouterr().err
 
 
 BAD = {
