@@ -63,7 +63,7 @@ class Peers:
     def shift(self, x: Shaped[Array, "*shape"], by: int) -> Shaped[Array, "*shape"]:
         """[...] -> [...]: what the device `by` places before has; zeros where there is none (a collective-permute)."""
         pairs = [(n, n + by) for n in range(self.N) if 0 <= n + by < self.N]
-        return jax.lax.ppermute(x, self.axis, pairs)
+        return _of_bits(jax.lax.ppermute(_bits(x), self.axis, pairs), x.dtype)
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """[...] -> [...]: the sum over the devices, on every device (an all-reduce)."""

@@ -6,7 +6,7 @@ of one. ASTRA is in `coded.py`, what it is compared with in `rivals.py`.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from astra_jax.models import mask
 from astra_jax.models.attention import Partial, attend, merge
 from astra_jax.models.blocks import run_stack
 from astra_jax.models.interface import Content, Exchanged, Remote, Report, Source, Step, TokenIds
-from astra_jax.models.mask import Block
+from astra_jax.models.mask import Block, Windows
 from astra_jax.strategies.transport import Mesh, Transport
 
 
@@ -42,6 +42,13 @@ class Message(NamedTuple):
     times: int
     in_blocks: bool = True
     sometimes: bool = False
+
+
+class Way(NamedTuple):
+    """How blocks exchange: those with one of these windows; see `mask.hops`."""
+
+    windows: tuple[int | None, ...]
+    hops: tuple[mask.Hop, ...] | None
 
 
 class Whole:
@@ -211,6 +218,56 @@ class SplitTokens(Sharded):
         shard = self.tokens().shard
         here = jnp.asarray(shard[:, None] == shard[None, :])
         return here if found is None else found & here
+
+    def ways(self, windows: Windows | None, everything: bool) -> list[Way]:
+        """The different ways in which the blocks of a stack with these windows exchange; one where `everything` goes
+        to all."""
+        if windows is None or everything:
+            return [Way((), None)]
+        found = {window: mask.hops(self.shards, window) for window in dict.fromkeys(windows)}
+        whole = tuple(window for window, hops in found.items() if hops is None)
+        some = [Way((window,), hops) for window, hops in found.items() if hops is not None]
+        return [*some, Way(whole, None)] if whole else some
+
+    def in_reach(
+        self, block: Block, send: Callable[..., Shaped[Array, "N B S F"]], everything: bool = False
+    ) -> Shaped[Array, "N B S F"]:
+        """What every shard has, or in a block with a window what of it attention can see.
+
+        Args:
+          send: `Transport.hear` of it, but for the hops.
+        """
+        ways = self.ways(block.windows, everything)
+        if len(ways) == 1 or not self.transport.on_devices:
+            return send(hops=ways[0].hops)
+
+        def one(way: Way) -> Shaped[Array, "N B S F"]:
+            return self.transport.apart(send(hops=way.hops), way.hops is None)
+
+        of = {window: n for n, way in enumerate(ways) for window in way.windows}
+        which = jnp.asarray([of[window] for window in block.windows or ()])[block.number]
+        return jax.lax.switch(which, [partial(one, way) for way in ways])
+
+    def by_ways(
+        self, model: Any, bits: Callable[[int], int], counts: Sequence[bool], everything: bool = False
+    ) -> list[Message]:
+        """What `in_reach` sends.
+
+        Args:
+          bits: of so many slots.
+          counts: of every block whether it exchanges anything.
+        """
+        windows, found = model.blocks.attention.windows, []
+        ways = self.ways(windows, everything)
+        for way in ways:
+            mine = [len(ways) == 1 or window in way.windows for window in windows or [None] * len(counts)]
+            times = sum(map(all, zip(counts, mine, strict=True)))
+            one = partial(Message, times=times, sometimes=len(ways) > 1)
+            if times and way.hops is None:
+                found.append(one("all-gather", bits(self.shards.sent_slots)))
+            elif times and way.hops:
+                found += [one("collective-permute", bits(hop.slots.shape[-1])) for hop in way.hops]
+        return found
 
     def sent(self, x: Shaped[Array, "B slots *feature"]) -> Shaped[Array, "M B S *feature"]:
         """Of the slots that are here those that are sent, shard by shard."""

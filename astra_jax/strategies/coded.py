@@ -17,18 +17,11 @@ from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.mesh.sharding import Shards
 from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
-from astra_jax.models.mask import Block, Hop, Windows, hops
+from astra_jax.models.mask import Block
 from astra_jax.strategies.base import Message, SplitTokens
 from astra_jax.strategies.transport import Delivery, Virtual
 
 Lost = Literal["masked", "predicted"]
-
-
-class Way(NamedTuple):
-    """How blocks exchange codes: those with one of these windows; see `mask.hops`."""
-
-    windows: tuple[int | None, ...]
-    hops: tuple[Hop, ...] | None
 
 
 class Heard(NamedTuple):
@@ -94,18 +87,8 @@ class Astra(SplitTokens):
         if "known" in kinds:
             ids = self.shards.sent_slots * 8 * _id_dtype(numbers_of_tokens(model.config)).itemsize
             first = [Message("all-gather", ids, 1, in_blocks=False)]
-        windows = model.blocks.attention.windows
-        ways, codes = self.ways(codec, windows), []
-        for way in ways:
-            coded = sum(
-                kind == "coded" and (len(ways) == 1 or window in way.windows)
-                for kind, window in zip(kinds, windows or [None] * len(kinds), strict=True)
-            )
-            one = partial(Message, times=coded, sometimes=len(ways) > 1)
-            if coded and way.hops is None:
-                codes.append(one("all-gather", codec.wire_bits(self.shards.sent_slots)))
-            elif coded and way.hops:
-                codes += [one("collective-permute", codec.wire_bits(hop.slots.shape[-1])) for hop in way.hops]
+        counts = [kind == "coded" for kind in kinds]
+        codes = self.by_ways(model, codec.wire_bits, counts, everything=bool(codec.remembers))
         return [*first, *codes, *self._pooled(model)]
 
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
@@ -134,29 +117,14 @@ class Astra(SplitTokens):
         return Exchanged(self.remote(content, block, self._there(codec, delivery)), estimate, report)
 
     def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
-        """The codes of all shards, or in a block with a window of those that attention can see."""
-        ways = self.ways(codec, block.windows)
-        if len(ways) == 1 or not self.transport.on_devices:
-            return self.transport.deliver(codec, z, block, ways[0].hops)
-
-        def one(way: Way) -> UInt16[Array, "N B S G"]:
-            return self.transport.apart(self.transport.deliver(codec, z, block, way.hops).codes, way.hops is None)
-
-        of = {window: n for n, way in enumerate(ways) for window in way.windows}
-        which = jnp.asarray([of[window] for window in block.windows or ()])[block.number]
-        return Delivery(jax.lax.switch(which, [partial(one, way) for way in ways]))
-
-    def ways(self, codec: Quantizer, windows: Windows | None) -> list[Way]:
-        """The different ways in which the blocks of a stack with these windows exchange codes.
+        """The codes of all shards, or in a block with a window of those that attention can see.
 
         With a predictor all devices expect the same of a token, and so all hear of all.
         """
-        if windows is None or codec.remembers:
-            return [Way((), None)]
-        found = {window: hops(self.shards, window) for window in dict.fromkeys(windows)}
-        everything = tuple(window for window, some in found.items() if some is None)
-        some = [Way((window,), way) for window, way in found.items() if way is not None]
-        return [*some, Way(everything, None)] if everything else some
+        if not self.transport.on_devices:
+            return self.transport.deliver(codec, z, block)
+        send = partial(self.transport.hear, z, codec.pack, codec.unpack)
+        return Delivery(self.in_reach(block, send, everything=bool(codec.remembers)))
 
     def heard(
         self,

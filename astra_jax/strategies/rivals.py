@@ -29,20 +29,30 @@ from astra_jax.strategies.transport import Mesh
 class SequenceParallel(SplitTokens):
     """Voltage (ICDCS 2024): the devices gather the full-precision inputs of attention in every block. Exact.
 
-    As in ASTRA, every device projects all remote tokens to keys and values itself. The class token, where there is
-    one, is a token of the first shard.
+    As in ASTRA, every device projects all remote tokens to keys and values itself, and in a block with a window tokens
+    go only where a query can see them. The class token, where there is one, is a token of the first shard.
+
+    Attributes:
+      everything: whether all goes to all, whatever the windows.
     """
+
+    everything: bool = False
 
     @classmethod
     def of(cls, model: Any, N: int, inputs: Any = None) -> "SequenceParallel":
         return cls(model.shards(N, inputs).without_replicas())
 
     def messages(self, model: Any) -> list[Message]:
-        bits = self.shards.sent_slots * hidden_bits(model)
-        return [Message("all-gather", bits, model.config.num_hidden_layers), *self._pooled(model)]
+        every = [True] * model.config.num_hidden_layers
+        return [
+            *self.by_ways(model, lambda slots: slots * hidden_bits(model), every, self.everything),
+            *self._pooled(model),
+        ]
 
     def exchange(self, codec: Quantizer | None, y: Float[Array, "B S D"], estimate: Any, block: Block) -> Exchanged:
-        remote = self.remote(Inputs(self.transport.gather(self.sent(y))), block)
+        remote = self.remote(
+            Inputs(self.in_reach(block, partial(self.transport.hear, self.sent(y)), self.everything)), block
+        )
         return Exchanged(remote, estimate, Report())
 
 
@@ -206,5 +216,7 @@ class BlockSequenceParallel(BlockParallel):
 
     def _whole_block(self, step: Step, x: Float[Array, "B NS part"], remote: Any, xs: Any) -> Any:
         mine = self.peers.transpose(x, split=1, join=2)
-        (mine, remote), report = step(SequenceParallel(self.shards, Mesh(self.peers)), "coded", (mine, remote), xs)
+        (mine, remote), report = step(
+            SequenceParallel(self.shards, Mesh(self.peers), everything=True), "coded", (mine, remote), xs
+        )
         return (jnp.concatenate([*self.peers.gather(mine)], axis=1), remote), report

@@ -5,7 +5,7 @@ reference that every other way is tested against.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -54,17 +54,25 @@ class Transport(Protocol):
     def gather(self, x: Shaped[Array, "M *shape"]) -> Shaped[Array, "N *shape"]:
         """What every shard has."""
 
-    def deliver(
-        self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block, hops: Sequence[Hop] | None = None
-    ) -> Delivery:
-        """Sends the codes of the shards that are here, and receives those of all, or of whom attention can see.
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
+        """Sends the codes of the shards that are here, and receives those of all."""
+
+    def hear(
+        self,
+        x: Shaped[Array, "M B S F"],
+        pack: Callable[[Array], Array] | None = None,
+        unpack: Callable[[Array, int], Array] | None = None,
+        hops: Sequence[Hop] | None = None,
+    ) -> Shaped[Array, "N B S F"]:
+        """What every shard has, or 0 where no hop brings it.
 
         Args:
+          pack, unpack: what is sent of [B,S,F], and what S slots of it are again; None for as it is.
           hops: who sends what to whom; None where all send everything to all.
         """
 
-    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
-        """What arrived as something in which devices may differ; `alike` where they do not."""
+    def apart(self, x: Shaped[Array, "N B S F"], alike: bool) -> Shaped[Array, "N B S F"]:
+        """What was heard as something in which devices may differ; `alike` where they do not."""
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The sum over all devices of what each has."""
@@ -97,24 +105,31 @@ class Mesh:
     def gather(self, x: Shaped[Array, "1 *shape"]) -> Shaped[Array, "N *shape"]:
         return self.peers.gather(x[0])
 
-    def deliver(
-        self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block, hops: Sequence[Hop] | None = None
-    ) -> Delivery:
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block) -> Delivery:
+        return Delivery(self.hear(z, codec.pack, codec.unpack))
+
+    def hear(
+        self,
+        x: Shaped[Array, "1 B S F"],
+        pack: Callable[[Array], Array] | None = None,
+        unpack: Callable[[Array, int], Array] | None = None,
+        hops: Sequence[Hop] | None = None,
+    ) -> Shaped[Array, "N B S F"]:
+        pack, unpack = pack or (lambda x: x), unpack or (lambda x, _: x)
         if hops is None:
-            return Delivery(codec.unpack(self.peers.gather(codec.pack(z[0])), z.shape[2]))
-        N, (B, *_) = self.peers.N, z[0].shape
-        codes, me, rows = 0 * jnp.broadcast_to(z, (N, *z[0].shape)), self.peers.index(), jnp.arange(B)[:, None]
+            return unpack(self.peers.gather(pack(x[0])), x.shape[2])
+        N, (B, *_) = self.peers.N, x[0].shape
+        heard, me, rows = 0 * jnp.broadcast_to(x, (N, *x[0].shape)), self.peers.index(), jnp.arange(B)[:, None]
         for by, slots in hops:
             every = jnp.broadcast_to(jnp.asarray(slots), (B, *slots.shape[-2:]))
             mine, sender = jnp.take(every, me, axis=1), me - by
-            heard = self.peers.shift(codec.pack(z[0][rows, mine]), by)
+            said = unpack(self.peers.shift(pack(x[0][rows, mine]), by), slots.shape[-1])
             where = jnp.where(sender < 0, N, sender)  # nobody: dropped
-            theirs = jnp.take(every, sender, axis=1, mode="clip")
-            codes = codes.at[where, rows, theirs].set(codec.unpack(heard, slots.shape[-1]), mode="drop")
-        return Delivery(codes)
+            heard = heard.at[where, rows, jnp.take(every, sender, axis=1, mode="clip")].set(said, mode="drop")
+        return heard
 
-    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
-        return self.peers.apart(codes) if alike else codes
+    def apart(self, x: Shaped[Array, "N B S F"], alike: bool) -> Shaped[Array, "N B S F"]:
+        return self.peers.apart(x) if alike else x
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.peers.total(x)
@@ -165,16 +180,23 @@ class Virtual:
     def gather(self, x: Shaped[Array, "N *shape"]) -> Shaped[Array, "N *shape"]:
         return x
 
-    def deliver(
-        self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block, hops: Sequence[Hop] | None = None
-    ) -> Delivery:
+    def hear(
+        self,
+        x: Shaped[Array, "N B S F"],
+        pack: Callable[[Array], Array] | None = None,
+        unpack: Callable[[Array, int], Array] | None = None,
+        hops: Sequence[Hop] | None = None,
+    ) -> Shaped[Array, "N B S F"]:
+        return x
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block) -> Delivery:
         if self.arrived is None:
             return Delivery(z, self.groups)
         groups = codec.groups if self.groups is None else self.groups
         return Delivery(z, jnp.where(self.arrived[block.number], groups, 0))
 
-    def apart(self, codes: UInt16[Array, "N B S G"], alike: bool) -> UInt16[Array, "N B S G"]:
-        return codes
+    def apart(self, x: Shaped[Array, "N B S F"], alike: bool) -> Shaped[Array, "N B S F"]:
+        return x
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return x

@@ -111,6 +111,9 @@ def test_codes_go_where_a_query_can_see_them(random_text, windows):
     found = [(m.kind + ", sometimes" * m.sometimes, m.bits // (4 * 4)) for m in predicted]
     assert found == SENT[windows]
     assert all(m.times == (1 if m.sometimes else 2) for m in predicted)
+    if windows == (5, None):
+        sent = messages(model, 4, random_text(24), SequenceParallel.of)  # the same of embeddings
+        assert [m.bits // (16 * 32) for m in sent] == [slots for _, slots in SENT[windows]]
 
 
 def test_with_a_predictor_all_hear_all(random_text):
