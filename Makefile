@@ -39,10 +39,10 @@ accelerators: .venv/installed
 
 # Two processes share the files; tests of several hosts and of the lab run one by one in one of the two (tests/conftest.py).
 test: .venv/installed-test
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 test-all: test
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	@$(BIN)/python -m pytest -n 2 -m slow
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
 # make multidevice PYTHON=python3.13 JAX=0.12.0

@@ -85,12 +85,18 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"the tests need {DEVICES} CPU devices, JAX has {found}", returncode=1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Processes that share the tests take whole files, as tests of a file share what they load and compile. Tests of
     several hosts and of the lab are many processes each, with limits of time: one process takes them all."""
-    for item in items:
-        room, file = item.path.parent.name, str(item.path)
-        item.add_marker(pytest.mark.xdist_group("hosts" if room in ("multihost", "lab") else file))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "hosts" if Path(file).parent.name in ("multihost", "lab") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
