@@ -28,7 +28,6 @@ MODERN: dict[str, Any] = {
     "max_position_embeddings": 64,
     "pad_token_id": PAD,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    "initializer_range": 0.2,
 }
 BASE = {
     "modernbert": MODERN,
