@@ -37,7 +37,7 @@ accelerators: .venv/installed
 	  "$$($(BIN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
 	@PYTHONPATH=build/libtpu JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m train.recipes.accelerators --markdown docs/accelerators.md
 
-# Two processes share the files; tests of several hosts and of the lab run one by one in one of the two (tests/conftest.py).
+# Two processes share the files; tests of the lab run one by one in one of the two (tests/conftest.py).
 test: .venv/installed-test
 	@$(BIN)/python -m pytest -n 2
 

@@ -247,15 +247,21 @@ def _one_of_two(hf_config: Mapping[str, Any], sliding: bool, thetas: tuple[str, 
     Args:
       thetas: the fields of the bases of the others and of those, where they stand outside of `rope_parameters`.
     """
-    content = {name: value for name, value in hf_config.items() if name not in thetas}
-    both = hf_config.get("rope_parameters")
-    if isinstance(both, dict) and {FULL, SLIDING} & set(both):
-        refuse_unknown(both, (FULL, SLIDING), where, "rope_parameters are of two kinds of blocks here")
-        content = {name: value for name, value in content.items() if name not in ROPE_FIELDS}
-        return content | {"rope_parameters": both.get(SLIDING if sliding else FULL)}
+    content = {name: value for name, value in hf_config.items() if name not in (*thetas, "rope_theta")}
+    content["rope_theta"] = hf_config.get(thetas[sliding])
+    both, scaling = content.pop("rope_parameters", None), hf_config.get("rope_scaling")
+    if scaling and (both or thetas[0] != "rope_theta"):
+        raise AstraError(
+            f"{where}: has rope_scaling, which may be of either of two kinds of blocks: use rope_parameters"
+        )
     if sliding:  # as of old: without scaling
-        content = {name: value for name, value in content.items() if name not in ROPE_FIELDS}
-    return content | {"rope_theta": hf_config.get(thetas[sliding])}
+        content.pop("rope_scaling", None)
+    if not both:
+        return content
+    if not isinstance(both, dict) or not {FULL, SLIDING} & set(both):
+        raise AstraError(f"{where}: rope_parameters is {shorten(both)}; it must have {FULL} and {SLIDING}")
+    refuse_unknown(both, (FULL, SLIDING), where, "rope_parameters are of two kinds of blocks here")
+    return content | {"rope_parameters": both.get(SLIDING if sliding else FULL)}
 
 
 def _rotary(hf_config: Mapping[str, Any], default: Rotary, limit: int, where: Path) -> Rotary:

@@ -4,9 +4,9 @@
     astra convert ./my-finetuned-llama llama
 
 SOURCE is a folder with config.json and model.safetensors (or several such files and their index), or the id of a
-repository on the Hugging Face hub, which is downloaded (a download that was interrupted goes on where it stopped): a
-ViT, DeiT, DINOv2, CLIP or SigLIP (of the last two the encoder of pictures), GPT-2, Llama, BERT, RoBERTa, XLM-RoBERTa,
-DistilBERT, MPNet, or a sentence-transformers model that is one of the last five. OUT is a new folder: the checkpoint.
+repository on the Hugging Face hub, which is downloaded (a download that was interrupted goes on where it stopped). It
+may be a ViT or one of its relatives, a GPT-2, a Llama or what is built as one, a BERT or one of its relatives, also as
+a sentence-transformers model: docs/models.md has all classes. OUT is a new folder: the checkpoint.
 
 Every weight is checked: nothing may be left over, missing, of another shape, or not a number. The checkpoint computes
 what the original computes, keeps its number format, and has its tokenizer; codes come in with `astra calibrate`.

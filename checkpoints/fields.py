@@ -41,7 +41,7 @@ _DROPOUT = """
 # What a field may only be; where it says something else nothing here computes it. A family may have more.
 FIXED: dict[str, Any] = {"is_encoder_decoder": False, "add_cross_attention": False, "use_sliding_window": False}
 # What may be there, but hold nothing.
-EMPTY = ("pruned_heads", "per_layer_config", "cross_attention_hidden_size")
+EMPTY = ("pruned_heads", "per_layer_config", "cross_attention_hidden_size", "use_bidirectional_attention")
 
 
 def known_to_change_nothing(family: str) -> frozenset[str]:

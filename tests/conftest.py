@@ -87,14 +87,14 @@ def pytest_sessionstart() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Processes that share the tests take whole files, as tests of a file share what they load and compile. Tests of
-    several hosts and of the lab are many processes each, with limits of time: one process takes them all."""
+    """Processes that share the tests take whole files, as tests of a file share what they load and compile. There is
+    one lab at a time: one process takes all of its tests, lest the other one waits."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "hosts" if Path(file).parent.name in ("multihost", "lab") else file
+            return "lab" if Path(file).parent.name == "lab" else file
 
     return ByFile(config, log)
 

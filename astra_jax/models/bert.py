@@ -117,11 +117,6 @@ class Bert(nnx.Module):
         return (self.config.pooled,)
 
     @property
-    def relative_positions(self) -> Any:
-        """What all blocks add to scores (`Block.relative`): nothing."""
-        return None
-
-    @property
     def _reads_class(self) -> bool:
         return self.config.pooled == "class"
 
@@ -155,7 +150,7 @@ class Bert(nnx.Module):
         if self._reads_class:
             ids = strategy.prepend_class(tokens[:, :1, 1:], tokens[..., :1])[..., 0]
         x = self.embedded(ids, strategy.tokens().position)
-        x, reports = scan_blocks(self, x, strategy, ids, self.relative_positions)
+        x, reports = scan_blocks(self, x, strategy, ids)
         return strategy.pool(self.finished(x), *self.reads), reports
 
     def finished(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

@@ -157,19 +157,15 @@ def token_ids(model: Any, ids: Int[Array, "B S"] | None) -> TokenIds | None:
 
 
 def scan_blocks(
-    model: Any,
-    x: Float[Array, "B S D"],
-    strategy: Strategy,
-    ids: Int[Array, "B S"] | None = None,
-    relative: Any = None,
+    model: Any, x: Float[Array, "B S D"], strategy: Strategy, ids: Int[Array, "B S"] | None = None
 ) -> tuple[Float[Array, "B S D"], Report]:
     """Runs the stack of a model: x [B,S,D] -> x [B,S,D] and the reports, stacked on a leading axis L.
 
     Args:
+      model: may have `relative_positions`, which all of its blocks add to scores (`Block.relative`).
       ids: of a text, those of the slots that are here.
-      relative: what all blocks add to scores (`Block.relative`).
     """
-    blocks = model.blocks
+    blocks, relative = model.blocks, getattr(model, "relative_positions", None)
     graphdef, state = nnx.split(blocks)
     codec, L = blocks.attention.codec, length(state)
     estimate = strategy.start(codec, x, token_ids(model, ids) if strategy.coded else None)

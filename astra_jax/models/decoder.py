@@ -17,7 +17,7 @@ from astra_jax.mesh.sharding import Reading, Shards
 from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import check_activation, check_choice, check_divides, check_numbers
 from astra_jax.models.mask import Windows
-from astra_jax.models.rotary import Rotary, RotaryByBlock
+from astra_jax.models.rotary import Rotary, RotaryByBlock, check_rotary
 
 Task = Literal["causal-lm", "classification"]
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -41,7 +41,7 @@ class DecoderConfig:
     """
 
     input_kind: ClassVar[InputKind] = "text"
-    ROTATES_PARTS: ClassVar[bool] = False  # whether `partial_rotary_factor` counts
+    ROTARY: ClassVar[tuple[str, ...]] = ("longrope",)  # what the rotary embedding may have (`check_rotary`)
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -65,12 +65,7 @@ class DecoderConfig:
         if self.num_key_value_heads is not None:
             check_divides(self, "num_attention_heads", "num_key_value_heads")
         check_activation(*self.activation)
-        if self.E % 2:
-            raise AstraError(f"config.json: heads are {self.E} wide; rotary embeddings need an even width")
-        part = self.rope_parameters.partial_rotary_factor
-        if part != 1 and not self.ROTATES_PARTS:
-            raise AstraError(f"config.json: partial_rotary_factor is {part!r}; only 1 is supported: whole heads rotate")
-        self.rope_parameters.frequencies(self.E)  # raises where its numbers do not fit heads of this width
+        check_rotary(self.rope_parameters, self.E, self.ROTARY)
 
     @property
     def J(self) -> int:

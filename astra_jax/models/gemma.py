@@ -6,7 +6,7 @@ base where there is no window."""
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +20,7 @@ from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import GatedMLP, GemmaNorm
 from astra_jax.models.llama import Llama
 from astra_jax.models.mask import Block, Windows
-from astra_jax.models.rotary import Rotary, RotaryByBlock, by_block
+from astra_jax.models.rotary import Rotary, RotaryByBlock, by_block, check_rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,6 @@ class Gemma2Config(DecoderConfig):
     Raises:
       AstraError: a value does not fit the others; the message names value, range and fix.
     """
-
-    FIXED: ClassVar[dict[str, Any]] = {"use_bidirectional_attention": None}
 
     vocab_size: int = 256000
     hidden_size: int = 2304
@@ -90,7 +88,7 @@ class Gemma3TextConfig(Gemma2Config):
       sliding_window_pattern: without `layer_types`, every so many blocks one has no window.
     """
 
-    FIXED: ClassVar[dict[str, Any]] = {"use_bidirectional_attention": False}
+    ROTARY = ()
     THETAS = ("rope_theta", "rope_local_base_freq")  # of blocks without a window and with one, in older files
 
     vocab_size: int = 262_208
@@ -103,6 +101,7 @@ class Gemma3TextConfig(Gemma2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_rotary(self.sliding_rope, self.E)
         if self.attn_logit_softcapping is not None:
             raise AstraError("config.json: attn_logit_softcapping must be null: transformers has none in Gemma 3")
 

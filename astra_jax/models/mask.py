@@ -17,7 +17,7 @@ class Block(NamedTuple):
       number: its place, 0..L-1; may be traced.
       kind: what devices know of each other's tokens in it (`AstraConfig.schedule`).
       windows: of every block of the stack, how far a query sees: tokens that are fewer places away. None for all.
-      relative: what scores get by places (`relative.RelativePositions`); None for nothing.
+      relative: what scores get by places (`mpnet.RelativePositions`); None for nothing.
     """
 
     number: Any

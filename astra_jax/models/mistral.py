@@ -28,6 +28,8 @@ class MistralConfig(DecoderConfig):
 class Ministral3Config(MistralConfig):
     """The numbers of a Ministral 3 under the names of Hugging Face's `Ministral3Config`."""
 
+    ROTARY = ("longrope", "llama_4_scaling_beta")
+
     vocab_size: int = 131072
     num_hidden_layers: int = 34
     head_dim: int | None = 128

@@ -21,7 +21,7 @@ from astra_jax.models.encoder import EncoderConfig, MaskedLMHead
 from astra_jax.models.interface import Report, Strategy
 from astra_jax.models.layers import ACTIVATIONS, GatedMLP, LayerNorm, check_activation, check_choice, check_divides
 from astra_jax.models.mask import Block, Windows
-from astra_jax.models.rotary import Rotary, RotaryByBlock, by_block
+from astra_jax.models.rotary import Rotary, RotaryByBlock, by_block, check_rotary
 
 ClassifierPooling = Literal["cls", "mean"]
 
@@ -70,6 +70,8 @@ class ModernBertConfig(EncoderConfig):
         check_activation("classifier_activation", self.classifier_activation)
         check_choice(self, "classifier_pooling", ClassifierPooling)
         check_layer_types(self, self.layer_types)
+        for rotary in (self.rope_parameters, self.sliding_rope):
+            check_rotary(rotary, self.hidden_size // self.num_attention_heads)
 
     @property
     def head_activation(self) -> str:  # type: ignore[override]  # of other families it is always the same

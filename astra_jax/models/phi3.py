@@ -22,7 +22,7 @@ class Phi3Config(DecoderConfig):
         **dict.fromkeys(("attention_bias", "mlp_bias", "lm_head_bias"), False),
         **dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
     }
-    ROTATES_PARTS = True
+    ROTARY = ("longrope", "partial_rotary_factor")
 
     vocab_size: int = 32064
     hidden_size: int = 3072

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ class RotaryByBlock:
     blocks: tuple[Rotary | None, ...]
 
     def of_query(self, x: Float[Array, "B S heads E"], position: Any) -> Float[Array, "B S heads E"]:
-        """Turned queries, as they are."""
+        """Turned queries, as they are: no family with several rotary embeddings has it otherwise."""
         return x
 
     def __call__(self, x: Float[Array, "B R heads E"], position: Any, number: Any) -> Float[Array, "B R heads E"]:
@@ -181,6 +182,26 @@ def _turn(x: Float[Array, "B R heads E"], position: Any, frequencies: Any, scale
     first, second = jnp.split(front.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
+
+
+def check_rotary(rotary: Rotary, E: int, allowed: Collection[str] = ()) -> None:
+    """Raises AstraError where a rotary embedding does not fit heads of width E, or has what a family does not compute.
+
+    Args:
+      allowed: what of `partial_rotary_factor`, `longrope` and `llama_4_scaling_beta` the family computes.
+    """
+    if E % 2:
+        raise AstraError(f"config.json: heads are {E} wide; rotary embeddings need an even width")
+    part = rotary.partial_rotary_factor
+    if part != 1 and "partial_rotary_factor" not in allowed:
+        raise AstraError(
+            f"config.json: partial_rotary_factor is {part!r}; only 1 is supported: whole heads are rotated"
+        )
+    if rotary.rope_type == "longrope" and "longrope" not in allowed:
+        raise AstraError("config.json: rope_type longrope is not supported in this family")
+    if rotary.llama_4_scaling_beta is not None and "llama_4_scaling_beta" not in allowed:
+        raise AstraError("config.json: llama_4_scaling_beta is of Ministral 3 alone: remove it")
+    rotary.frequencies(E)  # raises where its numbers do not fit heads of this width
 
 
 def by_block(blocks: tuple[Rotary | None, ...]) -> Rotary | RotaryByBlock | None:

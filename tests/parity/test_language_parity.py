@@ -25,7 +25,7 @@ from astra_jax.inputs.token_batches import Text, longest, pad
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.blocks import block_at
 from astra_jax.models.mask import Block
-from astra_jax.models.relative import bucket
+from astra_jax.models.mpnet import bucket
 from astra_jax.serving import batch as batches
 from astra_jax.serving.generate import Generator
 from astra_jax.strategies.base import Single

@@ -65,6 +65,8 @@ def test_what_transformers_writes_of_a_default_configuration_is_read(family: str
             assert {name: getattr(config, name) for name in said} == {name: getattr(plain, name) for name in said}
 
 
+BETA = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}
+HALF = {"partial_rotary_factor": 0.5}
 SU: dict[str, Any] = {"type": "su", "long_factor": [1.0] * 48}
 
 
@@ -105,7 +107,27 @@ def test_kinds_of_models_that_are_not_supported(content: dict[str, Any], expecte
         ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be a whole number of at least 1"),
         ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is (1, 2); it must be 0 or 1 for each of 36 blocks"),
         ("gemma2", {"final_logit_softcapping": -1.0}, "a bound of scores or logits is -1.0; it must be above 0"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True; only None"),
+        (
+            "gemma2",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention is True, which is not supported",
+        ),
+        ("llama", {"rope_parameters": BETA}, "llama_4_scaling_beta is of Ministral 3 alone"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": BETA}},
+            "llama_4_scaling_beta is of Ministral 3 alone",
+        ),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": HALF}}, "partial_rotary_factor is 0.5; only 1"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "it must have full_attention and sliding_attention"),
+        (
+            "gemma3_text",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"full_attention": {}}},
+            "has rope_scaling, which may be of either",
+        ),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "has rope_scaling, which may be of"),
+        ("modernbert", {"rope_parameters": {"full_attention": HALF}}, "partial_rotary_factor is 0.5; only 1"),
+        ("modernbert", {"rope_parameters": {"full_attention": SU | {"short_factor": [1.0] * 32}}}, "longrope is not"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be null"),
         ("gemma3_text", {"rope_parameters": {"full_attention": {}, "other": {"a": 1}}}, "has other {'a': 1}"),
     ],
@@ -126,6 +148,8 @@ def test_a_gemma_3_of_old_has_two_bases_and_a_pattern() -> None:
     assert config.windows == (*[512] * 5, None, 512)
     assert (config.rope_parameters.rope_theta, config.sliding_rope.rope_theta) == (1e6, 1e4)
     assert [rotary.rope_theta for rotary in config.rotary.blocks] == [*[1e4] * 5, 1e6, 1e4]
+    outside = {"rope_theta": 7.0, "rope_parameters": {"full_attention": {"rope_type": "default"}}}
+    assert config_from_hf("gemma3_text", outside, Path())[0].rope_parameters.rope_theta == 7.0
     scaled = content | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     config = config_from_hf("gemma3_text", scaled, Path())[0]
     assert (config.rope_parameters.factor, config.sliding_rope.factor) == (8.0, 1.0)
