@@ -18,16 +18,19 @@ from eval.network.lab import Cgroups, Lab
 from eval.verbs.lab import Args, main
 from tests.helpers import ROOT
 
+# Hosts have one clock: the first bytes say when the sender began. A receiver that the machine wakes late begins late.
 SEND = """
-import socket, sys
+import socket, struct, sys, time
 with socket.create_connection((sys.argv[1], 9000)) as link:
-    link.sendall(bytes(int(sys.argv[2])))
+    link.sendall(struct.pack("d", time.monotonic()) + bytes(int(sys.argv[2]) - 8))
 """
 RECEIVE = """
-import socket, sys, time
+import socket, struct, sys, time
 server = socket.create_server(("", 9000))
 print("ready", flush=True)
-links, got, begun = [server.accept()[0] for _ in range(int(sys.argv[1]))], 0, time.monotonic()
+links = [server.accept()[0] for _ in range(int(sys.argv[1]))]
+begun = min(struct.unpack("d", link.recv(8, socket.MSG_WAITALL))[0] for link in links)
+got = 8 * len(links)
 for link in links:
     while data := link.recv(1 << 16):
         got += len(data)
@@ -79,12 +82,16 @@ else:
     with socket.create_connection(("10.77.0.1", 9000)) as link:
         link.sendall(bytes(100_000))
 """
+# Without what Python takes of the CPU to start, which is before it is busy. The median: other work may come in between.
 BUSY = """
-import time
-begun = time.monotonic()
-while time.monotonic() < begun + 1:
-    pass
-print(time.process_time() / (time.monotonic() - begun))
+import statistics, time
+shares = []
+for _ in range(5):
+    begun, used = time.monotonic(), time.process_time()
+    while time.monotonic() < begun + 0.4:
+        pass
+    shares.append((time.process_time() - used) / (time.monotonic() - begun))
+print(statistics.median(shares))
 """
 RESOLVE = """
 import socket
@@ -117,16 +124,22 @@ def result(process):
 
 
 def throughput(lab, receiver, *senders, bits):
-    """Bits per second at which so many bits come from all the senders together to the receiver by TCP."""
+    """Bits per second at which so many bits come from all the senders together to the receiver by TCP. Where the
+    machine has other work they come later, and never faster than links let them."""
     receiving = python(lab, receiver, RECEIVE, len(senders))
     for host in senders:
         python(lab, host, SEND, lab.address(receiver), int(bits / 8 / len(senders)))
     return float(result(receiving))
 
 
-def rate(lab, receiver, *senders, bits):
-    """The least `throughput` of three: to a receiver that the machine wakes late bytes seem to come faster."""
-    return min(throughput(lab, receiver, *senders, bits=bits) for _ in range(3))
+def carries(lab, rate, receiver, *senders):
+    """Whether links of this rate carry it: never 10 % more, and within 10 % once in three times."""
+    for _ in range(3):
+        found = throughput(lab, receiver, *senders, bits=0.7 * rate)
+        assert found < 1.1 * rate
+        if found > 0.9 * rate:
+            return True
+    return False
 
 
 def read(name, how):
@@ -203,24 +216,23 @@ def test_what_a_command_is_given(tmp_path):
 
 def test_a_link_carries_its_rate_in_both_directions(nothing_left):
     with Lab(3, 10e6) as lab:
-        assert rate(lab, 0, 1, bits=7e6) == pytest.approx(10e6, rel=0.1)
-        assert rate(lab, 0, 1, 2, bits=7e6) == pytest.approx(10e6, rel=0.1), "the receiver's end is shaped, too"
+        assert carries(lab, 10e6, 0, 1)
+        assert carries(lab, 10e6, 0, 1, 2), "the receiver's end is shaped, too"
         for host in range(3):
             lab.set_rate(host, 100e6)
-        assert rate(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
+        assert carries(lab, 100e6, 0, 1)
 
 
 def test_links_can_differ(nothing_left):
     with Lab(3, [100e6, 100e6, 10e6]) as lab:
-        assert rate(lab, 0, 1, bits=70e6) == pytest.approx(100e6, rel=0.1)
-        assert rate(lab, 0, 2, bits=7e6) == pytest.approx(10e6, rel=0.1)
+        assert carries(lab, 100e6, 0, 1)
+        assert carries(lab, 10e6, 0, 2)
 
 
 def test_small_messages_do_not_go_faster_than_the_rate():
-    """A token bucket that is too large would let the codes of a block through at once, every time. They come in 16 ms:
-    to a receiver that the machine wakes late, as it has other work, they only seem to be faster."""
+    """A token bucket that is too large would let the codes of a block through at once. They come in 16 ms."""
     with Lab(2, 10e6) as lab:
-        assert min(throughput(lab, 0, 1, bits=160e3) for _ in range(5)) < 1.25 * 10e6
+        assert max(throughput(lab, 0, 1, bits=160e3) for _ in range(3)) < 1.25 * 10e6
 
 
 def test_bytes_are_counted(nothing_left):
