@@ -107,6 +107,12 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that does not ask how long a device computes: to measure that is to compile one more program."""
+    monkeypatch.setattr("eval.verbs.evaluate.compute_seconds", lambda *_: 1e-3)
+
+
 @pytest.fixture(scope="session")
 def random_module() -> Callable[..., Any]:
     """Makes a module of a class, given the class and its arguments, with random variables."""

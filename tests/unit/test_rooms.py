@@ -107,6 +107,7 @@ def entries(room):
     return {p.stem for p in (ROOT / room).iterdir() if p.is_dir() or p.suffix == ".py"} - {"__init__", "__pycache__"}
 
 
+@functools.cache
 def names_in(path):
     """Every name that the code of a file has, of what is imported the whole path."""
     kinds = (getattr(node, kind, None) for node in ast.walk(tree_of(path)) for kind in ("id", "attr", "arg", "name"))

@@ -285,6 +285,7 @@ def test_resuming_equals_never_stopping(whole_run, tiny_gpt2, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_the_log_has_distances_and_what_was_lost(whole_run):
     _, _, log = whole_run
     assert all({"kl", "hidden"} <= set(row) for row in log)

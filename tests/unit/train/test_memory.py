@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 import jax
@@ -28,9 +29,15 @@ def all_split(monkeypatch):
     monkeypatch.setattr("train.memory.LEAST_SPLIT", 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batch(random_text):
     return {"input": random_text(*np.random.default_rng(0).integers(4, 24, 8).tolist())}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_gpt2, batch):
+    """What one device does in a training, of which each is run once."""
+    return functools.cache(lambda training: run(tiny_gpt2(CODES), training, batch, ONE_DEVICE))
 
 
 def run(model, training, batch, memory):
@@ -82,9 +89,9 @@ def test_the_longest_axis_that_can_be_is_split_but_never_the_blocks():
     ],
     ids=["none, 2x4", "block, 8, a teacher", "block, one device", "codebooks, 2"],
 )
-def test_it_computes_what_one_device_does(tiny_gpt2, batch, all_split, monkeypatch, memory, options):
+def test_it_computes_what_one_device_does(tiny_gpt2, batch, alone, all_split, monkeypatch, memory, options):
     memory, training = memory(), dataclasses.replace(TRAINING, **options)
-    expected, losses = run(tiny_gpt2(CODES), training, batch, ONE_DEVICE)
+    expected, losses = alone(training)
     monkeypatch.setattr("eval.quality.perplexity.LOGITS", 8 * 5 * 50)
     found, ours = run(tiny_gpt2(CODES), training, batch, memory)
     np.testing.assert_allclose(ours, losses, rtol=1e-5)
@@ -136,9 +143,9 @@ def test_logits_in_parts(tiny_gpt2, batch, monkeypatch):
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, all_split):
     """As if it had had one device all along."""
     logs = {}
-    for name, devices in {"one": (1, 1), "several": (8, 2)}.items():
-        for meshes, steps in zip(devices, (3, 6), strict=True):
-            memory = Memory(training_mesh(meshes)) if meshes > 1 else ONE_DEVICE
+    for name, parts in {"one": {1: 6}, "several": {8: 3, 2: 6}}.items():
+        for devices, steps in parts.items():
+            memory = Memory(training_mesh(devices)) if devices > 1 else ONE_DEVICE
             training = Training(steps=6, batch_size=8, shards=(2,), learning_rate=1e-3)
             data = Stopping(8, steps)
             with contextlib.suppress(KeyboardInterrupt):

@@ -223,7 +223,7 @@ def test_configurations_that_do_not_fit(unchecked, values, message):
 
 
 @pytest.mark.slow
-def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
+def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, untimed, capsys):
     words = " ".join(f"w{n}" for n in np.random.default_rng(0).integers(0, 40, 3000))
     (tmp_path / "text.txt").write_text(words)
     model = tiny_gpt2()
@@ -270,7 +270,7 @@ def test_the_verbs(tmp_path, tiny_gpt2, word_tokenizer, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("class_token", "predictor"), [("distributed", "mlp")])
-def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, class_token, predictor):
+def test_the_verbs_of_a_classifier(tmp_path, tiny_bert, word_tokenizer, untimed, class_token, predictor):
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{n}" for n in rng.integers(0, 40, rng.integers(3, 30))) for _ in range(48)]
     rows = "".join(f"{text},{('no', 'yes')[number % 2]}\n" for number, text in enumerate(texts))

@@ -1,5 +1,8 @@
 """Masks: local and remote ones together are what one device sees, whatever the split and the window."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
@@ -36,26 +39,31 @@ def test_the_window_of_a_block_is_known_where_all_have_the_same():
     assert found[0] == 7 and found[1] > 10**6 and found[2] == 3
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))  # step by step takes ten times as long
+def hops_and_sight(lengths, N, S, window, causal):
+    """The hops of sequences of these lengths, which tokens their queries see of others, and which tokens are there."""
+    shards = Shards.ragged(lengths, N * S, N, causal=causal)
+    by_row = [jnp.broadcast_to(table, (len(lengths), N, S)).reshape(-1, N * S) for table in shards.tokens()]
+    flat = Tokens(*by_row)._replace(shard=by_row[0][0])
+    seen = mask.remote(shards, flat, flat, Block(0, windows=(window,)))
+    return mask.hops(shards, window), seen, shards.tokens().valid
+
+
 @settings(max_examples=8)  # a program for each split
 @given(N=st.integers(2, 5), S=st.integers(1, 6), window=st.integers(1, 20), causal=st.booleans())
 def test_hops_bring_all_that_a_query_can_see(N, S, window, causal):
     """Of sequences of every length, also of fewer tokens than devices; and no more than half of everything is sent."""
     lengths = jnp.arange(1, N * S + 1)
-    shards = Shards.ragged(lengths, N * S, N, causal=causal)
-    found = mask.hops(shards, window)
+    found, seen, valid = hops_and_sight(lengths, N, S, window, causal)
     if found is None:
         return
     assert 2 * sum(hop.slots.shape[-1] for hop in found) <= (N - 1) * S
     heard = np.zeros((len(lengths), N, N, S), bool)  # by receiver, of sender
     for hop in found:
-        for sender in range(max(0, -hop.by), min(N, N - hop.by)):
-            rows = np.arange(len(lengths))[:, None]
-            heard[rows, sender + hop.by, sender, np.asarray(hop.slots)[:, sender]] = True
-    by_row = [jnp.broadcast_to(table, (len(lengths), N, S)).reshape(-1, N * S) for table in shards.tokens()]
-    flat = Tokens(*by_row)._replace(shard=by_row[0][0])
-    seen = mask.remote(shards, flat, flat, Block(0, windows=(window,)))
-    valid = np.asarray(shards.tokens().valid)
-    seen = np.asarray(seen).reshape(len(lengths), N, S, N, S) & valid[..., None, None]
+        by, slots, rows = int(hop.by), np.asarray(hop.slots), np.arange(len(lengths))[:, None]
+        for sender in range(max(0, -by), min(N, N - by)):
+            heard[rows, sender + by, sender, slots[:, sender]] = True
+    seen = np.asarray(seen).reshape(len(lengths), N, S, N, S) & np.asarray(valid)[..., None, None]
     assert not (seen.any(axis=2) & ~heard).any()
 
 

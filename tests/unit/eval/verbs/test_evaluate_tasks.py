@@ -325,7 +325,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line(case, place, capsys):
+def test_bad_input_gets_one_line(case, place, untimed, capsys):
     call, expected = BAD[case]
     names = [str(place / word) if (place / word / "astra.json").exists() else word for word in call.split()]
     capsys.readouterr()

@@ -46,7 +46,7 @@ def test_a_folder_says_the_size_of_pictures(place: Path) -> None:
     assert checkpoints.read_meta(place / "original").config == CONFIG
 
 
-def test_eval_says_how_often_neighbours_are_of_the_class(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_says_how_often_neighbours_are_of_the_class(place: Path, untimed: None) -> None:
     paths = [str(place / name) for name in ("original", "coded")]
     options = ["--data", str(place / "pictures"), "--devices", "2", "--batch-size", "12", "--rates", "10mbit"]
     assert main(["eval", *paths, *options, "--json", str(place / "eval.json")]) == 0
