@@ -73,7 +73,7 @@ def test_what_sends_everything_is_exact(random_text, name):
 
 
 # 24 tokens on 4 devices are 6 each: windows that end before a border, at one, behind it, two shards away, nowhere.
-@pytest.mark.parametrize("window", cases([(w,) for w in (1, 2, 6, 7, 8, 12, 13, 23, 24, 40)], [(7,), (13,)]))
+@pytest.mark.parametrize("window", cases([(w,) for w in (1, 2, 6, 7, 8, 12, 13, 23, 24, 40)], [(13,)]))
 def test_a_window_that_ends_near_a_border(random_text, window):
     model = MAKERS["mistral"](VQConfig(groups=4, codewords=16), sliding_window=window)
     check_exact(model, random_text(23, 1, 2, 7, 24), 4)
@@ -109,7 +109,7 @@ SENT = {
 }
 
 
-@pytest.mark.parametrize("windows", cases([(w,) for w in SENT], [((5, 5),), ((5, None),)]))
+@pytest.mark.parametrize("windows", cases([(w,) for w in SENT], [((5, None),)]))
 def test_codes_go_where_a_query_can_see_them(random_text, windows):
     """Predicted, compiled, and nothing that is not sent is missing."""
     kinds = tuple("sliding_attention" if window else "full_attention" for window in windows)

@@ -32,7 +32,7 @@ SINGLE = dict(class_token="single")
     ("family", "astra", "N"),
     [
         ("tiny_vit", dataclasses.replace(NESTED, class_token="single"), 3),
-        ("tiny_gpt2", IDS, 4),
+        pytest.param("tiny_gpt2", IDS, 4, marks=pytest.mark.slow),
         ("tiny_llama", dataclasses.replace(IDS, **KV), 2),
         ("tiny_vit", MLP, 3),
         ("tiny_gpt2", dataclasses.replace(MLP, schedule=KNOWN), 4),
@@ -57,7 +57,7 @@ def test_it_is_the_same_model_as_on_virtual_shards(request, rank_coded, random_t
     check(three_blocks(request, family, astra), inputs, N)
 
 
-@pytest.mark.parametrize("family", ["tiny_gpt2", "tiny_bert"])
+@pytest.mark.parametrize("family", [pytest.param("tiny_gpt2", marks=pytest.mark.slow), "tiny_bert"])
 def test_weights_of_few_bits(request, random_text, family):
     """Keys and values that all devices compute of token ids are those of the quantized weights."""
     model = three_blocks(request, family, dataclasses.replace(IDS, **KV))
@@ -141,7 +141,13 @@ def test_what_is_sent(request, random_text, family, astra, S):
         assert found == [(S * 16, 1, False), (codes, 2, True), *pooled]
 
 
-@pytest.mark.parametrize(("family", "astra"), [("tiny_gpt2", IDS), ("tiny_llama", dataclasses.replace(NESTED, **KV))])
+@pytest.mark.parametrize(
+    ("family", "astra"),
+    [
+        ("tiny_gpt2", IDS),
+        pytest.param("tiny_llama", dataclasses.replace(NESTED, **KV), marks=pytest.mark.slow),
+    ],
+)
 def test_text_goes_on_from_estimates(request, random_text, family, astra):
     model, text = three_blocks(request, family, astra), random_text(23, 1, 2, 7)
     generator = Generator(model, make_mesh(4))

@@ -41,9 +41,10 @@ BASE = {
 # Name -> Hugging Face class and what differs from the base.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", {}),
-    "bert, relu": ("BertModel", {"hidden_act": "relu"}),
-    "bert, epsilon": ("BertModel", {"layer_norm_eps": 1e-2}),
-    "bert, one head": ("BertModel", {"num_attention_heads": 1, "num_hidden_layers": 1}),
+    "bert, relu, epsilon, one head": (
+        "BertModel",
+        {"hidden_act": "relu", "layer_norm_eps": 1e-2, "num_attention_heads": 1, "num_hidden_layers": 1},
+    ),
     "bert, classes": ("BertForSequenceClassification", {"num_labels": 5}),
     "roberta": ("RobertaModel", {}),
     "roberta, classes": ("RobertaForSequenceClassification", {"num_labels": 5}),

@@ -32,12 +32,14 @@ BASE = {
 }
 VARIANTS = {
     "base": {},
-    "gelu_new": {"hidden_act": "gelu_new"},
-    "relu": {"hidden_act": "relu"},
-    "silu": {"hidden_act": "silu"},
-    "no projection bias": {"qkv_bias": False},
-    "large patches": {"image_size": 24, "patch_size": 8, "num_channels": 1},
-    "one head": {"hidden_size": 20, "num_attention_heads": 1, "intermediate_size": 96},
+    "no projection bias, relu": {"qkv_bias": False, "hidden_act": "relu"},
+    "large patches, silu": {"image_size": 24, "patch_size": 8, "num_channels": 1, "hidden_act": "silu"},
+    "one head, gelu_new": {
+        "hidden_size": 20,
+        "num_attention_heads": 1,
+        "intermediate_size": 96,
+        "hidden_act": "gelu_new",
+    },
     "narrow MLP, wide heads": {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 2},
     "large weights": {"initializer_range": 0.2},
     "large weights, large epsilon": {"initializer_range": 0.2, "layer_norm_eps": 1e-3},
@@ -160,7 +162,7 @@ def test_gradients(tmp_path: Path, make_torch: Any, close: Any) -> None:
     ("name", "dtype"),
     [
         *(("base", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-        *((name, torch.bfloat16) for name in ("no projection bias", "large patches")),
+        *((name, torch.bfloat16) for name in ("no projection bias, relu", "large patches, silu")),
     ],
 )
 def test_there_and_back_is_bit_for_bit(

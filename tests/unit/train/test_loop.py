@@ -246,14 +246,21 @@ def run_until(out: Path, steps: int, number: signal.Signals) -> str:
     return process.communicate(timeout=120)[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_kill_and_interrupt_then_resume(tmp_path, number):
+@pytest.fixture(scope="module")
+def forty_steps(tmp_path_factory):
+    """What `PROGRAM` trains, in one go."""
+    out = tmp_path_factory.mktemp("forty")
     training = Training(steps=40, batch_size=8, shards=(2,))
-    run_until(tmp_path / "run", 6, signal.SIGKILL)
-    stopped = run_until(tmp_path / "run", 20, number)
+    return training, out, fit(make_model(), training, out, save_every=40)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [{6: signal.SIGKILL, 20: signal.SIGINT}, {20: signal.SIGTERM}], ids=str)
+def test_kill_and_interrupt_then_resume(forty_steps, tmp_path, signals):
+    training, out, whole = forty_steps
+    for steps, number in signals.items():
+        stopped = run_until(tmp_path / "run", steps, number)
     assert int(stopped.split("done")[1]) < 40  # it finished its step, saved, and said how far it came
     resumed, done = fit(make_model(), training, tmp_path / "run", save_every=4)
-    whole, _ = fit(make_model(), training, tmp_path / "whole", save_every=40)
     assert done == 40 and same(resumed, whole)
-    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "run") == logged(out)
