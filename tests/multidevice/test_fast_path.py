@@ -48,9 +48,9 @@ def test_images(tiny_vit, rank_coded, astra, N):
     ("family", "options", "astra", "N", "data"),
     [
         pytest.param("tiny_gpt2", {}, TABLES, 3, 2, marks=pytest.mark.slow),
-        ("tiny_gpt2", {}, COUNTS, 4, 2),
+        pytest.param("tiny_gpt2", {}, COUNTS, 4, 2, marks=pytest.mark.slow),
         ("tiny_gpt2", {}, dataclasses.replace(COUNTS, **KV), 2, 1),
-        ("tiny_llama", {}, COUNTS, 4, 1),
+        ("tiny_llama", {}, COUNTS, 4, 2),
         pytest.param("tiny_bert", {"pooling": "mean"}, COUNTS, 4, 2, marks=pytest.mark.slow),
         ("tiny_bert", {"pooling": "class"}, dataclasses.replace(COUNTS, class_token="single"), 3, 1),
         pytest.param("tiny_mpnet", {}, COUNTS, 3, 1, marks=pytest.mark.slow),

@@ -99,7 +99,6 @@ MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches
 FAST_TEXT = [
     ("gpt2", 4, 2, HIDDEN),
     ("gpt2", 8, 1, KV),
-    ("llama", 2, 1, HIDDEN),
     ("llama", 3, 2, KV),
     ("llama classifier", 4, 2, KV),
     ("bert mean", 4, 2, KV),

@@ -106,7 +106,7 @@ def test_it_computes_what_one_device_does(tiny_gpt2, batch, alone, all_split, mo
         assert kernels and all(a.sharding.shard_shape(a.shape) != a.shape for a in kernels)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "block"])
 def test_weights_are_gathered_block_by_block(tiny_gpt2, batch, all_split, remat):
     """Never those of several blocks together, in the forward pass and again in the backward pass; and what devices have
     of the batch stays where it is."""

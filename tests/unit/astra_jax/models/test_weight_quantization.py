@@ -105,7 +105,7 @@ def test_bytes_counted_by_hand(tiny_vit):
     assert weight_bytes(quantize_weights(model, "int4")) == others + 2 * (kernels // 2 + 4 * columns)
 
 
-@pytest.mark.parametrize("family", ["vit", "gpt2", "llama", "bert"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("gpt2", marks=pytest.mark.slow), "llama", "bert"])
 def test_outputs_are_close_to_full_precision(request, rank_coded, random_text, family):
     """Random weights are hard to round: 2 % at 8 bits, and through codes exactly what rounded weights give."""
     model = request.getfixturevalue(f"tiny_{family}")(ASTRA)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,19 +129,19 @@ def test_rows_come_back_to_their_places():
 # --- perplexity ---------------------------------------------------------------------------------------------------
 
 
+@nnx.jit
+def logits(model, text):
+    return model(model.to_tokens(text), Single(model.shards(1, text)))[0]
+
+
 def by_hand(model, ids: list[int], length: int, stride: int) -> list[float]:
     """The loss of every token but the first, each from the tokens of its window that are before it."""
-
-    @jax.jit
-    def logits(text):
-        return model(model.to_tokens(text), Single(model.shards(1, text)))[0]
-
     losses = []
     for t in range(1, len(ids)):
         start = 0
         while start + length <= t:
             start += min(stride, length - 1)
-        scores = np.asarray(logits(pad([ids[start:t]], LIMIT))[0, t - start - 1], np.float64)
+        scores = np.asarray(logits(model, pad([ids[start:t]], LIMIT))[0, t - start - 1], np.float64)
         losses.append(float(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[ids[t]]))
     return losses
 
