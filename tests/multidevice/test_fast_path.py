@@ -48,7 +48,6 @@ def test_images(tiny_vit, rank_coded, astra, N):
     ("family", "options", "astra", "N", "data"),
     [
         pytest.param("tiny_gpt2", {}, TABLES, 3, 2, marks=pytest.mark.slow),
-        pytest.param("tiny_gpt2", {}, COUNTS, 4, 2, marks=pytest.mark.slow),
         ("tiny_gpt2", {}, dataclasses.replace(COUNTS, **KV), 2, 1),
         ("tiny_llama", {}, COUNTS, 4, 2),
         pytest.param("tiny_bert", {"pooling": "mean"}, COUNTS, 4, 2, marks=pytest.mark.slow),
