@@ -58,8 +58,8 @@ class Observation(NamedTuple):
 class Tables(Protocol):
     """Keys and values of codewords or axes, computed once (`models/key_value_tables.py`)."""
 
-    def of(self, codec: "Quantizer", z: UInt16[Array, "B R G"]) -> Float[Array, "B R KV"]:
-        """Keys and values of tokens with these codes."""
+    def of(self, codec: "Quantizer", z: UInt16[Array, "B R G"], groups: Groups | None = None) -> Float[Array, "B R KV"]:
+        """Keys and values of tokens with these codes, or with the first `groups` of them."""
 
 
 @runtime_checkable
@@ -139,9 +139,15 @@ class Quantizer(nnx.Module):
         z: UInt16[Array, "B R G"],
         project: Callable[[Array], Array],
         tables: Tables | None,
+        groups: Groups | None = None,
     ) -> Float[Array, "B R KV"]:
-        """K^ and V^ of remote tokens side by side: from tables, or by projecting what their codes stand for."""
-        return project(self.decode(z)) if tables is None else tables.of(self, z)
+        """K^ and V^ of remote tokens side by side: from tables, or by projecting what their codes stand for.
+
+        Args:
+          groups: see `decode`; where codes are nothing in part, a token has all or is not looked at.
+        """
+        some = groups if self.nested else None
+        return project(self.decode(z, some)) if tables is None else tables.of(self, z, some)
 
     # What devices expect of each other's tokens
 

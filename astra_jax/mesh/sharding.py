@@ -115,6 +115,7 @@ class Shards:
         for every sequence of a batch; an array [B,N], which may be traced, is one split per sequence.
       slots: S; None for the longest shard of a tuple.
       longest: of an array, tokens that a sequence may have; None of a tuple.
+      most: of an array, tokens that each shard may have; None where that is S.
       class_token: `distributed`, `single`, or None for a family that has none.
       causal: whether a token sees only itself and those before it.
       class_count: class tokens of a sequence, where there are any: all that are no part of the input.
@@ -129,6 +130,7 @@ class Shards:
     causal: bool = False
     longest: int | None = None
     class_count: int = 1
+    most: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lengths, tuple) and min(self.lengths, default=0) < 1:
@@ -155,7 +157,8 @@ class Shards:
         What cannot be split evenly goes to the last shards, so that the end of every sequence is in the last one. A
         sequence with fewer than N tokens leaves the first shards empty.
         """
-        return cls(_parts(lengths, np.ones(N, int)), class_token, -(-T // N), causal, T)
+        even = np.ones(N, int)
+        return cls(_parts(lengths, even), class_token, -(-T // N), causal, T, most=_most(T, even))
 
     def in_proportion(self, speeds: Sequence[float]) -> "Shards":
         """The same tokens, split anew in proportion to how fast the devices are: of a batch every sequence on its own.
@@ -167,8 +170,8 @@ class Shards:
         """
         weights = _weights(self.N, speeds)
         if self.longest is not None:
-            slots = int(_parts(np.arange(self.longest + 1), weights).max())  # of any sequence
-            return dataclasses.replace(self, lengths=_parts(jnp.asarray(self.lengths).sum(-1), weights), slots=slots)
+            lengths, most = _parts(jnp.asarray(self.lengths).sum(-1), weights), _most(self.longest, weights)
+            return dataclasses.replace(self, lengths=lengths, slots=max(most), most=most)
         lengths = _known(self.T, weights)
         if min(lengths) < 1:
             raise AstraError(
@@ -199,6 +202,12 @@ class Shards:
             return self.slots
         assert isinstance(self.lengths, tuple)
         return max(self.lengths)
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        """Slots at the end of every shard that hold no token of any sequence."""
+        most = self.lengths if isinstance(self.lengths, tuple) else self.most or (self.S,) * self.N
+        return tuple(self.S - one for one in most)
 
     @property
     def class_slots(self) -> int:
@@ -310,6 +319,11 @@ def _parts(T: Any, weights: Int[np.ndarray, "N"]) -> Any:
     """[*B] -> [*B,N]: T tokens in N parts in proportion to whole weights, rounded down; the last parts get 1 more."""
     parts, N = T[..., None] * weights // weights.sum(), len(weights)
     return parts + (np.arange(N) >= N - (T[..., None] - parts.sum(-1, keepdims=True)))
+
+
+def _most(T: int, weights: Int[np.ndarray, "N"]) -> tuple[int, ...]:
+    """The most tokens that each part has of any sequence of up to T."""
+    return tuple(int(n) for n in _parts(np.arange(T + 1), weights).max(0))
 
 
 def _known(T: int, weights: Int[np.ndarray, "N"]) -> tuple[int, ...]:

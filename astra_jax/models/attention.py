@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt16
 
-from astra_jax.codecs.base import Quantizer
+from astra_jax.codecs.base import Groups, Quantizer
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.codecs.registry import make_codec
 from astra_jax.models.interface import Codes, Content, Estimates, Inputs, Kept, Remote, Report, Source, Strategy
@@ -32,9 +32,9 @@ class Folded(nnx.Variable):
     Made by `astra_jax.models.key_value_tables.fold`.
     """
 
-    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"]) -> Float[Array, "B R KV"]:
+    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"], groups: Groups | None = None) -> Float[Array, "B R KV"]:
         """Keys and values: rows of the tables, added up."""
-        return sum_of_rows(self[...], z)
+        return sum_of_rows(self[...], z, groups)
 
 
 class Readout(nnx.Variable):
@@ -43,10 +43,10 @@ class Readout(nnx.Variable):
     Made by `astra_jax.models.key_value_tables.fold`.
     """
 
-    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"]) -> Float[Array, "B R KV"]:
+    def of(self, codec: Quantizer, z: UInt16[Array, "B R G"], groups: Groups | None = None) -> Float[Array, "B R KV"]:
         """Keys and values: a product with few axes in place of the whole width."""
         table = self[...]
-        return codec.coordinates(z).astype(table.dtype) @ table[:-1] + table[-1]
+        return codec.coordinates(z, groups).astype(table.dtype) @ table[:-1] + table[-1]
 
 
 class Partial(NamedTuple):
@@ -146,20 +146,24 @@ def merge(partials: Sequence[Partial]) -> Float[Array, "B S H E"]:
     return merged.transpose(0, 2, 1, 3)
 
 
-def sum_of_rows(tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"]) -> Float[Array, "B R width"]:
-    """`sum_g tables[g, z_g]`, group by group, so that nothing of size [B,R,G,width] is held."""
+def sum_of_rows(
+    tables: Float[Array, "G K width"], z: UInt16[Array, "B R G"], groups: Groups | None = None
+) -> Float[Array, "B R width"]:
+    """`sum_g tables[g, z_g]`, of the first `groups` alone, group by group, so that nothing of size [B,R,G,width] is
+    held."""
     z = jnp.moveaxis(z.astype(jnp.int32), -1, 0)
 
-    def add(total: Array, group: tuple[Array, Array]) -> tuple[Array, None]:
-        table, codes = group
-        return total + table[codes], None
+    def add(total: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        table, codes, number = group
+        row = table[codes]
+        return total + (row if groups is None else jnp.where((number < groups)[..., None], row, 0)), None
 
     if len(tables) == 1:
         return tables[0][z[0]]
     # From 0 on, and not from the first group: the rest of the tables would be copied. Made of `z` so that it varies
     # over a mesh as it does.
     start = jnp.zeros_like(z[0], jnp.float32)[..., None] * jnp.zeros(tables.shape[-1])
-    return jax.lax.scan(add, start, (tables, z))[0]
+    return jax.lax.scan(add, start, (tables, z, jnp.arange(len(tables))))[0]
 
 
 def count_codes(z: UInt16[Array, "B R"], mask: Bool[Array, "*#B 1 R"] | None, K: int) -> Int[Array, "B 1 K"]:
@@ -247,8 +251,8 @@ class MixedPrecisionAttention(nnx.Module):
         """K^ and V^ of remote tokens, `y^ Wk, y^ Wv` for the site `hidden`."""
         project = (lambda y: y) if self.site == "kv" else self.project
         match content:
-            case Codes(z):
-                return self.codec.key_value(z, project, self.tables)  # type: ignore[union-attr]  # codes are of a codec
+            case Codes(z, groups):
+                return self.codec.key_value(z, project, self.tables, groups)  # type: ignore[union-attr]  # codes are of a codec
             case Estimates(y):
                 return project(y)
             case Inputs(y):
@@ -301,17 +305,21 @@ class MixedPrecisionAttention(nnx.Module):
         block = block._replace(windows=self.windows)
         k, v = self.k(y), self.v(y)
         sent = jnp.concatenate([k, v], axis=-1) if strategy.coded and self.site == "kv" else y
-        # The exchange comes first: nothing local depends on it, so the codes travel while local attention runs.
-        remote, estimate, report = strategy.exchange(self.codec, sent, estimate, block)
+        # Codes leave first, and are waited for last: they travel while local attention runs.
+        underway = strategy.begin(self.codec, sent, estimate, block)
+        y, k, v = underway.local((y, k, v))
         position = strategy.tokens().position if self.rotary else None
         q = self.rotate(self.normed(self.q(y), self.q_norm), position, block)
         q = self.rotary.of_query(q, position) if self.rotary else q
         k, v = self.rotate(self.normed(k, self.k_norm), position, block), self.heads(v)
         local = Source(k, v, strategy.local_mask(block))
         sources = [_biased(local, block, strategy, None), *strategy.cached(block)]
+        partials = [attend(q, source, self.scores) for source in sources]
+        remote, estimate, report = underway.finish(partials)
         if remote is not None:
-            sources.append(_biased(self.remote_source(remote, k.dtype, block), block, strategy, remote))
+            source = _biased(self.remote_source(remote, k.dtype, block), block, strategy, remote)
+            partials.append(attend(q, source, self.scores))
         if strategy.keep:
             report = report._replace(kept=Kept(k, v, None if remote is None else remote.content))
-        attended = merge([attend(q, source, self.scores) for source in sources]).astype(y.dtype)
+        attended = merge(partials).astype(y.dtype)
         return self.o(attended.reshape(*y.shape[:2], -1), strategy), estimate, report

@@ -41,9 +41,10 @@ class Source(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Remote tokens as their codes."""
+    """Remote tokens as their codes, and how many groups of each arrived; None for all."""
 
     z: UInt16[Array, "*L B R G"]
+    groups: Int[Array, "*L B R"] | None = None
 
 
 class Estimates(NamedTuple):
@@ -111,6 +112,17 @@ class Exchanged(NamedTuple):
     report: Report
 
 
+@runtime_checkable
+class Underway(Protocol):
+    """An exchange that has begun: what this device says is on its way."""
+
+    def local(self, inputs: Any) -> Any:
+        """The inputs of local work, which waits with it until the codes have left."""
+
+    def finish(self, done: Any) -> Exchanged:
+        """What came of the exchange. It is not waited for before `done`, the results of local work, are there."""
+
+
 class TokenIds(NamedTuple):
     """What devices can tell each other of a text besides codes: ids, from which the first block's input follows.
 
@@ -131,7 +143,7 @@ class Strategy(Protocol):
 
     @property
     def coded(self) -> bool:
-        """Whether `exchange` takes what the codec quantizes, or else the input of the projections."""
+        """Whether `begin` takes what the codec quantizes, or else the input of the projections."""
 
     @property
     def keep(self) -> bool:
@@ -154,8 +166,8 @@ class Strategy(Protocol):
           known: where the schedule begins with a block that token ids say.
         """
 
-    def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
-        """What one block's attention sees of other devices' tokens."""
+    def begin(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Underway:
+        """Begins to find out what one block's attention sees of other devices' tokens."""
 
     def cached(self, block: Block) -> list[Source]:
         """Further sources of a block: keys and values of earlier calls."""

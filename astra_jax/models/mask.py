@@ -96,6 +96,26 @@ def hops(shards: Shards, window: int | None) -> tuple[Hop, ...] | None:
     return tuple(found) if 2 * sent <= (shards.N - 1) * shards.S else None
 
 
+def heard(shards: Shards, windows: Windows | None, everything: bool) -> Bool[np.ndarray, "L N N"]:
+    """Which shard has to hear of which in every block [L, receiver, sender], or where all blocks are alike in one.
+
+    Args:
+      everything: whether a window makes no difference.
+    """
+    receiver, sender = np.arange(shards.N)[:, None], np.arange(shards.N)
+    some = sender < receiver if shards.causal else sender != receiver
+    found = []
+    for window in (None,) if windows is None or everything else windows:
+        near = some
+        if window is not None and shards.even and not shards.class_slots:
+            # Between two shards there are as many tokens as the shortest of those between them have; maybe none.
+            between = np.abs(receiver - sender) - 1
+            least = min(shards.lengths) if isinstance(shards.lengths, tuple) else 0
+            near = some & (between * least < window - 1)
+        found.append(near)
+    return np.stack(found)
+
+
 def _hop(shards: Shards, by: int, count: int) -> Hop:
     """The last `count` slots in use of every shard for those behind it, the first ones for those before it."""
     lengths = shards.used()

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from astra_jax.mesh.sharding import Reading, Tokens
 from astra_jax.models import mask
-from astra_jax.models.interface import Content, Exchanged, Kept, Remote, Report, Source
+from astra_jax.models.interface import Codes, Content, Exchanged, Kept, Remote, Report, Source
 from astra_jax.models.mask import Block
 from astra_jax.strategies.base import Whole
 
@@ -117,6 +117,8 @@ class Decode(Whole):
         assert cache.remote_position is not None and cache.remote_valid is not None
         content = jax.tree.map(lambda a: a[block.number], cache.content)
         position, there = cache.remote_position, cache.remote_valid
+        if isinstance(content, Codes) and content.groups is not None:
+            there = there & (content.groups > 0)
         seen = mask.sees(self.tokens(), Tokens(jnp.zeros_like(position), position, there, there), True, block)
         return Exchanged(Remote(content, position, seen), estimate, Report())
 
@@ -142,7 +144,6 @@ def memory(cache: Cache) -> Memory:
     """What codes save; nothing where no token is remote."""
     if cache.content is None:
         return Memory(0, 0)
-    (content,) = cache.content
-    L, B, R, _ = content.shape
+    L, B, R, _ = cache.content[0].shape
     J, E = cache.key.shape[3:]
-    return Memory(content.nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)
+    return Memory(cache.content[0].nbytes, 2 * L * B * R * J * E * cache.key.dtype.itemsize)

@@ -15,8 +15,8 @@ from jaxtyping import Array
 from astra_jax.mesh.sharding import DATA, SEQ, put
 from astra_jax.models.blocks import unstacked
 from astra_jax.models.key_value_tables import fold
-from astra_jax.strategies.base import Sharded, Single
-from astra_jax.strategies.coded import Astra, AstraPlain
+from astra_jax.strategies.base import Sharded, Single, SplitTokens
+from astra_jax.strategies.coded import Astra, AstraPlain, OnHosts
 from astra_jax.strategies.rivals import (
     BlockParallel,
     BlockSequenceParallel,
@@ -63,8 +63,9 @@ class Program:
 
 
 def make_for(mesh: Mesh, make: Make) -> Make:
-    """`make`, or where the tokens' axis of the mesh has one device only what makes a `Single`."""
-    return make if mesh.shape[SEQ] > 1 else Single.of
+    """`make`, or where the tokens' axis of the mesh has one device only what makes a `Single`: unless that device is
+    one of several hosts'."""
+    return make if mesh.shape[SEQ] > 1 or (isinstance(make, OnHosts) and make.N > 1) else Single.of
 
 
 def weight_specs(strategy: Sharded, state: Any) -> Any:
@@ -107,6 +108,8 @@ def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:
     To be called within `jax.jit`, because the lengths of the strategy's shards may be traced.
     """
     N, shards = mesh.shape[SEQ], strategy.shards
+    if isinstance(strategy, SplitTokens) and strategy.transport.loses:  # the program is this host's alone
+        return lambda state, tokens: work(state, strategy.mine(shards.scatter(tokens)), strategy)
     ragged = not isinstance(shards.lengths, tuple)
 
     def one_device(state: Any, tokens: Array, lengths: Any) -> Any:
@@ -127,13 +130,14 @@ def on_mesh(work: Any, mesh: Mesh, strategy: Sharded, out_specs: Any) -> Any:
     return run
 
 
-def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
+def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of, placed: Any = None) -> Program:
     """Jit-compiles `model` for a (data, seq) mesh of N = `mesh.shape["seq"]` devices over the tokens.
 
     Args:
       model: a model of `astra_jax.models`; its weights are placed on the devices.
       mesh: from `make_mesh`.
       make: what makes the strategy, such as `TensorParallel.of`; by default ASTRA. With N = 1 it is `Single`.
+      placed: the weights, where `place` has placed them already.
 
     Returns:
       A function from the model's input (for ViT: images [B, height, width, channels]; for text: `Text`) to its output:
@@ -145,7 +149,7 @@ def parallelize(model: Any, mesh: Mesh, make: Make = Astra.of) -> Program:
         ASTRA lacks codebooks.
     """
     make = make_for(mesh, make)
-    graphdef, state = place(model, mesh, make)
+    graphdef, state = placed or place(model, mesh, make)
     N, batches = mesh.shape[SEQ], mesh.shape[DATA]
 
     def work(state: Any, tokens: Array, strategy: Any) -> Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from astra_jax.inputs.token_batches import Text, bucket, longest, most_tokens, p
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.serving.batch import NO_LIMIT, Batch
 from astra_jax.serving.cache import Memory
-from astra_jax.serving.compile import Make, parallelize
+from astra_jax.serving.compile import Make, make_for, parallelize, place
 from astra_jax.serving.continuation import Continuation, End, check_stop
 from astra_jax.serving.generate import Generator
 from astra_jax.serving.sampling import Sampling, is_whole
@@ -202,6 +202,7 @@ class Engine:
       mesh: from `make_mesh`.
       make: what makes the strategy, such as `TensorParallel.of`; by default ASTRA. Texts go on from codes only.
       passing: what runs the passes of all devices, for who measures them or has hosts agree on them.
+      placed: the weights, where they are placed already (`like`).
 
     Raises:
       AstraError: see `parallelize` and `Generator`.
@@ -214,15 +215,28 @@ class Engine:
         *,
         make: Make = Astra.of,
         passing: Passing = at_once,
+        placed: Any = None,
     ):
         self.checkpoint, self.mesh, self.model, self._passing = checkpoint, mesh, checkpoint.model, passing
         self.make = make
         self.input_kind: InputKind = checkpoint.config.input_kind
         self.task: str = getattr(checkpoint.config, "task", "classification")
+        self._placed = placed or place(self.model, mesh, make_for(mesh, make))
         if self.task == "causal-lm":
-            self._generator = Generator(self.model, mesh, make)
+            self._generator = Generator(self.model, mesh, make, self._placed)
         else:
-            self._program = parallelize(self.model, mesh, make)
+            self._program = parallelize(self.model, mesh, make, self._placed)
+
+    def like(self, make: Make) -> "Engine":
+        """The same with another strategy, such as one of several hosts, and with the same weights in their places."""
+        return Engine(self.checkpoint, self.mesh, make=make, passing=self._passing, placed=self._placed)
+
+    def take_part(self, inputs: Encoded) -> None:
+        """What a host does for an answer that another one gives."""
+        if self.task == "causal-lm":
+            self._generator.prefill(cast(Text, inputs))
+        else:
+            jax.block_until_ready(self._program(inputs))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

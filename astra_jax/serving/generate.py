@@ -28,7 +28,7 @@ from astra_jax.serving.cache import Cache, Decode
 from astra_jax.serving.compile import Make, make_for, on_mesh, place
 from astra_jax.serving.sampling import Draws, draw
 from astra_jax.strategies.base import Single
-from astra_jax.strategies.coded import Astra
+from astra_jax.strategies.coded import Astra, OnHosts
 
 
 class Rows(NamedTuple):
@@ -68,6 +68,12 @@ def prefill_program(model: Any, graphdef: Any, mesh: Mesh, make: Make = Astra.of
     ahead of time.
     """
     N = mesh.shape[SEQ]
+    takes_part = isinstance(make, OnHosts) and make.N > 1 and not make.last
+
+    def take_part(state: Any, ids: Array, strategy: Any) -> Any:
+        """A host where no prompt ends: what it says on the way is all that is wanted of it."""
+        nnx.merge(graphdef, state).states(ids, strategy)
+        return jnp.zeros(())
 
     def work(state: Any, ids: Array, strategy: Any) -> Any:
         model = nnx.merge(graphdef, state)
@@ -88,7 +94,8 @@ def prefill_program(model: Any, graphdef: Any, mesh: Mesh, make: Make = Astra.of
     @jax.jit
     def prefill(state: Any, text: Text) -> Any:
         strategy = make_for(mesh, make)(model, N, text)
-        return on_mesh(work, mesh, strategy, specs)(state, model.to_tokens(text))
+        run = take_part if takes_part else work
+        return on_mesh(run, mesh, strategy, specs)(state, model.to_tokens(text))
 
     return prefill
 
@@ -100,20 +107,23 @@ class Generator:
       model: a causal language model of `astra_jax.models`.
       mesh: from `make_mesh`. Prefill uses all of it; decoding the devices of the last shard, one per data row.
       make: what makes the strategy of prefill, an `Astra`.
+      placed: the weights, where `place` has placed them already.
 
     Raises:
       AstraError: the model is no causal language model, there are several shards and it has no codebooks, or no host
         has the ends of all prompts.
     """
 
-    def __init__(self, model: Any, mesh: Mesh, make: Make = Astra.of):
+    def __init__(self, model: Any, mesh: Mesh, make: Make = Astra.of, placed: Any = None):
         if not model.per_token:
             raise AstraError("this checkpoint is no language model: it cannot generate text")
         self.model, self.mesh = model, mesh
-        self.graphdef, self.state = place(model, mesh, make)
+        self.graphdef, self.state = placed or place(model, mesh, make)
         # Of several hosts only one has the ends of the prompts: the others take part in prefill and are done.
         self.ends = ends_of(mesh)
         self.here = self.ends.devices[0].process_index == jax.process_index()
+        if isinstance(make, OnHosts):
+            self.here = make.last
         self.end_state = jax.tree.map(lambda a: self._at_the_end(a, P()), self.state) if self.here else None
         self._prefill = prefill_program(model, self.graphdef, mesh, make)
         self._enter = jax.jit(self._run_enter, static_argnames=("count", "room"), donate_argnames="rows")
@@ -143,10 +153,11 @@ class Generator:
           The logits of the next token of every prompt, and a cache without room for more, both on the devices of the
           last shard; None where these are on another host.
         """
-        logits, kept, own, remote = self._prefill(self.state, text)
+        found = self._prefill(self.state, text)
         if not self.here:
-            jax.block_until_ready(logits)
+            jax.block_until_ready(found)
             return None
+        logits, kept, own, remote = found
         kept = jax.tree.map(lambda a: self._at_the_end(a, P(None, DATA)), kept)
         logits, own, remote = jax.tree.map(lambda a: self._at_the_end(a, P(DATA)), (logits, own, remote))
         position, valid = remote if remote is not None else (None, None)

@@ -21,7 +21,7 @@ from astra_jax.mesh.sharding import Reading, Shards, Table, Tokens
 from astra_jax.models import mask
 from astra_jax.models.attention import Partial, attend, merge
 from astra_jax.models.blocks import run_stack
-from astra_jax.models.interface import Content, Exchanged, Remote, Report, Source, Step, TokenIds
+from astra_jax.models.interface import Content, Exchanged, Remote, Report, Source, Step, TokenIds, Underway
 from astra_jax.models.mask import Block, Windows
 from astra_jax.strategies.transport import Mesh, Transport
 
@@ -51,6 +51,18 @@ class Way(NamedTuple):
     hops: tuple[mask.Hop, ...] | None
 
 
+class Over(NamedTuple):
+    """An exchange that is over as soon as it has begun: nothing is to be waited for, or a compiler sees to it."""
+
+    exchanged: Exchanged
+
+    def local(self, inputs: Any) -> Any:
+        return inputs
+
+    def finish(self, done: Any) -> Exchanged:
+        return self.exchanged
+
+
 class Whole:
     """The answers of a strategy where nothing is remote and every weight is whole."""
 
@@ -60,7 +72,11 @@ class Whole:
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
         return ()
 
+    def begin(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Underway:
+        return Over(self.exchange(codec, y, estimate, block))
+
     def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
+        """What one block's attention sees of other devices' tokens, waited for."""
         return Exchanged(None, estimate, Report())
 
     def cached(self, block: Block) -> list[Source]:
@@ -134,6 +150,11 @@ class Sharded(Whole):
         """Which axis of every weight is split over the devices, counted from the last; 0 for those that all have."""
         return jax.tree.map(lambda _: 0, state)
 
+    @property
+    def count(self) -> int:
+        """M, how many shards are here."""
+        return self.shards.N
+
     def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
         """What a table of all slots says of those that are here: all of them, on one device."""
         return table.reshape(*table.shape[:-2], -1)
@@ -150,19 +171,20 @@ class Sharded(Whole):
 
     def prepend_class(self, cls: Shaped[Array, "*B k D"], x: Shaped[Array, "B slots D"]) -> Shaped[Array, "B more D"]:
         B, _, D = x.shape
-        shards = x.reshape(B, -1, self.shards.S, D)
+        shards = x.reshape(B, self.count, -1, D)
         heads = jnp.broadcast_to(cls[..., None, :, :], (B, shards.shape[1], cls.shape[-2], D))
         return jnp.concatenate([heads, shards], axis=2).reshape(B, -1, D)
 
     def local_mask(self, block: Block) -> Bool[Array, "*B queries keys"] | None:
         return mask.local(self.shards, self.tokens(), block)
 
-    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
-        def one(reading: Reading) -> Float[Array, "B D"]:
-            weights = jnp.asarray(self.here(self.shards.weights(reading)), x.dtype)
-            return jnp.einsum("bsd,bs->bd", x, jnp.broadcast_to(weights, x.shape[:2]))
+    def weights(self, x: Float[Array, "B S D"], reading: Reading) -> Float[Array, "B S"]:
+        """What the slots that are here weigh in a state that a head reads."""
+        return jnp.broadcast_to(jnp.asarray(self.here(self.shards.weights(reading)), x.dtype), x.shape[:2])
 
-        return self.total(jnp.concatenate([one(reading) for reading in readings], axis=-1))
+    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
+        states = [jnp.einsum("bsd,bs->bd", x, self.weights(x, reading)) for reading in readings]
+        return self.total(jnp.concatenate(states, axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +224,24 @@ class SplitTokens(Sharded):
     def splits_tokens(self) -> bool:  # type: ignore[override]
         return self.transport.on_devices
 
+    @property
+    def count(self) -> int:
+        return 1 if self.transport.on_devices else self.shards.N
+
     def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
         return self.transport.here(table)
 
     def total(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return self.transport.total(x)
+
+    def pool(self, x: Float[Array, "B S D"], *readings: Reading) -> Float[Array, "B states"]:
+        if not self.transport.loses:
+            return super().pool(x, *readings)
+        # What a device that is gone would have added is missing from the weights, too.
+        weights = [self.weights(x, reading) for reading in readings]
+        states = jnp.stack([jnp.einsum("bsd,bs->bd", x, one) for one in weights], axis=1)
+        total = self.total(jnp.concatenate([states, jnp.stack(weights, axis=1).sum(-1, keepdims=True)], axis=-1))
+        return (total[..., :-1] / jnp.maximum(total[..., -1:], jnp.finfo(x.dtype).tiny)).reshape(x.shape[0], -1)
 
     def gathered(self, x: Float[Array, "*shape"]) -> Float[Array, "parts *shape"]:
         return self.transport.gather(x[None])
@@ -229,15 +264,21 @@ class SplitTokens(Sharded):
         some = [Way((window,), hops) for window, hops in found.items() if hops is not None]
         return [*some, Way(whole, None)] if whole else some
 
-    def in_reach(
-        self, block: Block, send: Callable[..., Shaped[Array, "N B S F"]], everything: bool = False
+    def hear(
+        self,
+        x: Shaped[Array, "M B S F"],
+        block: Block,
+        pack: Callable[[Array], Array] | None = None,
+        unpack: Callable[[Array, int], Array] | None = None,
+        everything: bool = False,
     ) -> Shaped[Array, "N B S F"]:
         """What every shard has, or in a block with a window what of it attention can see.
 
         Args:
-          send: `Transport.hear` of it, but for the hops.
+          pack, unpack: see `Transport.hear`.
+          everything: whether a window makes no difference.
         """
-        ways = self.ways(block.windows, everything)
+        send, ways = partial(self.transport.hear, x, pack, unpack), self.ways(block.windows, everything)
         if len(ways) == 1 or not self.transport.on_devices:
             return send(hops=ways[0].hops)
 
@@ -248,10 +289,10 @@ class SplitTokens(Sharded):
         which = jnp.asarray([of[window] for window in block.windows or ()])[block.number]
         return jax.lax.switch(which, [partial(one, way) for way in ways])
 
-    def by_ways(
+    def hearing(
         self, model: Any, bits: Callable[[int], int], counts: Sequence[bool], everything: bool = False
     ) -> list[Message]:
-        """What `in_reach` sends.
+        """What `hear` sends.
 
         Args:
           bits: of so many slots.
@@ -269,9 +310,14 @@ class SplitTokens(Sharded):
                 found += [one("collective-permute", bits(hop.slots.shape[-1])) for hop in way.hops]
         return found
 
+    def mine(self, slots: Shaped[Array, "B slots *feature"]) -> Shaped[Array, "B S *feature"]:
+        """Of the slots of all shards those that are here, for a program that nothing else splits."""
+        each = jnp.moveaxis(slots.reshape(slots.shape[0], self.shards.N, -1, *slots.shape[2:]), (1, 2), (-2, -1))
+        return jnp.moveaxis(self.here(each), -1, 1)
+
     def sent(self, x: Shaped[Array, "B slots *feature"]) -> Shaped[Array, "M B S *feature"]:
         """Of the slots that are here those that are sent, shard by shard."""
-        shards = x.reshape(x.shape[0], -1, self.shards.class_slots + self.shards.S, *x.shape[2:])
+        shards = x.reshape(x.shape[0], self.count, -1, *x.shape[2:])
         return jnp.moveaxis(shards[:, :, self.shards.home_slots :], 1, 0)
 
     def sent_tokens(self) -> Tokens:
@@ -287,29 +333,35 @@ class SplitTokens(Sharded):
 
         return Tokens(*(one(table) for table in self.sent_tokens()))
 
-    def remote(self, content: Content, block: Block, there: Bool[Array, "N N B S"] | None = None) -> Remote:
+    def remote(self, content: Content, block: Block, there: Bool[Array, "*N N B S"] | None = None) -> Remote:
         """What every shard sent, as attention gets it.
 
         Args:
-          content: an array [N,B,S,_], or [N,N,B,S,_] where every receiver has something else of each.
-          there: which tokens each receiver can make use of; None for all.
+          content: arrays [N,B,S,...], or [N,N,B,S,_] where every receiver has something else of each.
+          there: which tokens can be made use of, here or by each receiver; None for all.
         """
-        (said,), keys, queries = content, self.remote_tokens(), self.tokens()
+        keys, queries, copies = self.remote_tokens(), self.tokens(), content[0].ndim == 5
         position = keys.position
-        if self.transport.on_devices and mask.all_see_all(self.shards, block):
-            return Remote(type(content)(_in_rows(self.transport.senders(said))), position, None)
+        if there is None and self.transport.on_devices and mask.all_see_all(self.shards, block):
+            return Remote(self._in_rows(content), position, None)
         if self.transport.on_devices and mask.one_query_says_all(block):
             queries = Tokens(*(a[..., :1] for a in queries))
         seen = mask.remote(self.shards, queries, keys, block)
-        if there is not None:
+        if there is not None and there.ndim == 3:
+            seen = seen & _in_rows(self.transport.senders(there))[:, None]
+        elif there is not None:
             of_query = jnp.transpose(there[queries.shard], (2, 0, 1, 3))  # [B,queries,N,S]
             seen = seen & of_query.reshape(*of_query.shape[:2], -1)
-        if said.ndim == 5:  # copies of every token, of which a query sees that of its own shard
-            own = jnp.asarray(queries.shard[:, None] == jnp.arange(said.shape[0]))[..., None]
+        if copies:  # of every token, of which a query sees that of its own shard
+            own = jnp.asarray(queries.shard[:, None] == jnp.arange(self.shards.N))[..., None]
             seen = (seen[..., None, :] & own).reshape(*seen.shape[:-1], -1)
-            position = jnp.tile(position, said.shape[0])
-            said = said.reshape(-1, *said.shape[2:])
-        return Remote(type(content)(_in_rows(self.transport.senders(said))), position, seen)
+            position = jnp.tile(position, self.shards.N)
+            content = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), content)
+        return Remote(self._in_rows(content), position, seen)
+
+    def _in_rows(self, content: Content) -> Content:
+        """[N,B,S,...] -> [B,R,...]: of the tokens of all shards what attention sees, side by side."""
+        return jax.tree.map(lambda a: _in_rows(self.transport.senders(a)), content)
 
     def _pooled(self, model: Any) -> list[Message]:
         """The states that a head reads: their sum over the devices, or what `attend` sends, once."""
@@ -321,9 +373,9 @@ class SplitTokens(Sharded):
         return [Message("all-reduce", len(model.reads) * hidden_bits(model), 1, in_blocks=False)]
 
 
-def _in_rows(x: Shaped[Array, "N B S _"]) -> Shaped[Array, "B R _"]:
-    """[N,B,S,_] -> [B,N*S,_]: the tokens of all shards side by side."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
+def _in_rows(x: Shaped[Array, "N B S *feature"]) -> Shaped[Array, "B R *feature"]:
+    """[N,B,S,...] -> [B,N*S,...]: the tokens of all shards side by side."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def hidden_bits(model: Any) -> int:

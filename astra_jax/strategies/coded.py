@@ -5,7 +5,6 @@ codec's (`astra_jax/codecs`), and what training does to them is injected by it (
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,10 +15,12 @@ from astra_jax.codecs.base import Quantizer
 from astra_jax.errors import AstraError
 from astra_jax.inputs.token_batches import numbers_of_tokens
 from astra_jax.mesh.sharding import Shards
-from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds
+from astra_jax.models import mask
+from astra_jax.models.interface import Codes, Content, Estimates, Exchanged, Report, TokenIds, Underway
 from astra_jax.models.mask import Block
-from astra_jax.strategies.base import Message, SplitTokens
-from astra_jax.strategies.transport import Delivery, Virtual
+from astra_jax.strategies.base import Message, Over, SplitTokens
+from astra_jax.strategies.datagrams import Datagrams, Link
+from astra_jax.strategies.transport import Delivery, Posted, Virtual
 
 Lost = Literal["masked", "predicted"]
 
@@ -36,6 +37,19 @@ def need_codec(codec: Quantizer | None) -> Quantizer:
     if codec is None:
         raise AstraError("this checkpoint has no codebooks, so it runs on one device only: run `astra calibrate` first")
     return codec
+
+
+class Sent(NamedTuple):
+    """Codes that have left, and what becomes of those that arrive."""
+
+    posted: Posted
+    of: Any
+
+    def local(self, inputs: Any) -> Any:
+        return self.posted.local(inputs)
+
+    def finish(self, done: Any) -> Exchanged:
+        return self.of(self.posted.receive(done))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Astra(SplitTokens):
             ids = self.shards.sent_slots * 8 * _id_dtype(numbers_of_tokens(model.config)).itemsize
             first = [Message("all-gather", ids, 1, in_blocks=False)]
         counts = [kind == "coded" for kind in kinds]
-        codes = self.by_ways(model, codec.wire_bits, counts, everything=bool(codec.remembers))
+        codes = self.hearing(model, codec.wire_bits, counts, everything=bool(codec.remembers))
         return [*first, *codes, *self._pooled(model)]
 
     def start(self, codec: Quantizer | None, x: Float[Array, "B S D"], known: TokenIds | None) -> Any:
@@ -99,32 +113,40 @@ class Astra(SplitTokens):
         nothing = self.transport.nothing((N, B, S, W))
         if known is None:
             return nothing
-        ids = self.transport.gather(self.sent(known.ids).astype(_id_dtype(known.vocabulary))).reshape(N * B, S)
+        ids = self.transport.hear(self.sent(known.ids).astype(_id_dtype(known.vocabulary))[..., None])
+        ids = ids.reshape(N * B, S)
         position = jnp.moveaxis(jnp.broadcast_to(self.sent_tokens().position, (B, N, S)), 1, 0).reshape(N * B, S)
         vectors = known.vectors_of(ids.astype(jnp.int32), position)
         return nothing + jax.lax.stop_gradient(vectors).astype(jnp.float32).reshape(N, B, S, W)
 
-    def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
+    def begin(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Underway:
         """What every shard is expected to have, codes of how it differs, and what these make of it."""
         codec, mine = need_codec(codec), self.sent(y)
         expected = codec.expect(estimate, self.around, block.kind)
-        p, delivery = jax.lax.stop_gradient(expected), None
-        if block.kind == "coded":
-            z = codec.encode(mine - self.own(p))
-            delivery = self.deliver(codec, z, block)
-        estimate = codec.update(p, *(delivery or (None, None)))
-        content, report = self.heard(codec, mine, expected, delivery, estimate, block)
-        return Exchanged(self.remote(content, block, self._there(codec, delivery)), estimate, report)
+        p = jax.lax.stop_gradient(expected)
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
+        def finish(delivery: Delivery | None) -> Exchanged:
+            found = codec.update(p, *(delivery or (None, None)))
+            content, report = self.heard(codec, mine, expected, delivery, found, block)
+            return Exchanged(self.remote(content, block, self._there(codec, delivery)), found, report)
+
+        if block.kind != "coded":
+            return Over(finish(None))
+        posted = self.deliver(codec, codec.encode(mine - self.own(p)), block)
+        return Sent(posted, finish)
+
+    def exchange(self, codec: Quantizer | None, y: Float[Array, "B S W"], estimate: Any, block: Block) -> Exchanged:
+        return self.begin(codec, y, estimate, block).finish(())
+
+    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Posted:
         """The codes of all shards, or in a block with a window of those that attention can see.
 
         With a predictor all devices expect the same of a token, and so all hear of all.
         """
-        if not self.transport.on_devices:
-            return self.transport.deliver(codec, z, block)
-        send = partial(self.transport.hear, z, codec.pack, codec.unpack)
-        return Delivery(self.in_reach(block, send, everything=bool(codec.remembers)))
+        everything = bool(codec.remembers)
+        if self.transport.on_devices and not self.transport.loses:
+            return Posted.at_once(Delivery(self.hear(z, block, codec.pack, codec.unpack, everything)))
+        return self.transport.post(codec, z, block, mask.heard(self.shards, block.windows, everything))
 
     def heard(
         self,
@@ -146,6 +168,8 @@ class Astra(SplitTokens):
         if codec.remembers:
             return Heard(Estimates(estimate), Report())
         assert delivery is not None  # only estimates make do without
+        if self.transport.loses:
+            return Heard(Codes(delivery.codes, jnp.asarray(delivery.groups)), Report())
         if delivery.groups is None or delivery.by_token:  # lost tokens are masked, the others whole
             return Heard(Codes(delivery.codes), Report())
         return Heard(Estimates(codec.decode(delivery.codes, delivery.groups)), Report())
@@ -161,13 +185,46 @@ class Astra(SplitTokens):
         there = jnp.broadcast_to(there, (estimate.shape[-3], *there.shape[-2:])).swapaxes(0, 1)
         return Quantizer.around(estimate, there, self.shards.causal)
 
-    def _there(self, codec: Quantizer, delivery: Delivery | None) -> Bool[Array, "N N B S"] | None:
-        """Which tokens each receiver can make use of; None for all."""
+    def _there(self, codec: Quantizer, delivery: Delivery | None) -> Bool[Array, "*N N B S"] | None:
+        """Which tokens each receiver, or this device, can make use of; None for all."""
         if delivery is None or not delivery.by_token:
             return None
         if codec.remembers and self.lost == "predicted":
             return None
         return jnp.asarray(delivery.groups) > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OnHosts:
+    """What makes the strategy of one of several hosts, each of which has a program of its own.
+
+    Attributes:
+      link: to the other hosts.
+      N, index: how many hosts there are, and whose shard is here. The last shard, where prompts end, is the user's.
+      shares: of every host, for its share of the tokens; None where all get as many.
+    """
+
+    link: Link
+    N: int
+    index: int
+    shares: tuple[float, ...] | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether the answer is here."""
+        return self.index == self.N - 1
+
+    def __call__(self, model: Any, N: int = 1, inputs: Any = None) -> SplitTokens:
+        """For a model and its inputs; N counts devices of this host, of which one is used.
+
+        Raises:
+          AstraError: the model has no codebooks, or there are fewer tokens than hosts.
+        """
+        need_codec(model.codec)
+        shards = model.shards(self.N, inputs)
+        if self.shares is not None:
+            shards = shards.in_proportion(self.shares)
+        return Astra(shards, Datagrams(self.link, self.N, self.index, shards.unused))
 
 
 @dataclasses.dataclass(frozen=True)

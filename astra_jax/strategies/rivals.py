@@ -45,14 +45,12 @@ class SequenceParallel(SplitTokens):
     def messages(self, model: Any) -> list[Message]:
         every = [True] * model.config.num_hidden_layers
         return [
-            *self.by_ways(model, lambda slots: slots * hidden_bits(model), every, self.everything),
+            *self.hearing(model, lambda slots: slots * hidden_bits(model), every, self.everything),
             *self._pooled(model),
         ]
 
     def exchange(self, codec: Quantizer | None, y: Float[Array, "B S D"], estimate: Any, block: Block) -> Exchanged:
-        remote = self.remote(
-            Inputs(self.in_reach(block, partial(self.transport.hear, self.sent(y)), self.everything)), block
-        )
+        remote = self.remote(Inputs(self.hear(self.sent(y), block, everything=self.everything)), block)
         return Exchanged(remote, estimate, Report())
 
 

@@ -1,12 +1,12 @@
 """How codes travel between the N shards, and which of these are here. The exchange itself is in `strategies/coded.py`.
 
-`Mesh` has one shard on each device, under `jax.shard_map`; `Virtual` has all of them on one device, and is the
-reference that every other way is tested against.
+`Mesh` has one shard on each device, under `jax.shard_map`; `Datagrams` one on each host, whose program is its own;
+`Virtual` has all of them on one device, and is the reference that every other way is tested against.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,11 +36,29 @@ class Delivery(NamedTuple):
         return self.groups is not None and jnp.ndim(self.groups) > 0
 
 
+class Posted(NamedTuple):
+    """Codes that are on their way.
+
+    Attributes:
+      local: the inputs of local work, that waits with it until they have left.
+      receive: what arrived, which is waited for once the results of local work are there.
+    """
+
+    local: Callable[[Any], Any]
+    receive: Callable[[Any], Delivery]
+
+    @classmethod
+    def at_once(cls, delivery: Delivery) -> "Posted":
+        """What is there, or whose waiting is a compiler's business."""
+        return cls(lambda inputs: inputs, lambda done: delivery)
+
+
 @runtime_checkable
 class Transport(Protocol):
     """What an exchange asks of a way in which codes travel. M of the N shards are here: one, or all."""
 
     on_devices: ClassVar[bool]  # whether every shard has a device of its own
+    loses: ClassVar[bool]  # whether a device may go on without what another one says
 
     def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Table, "*B slots"]:
         """What a table of all slots says of those that are here."""
@@ -54,8 +72,14 @@ class Transport(Protocol):
     def gather(self, x: Shaped[Array, "M *shape"]) -> Shaped[Array, "N *shape"]:
         """What every shard has."""
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block) -> Delivery:
-        """Sends the codes of the shards that are here, and receives those of all."""
+    def post(
+        self, codec: Quantizer, z: UInt16[Array, "M B S G"], block: Block, heard: Bool[np.ndarray, "L N N"]
+    ) -> Posted:
+        """Sends the codes of the shards that are here, to receive those of all.
+
+        Args:
+          heard: of every block which receiver has to hear which sender [L, receiver, sender].
+        """
 
     def hear(
         self,
@@ -92,6 +116,7 @@ class Mesh:
     peers: Peers | Alone = Peers(SEQ)
 
     on_devices: ClassVar[bool] = True
+    loses: ClassVar[bool] = False
 
     def here(self, table: Shaped[Table, "*B N S"]) -> Shaped[Array, "*B S"]:
         return jnp.take(jnp.asarray(table), self.peers.index(), axis=-2)
@@ -105,8 +130,10 @@ class Mesh:
     def gather(self, x: Shaped[Array, "1 *shape"]) -> Shaped[Array, "N *shape"]:
         return self.peers.gather(x[0])
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block) -> Delivery:
-        return Delivery(self.hear(z, codec.pack, codec.unpack))
+    def post(
+        self, codec: Quantizer, z: UInt16[Array, "1 B S G"], block: Block, heard: Bool[np.ndarray, "L N N"]
+    ) -> Posted:
+        return Posted.at_once(Delivery(self.hear(z, codec.pack, codec.unpack)))
 
     def hear(
         self,
@@ -151,6 +178,7 @@ class Virtual:
     arrived: Bool[Array, "L N N B S"] | None = None
 
     on_devices: ClassVar[bool] = False
+    loses: ClassVar[bool] = False
 
     @classmethod
     def of(
@@ -189,11 +217,13 @@ class Virtual:
     ) -> Shaped[Array, "N B S F"]:
         return x
 
-    def deliver(self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block) -> Delivery:
+    def post(
+        self, codec: Quantizer, z: UInt16[Array, "N B S G"], block: Block, heard: Bool[np.ndarray, "L N N"]
+    ) -> Posted:
         if self.arrived is None:
-            return Delivery(z, self.groups)
+            return Posted.at_once(Delivery(z, self.groups))
         groups = codec.groups if self.groups is None else self.groups
-        return Delivery(z, jnp.where(self.arrived[block.number], groups, 0))
+        return Posted.at_once(Delivery(z, jnp.where(self.arrived[block.number], groups, 0)))
 
     def apart(self, x: Shaped[Array, "N B S F"], alike: bool) -> Shaped[Array, "N B S F"]:
         return x

@@ -25,6 +25,30 @@ LAYERS = {"tiny_gpt2": "n_layer"}
 CLASS = ("tiny_bert", "class")
 
 
+# Name -> fixture, and values of the configuration. All have other numbers of class tokens than ViT, or other heads.
+PICTURE_MODELS = {
+    "deit": ("tiny_deit", {"with_teacher": True}),
+    "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
+    "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
+    "clip": ("tiny_clip", {}),
+    "siglip": ("tiny_siglip", {}),
+}
+# As well, with what becomes of class tokens in between.
+TEXT_MODELS = {
+    "gpt2": ("tiny_gpt2", "distributed", {}),
+    "gpt2 classifier": ("tiny_gpt2", "distributed", {"task": "classification", "num_labels": 3}),
+    "llama": ("tiny_llama", "distributed", {}),
+    "llama classifier": ("tiny_llama", "distributed", {"task": "classification", "num_labels": 3}),
+    "bert mean": ("tiny_bert", "distributed", {"pooling": "mean", "normalize": True}),
+    "bert distributed": ("tiny_bert", "distributed", {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "bert single": ("tiny_bert", "single", {"pooling": "class"}),
+    "distilbert": ("tiny_distilbert", "single", {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "mpnet distributed": ("tiny_mpnet", "distributed", {"pooling": "class"}),
+    "mpnet single": ("tiny_mpnet", "single", {"pooling": "class", "task": "classification", "num_labels": 3}),
+    "roberta": ("tiny_roberta", "distributed", {"pooling": "class", "task": "classification", "num_labels": 3}),
+}
+
+
 def three_blocks(request, family, astra):
     """A model in which estimates build on each other; `family` is a fixture, or one and how states are pooled.
 
@@ -37,10 +61,11 @@ def three_blocks(request, family, astra):
     return model
 
 
-@nnx.jit(static_argnums=2)
-def run_virtual(model, inputs, N, arrived=None):
+@nnx.jit(static_argnums=(2, 4))
+def run_virtual(model, inputs, N, arrived=None, speeds=None):
     """The outputs; `arrived` is None, or says of every block [L] whether its codes arrive."""
     shards, tokens = model.shards(N, inputs), model.to_tokens(inputs)
+    shards = shards.in_proportion(speeds) if speeds else shards
     slots = shards.scatter(tokens)
     if arrived is not None:
         of_slots = (len(arrived), len(slots), N, slots.shape[1] + N * shards.class_slots)

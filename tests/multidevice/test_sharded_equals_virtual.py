@@ -16,7 +16,7 @@ from astra_jax.errors import AstraError
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.compile import parallelize
 from astra_jax.strategies.base import Single
-from tests.helpers.sharded import as_pairs, cases, check, real
+from tests.helpers.sharded import PICTURE_MODELS, TEXT_MODELS, as_pairs, cases, check, real
 
 HIDDEN, KV, DISTRIBUTED, SINGLE = "hidden", "kv", "distributed", "single"
 
@@ -32,14 +32,6 @@ def test_tokens_over_n_devices(tiny_vit, rank_coded, N, site, class_token):
     check(tiny_vit(VQConfig(groups=4, codewords=16, site=site, class_token=class_token)), rank_coded(2), N)
 
 
-# Name -> fixture, and values of the configuration. All have other numbers of class tokens than ViT, or other heads.
-PICTURE_MODELS = {
-    "deit": ("tiny_deit", {"with_teacher": True}),
-    "dinov2 classifier": ("tiny_dinov2", {"task": "classification"}),
-    "dinov2 interpolated": ("tiny_dinov2", {"image_size": 32, "picture_size": 20, "use_swiglu_ffn": True}),
-    "clip": ("tiny_clip", {}),
-    "siglip": ("tiny_siglip", {}),
-}
 FAST_PICTURES = [
     ("deit", 3, HIDDEN, DISTRIBUTED),
     ("deit", 2, KV, SINGLE),
@@ -82,19 +74,6 @@ def test_codecs_with_axes_of_their_own(request, rank_coded, random_text, family,
 
 
 # Name -> fixture, class token, and values of the configuration.
-TEXT_MODELS = {
-    "gpt2": ("tiny_gpt2", DISTRIBUTED, {}),
-    "gpt2 classifier": ("tiny_gpt2", DISTRIBUTED, {"task": "classification", "num_labels": 3}),
-    "llama": ("tiny_llama", DISTRIBUTED, {}),
-    "llama classifier": ("tiny_llama", DISTRIBUTED, {"task": "classification", "num_labels": 3}),
-    "bert mean": ("tiny_bert", DISTRIBUTED, {"pooling": "mean", "normalize": True}),
-    "bert distributed": ("tiny_bert", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
-    "bert single": ("tiny_bert", SINGLE, {"pooling": "class"}),
-    "distilbert": ("tiny_distilbert", SINGLE, {"pooling": "class", "task": "classification", "num_labels": 3}),
-    "mpnet distributed": ("tiny_mpnet", DISTRIBUTED, {"pooling": "class"}),
-    "mpnet single": ("tiny_mpnet", SINGLE, {"pooling": "class", "task": "classification", "num_labels": 3}),
-    "roberta": ("tiny_roberta", DISTRIBUTED, {"pooling": "class", "task": "classification", "num_labels": 3}),
-}
 MESHES = ((1, 2), (2, 1), (3, 2), (4, 2), (8, 1))  # N, and batches
 FAST_TEXT = [
     ("gpt2", 4, 2, HIDDEN),
