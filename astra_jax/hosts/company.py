@@ -1,0 +1,466 @@
+"""Hosts that compute together, each with a program of its own: who takes part, and one pass after the other.
+
+Host 0 is where the user is: it takes in other hosts, says what is to be read, has all compile what is new, and lets a
+pass begin. A host that is gone is not waited for: the pass goes on without its tokens, and the next one is split over
+those that are left. A host that comes takes part from the next pass on.
+"""
+
+import dataclasses
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from astra_jax.errors import AstraError, first_line
+from astra_jax.hosts.agreement import NOT_GIVEN
+from astra_jax.hosts.control import Connection, Event, Host0, Message, connect, quietly
+from astra_jax.hosts.datagrams import Datagrams, Late, Peer, Tally
+from astra_jax.hosts.invitation import Invitation, written
+
+UDP_SECONDS = 5.0  # until two hosts hear each other, or a firewall is between them
+COMPILE_SECONDS = 1800.0
+MOST_ASKED = 256  # who wait for an answer at once
+DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
+_MOST_DIFFERENCES = 3
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """One host's place in a pass.
+
+    Attributes:
+      order: numbers of the hosts, in the order of their shards; the last is host 0.
+      index: which of these is here.
+      shares: of each, for its share of the tokens; None where all get as many.
+    """
+
+    order: tuple[int, ...]
+    index: int
+    shares: tuple[float, ...] | None = None
+
+
+class Taken(NamedTuple):
+    """How a pass was for one host."""
+
+    host: int
+    seconds: float
+    tally: Tally
+
+
+@dataclasses.dataclass
+class Member:
+    """Another host: its number, which is never another one's, its name, where its datagrams come from, its connection,
+    and whether it has loaded what it needs."""
+
+    number: int
+    name: str
+    where: Peer
+    connection: Connection
+    ready: bool = False
+
+    def __str__(self) -> str:
+        return f"host {self.number} ({self.name}, {self.where.address})"
+
+
+class Client(NamedTuple):
+    """Who asks for an answer, and what it said."""
+
+    connection: Connection
+    message: Message
+
+
+def about(same: Mapping[str, str], port: int = 0) -> Message:
+    """What a host says of itself when it comes.
+
+    Args:
+      same: what has to be the same on all hosts, by name.
+      port: where it gets datagrams.
+    """
+    return {"role": "host", "name": socket.gethostname(), "same": dict(same), "port": port}
+
+
+def differences(mine: Mapping[str, str], theirs: Any) -> str:
+    """What another host has that is not as here, in a sentence; empty where there is nothing."""
+    if not isinstance(theirs, Mapping):
+        return "it does not say what it has"
+    names = [name for name in mine if theirs.get(name) != mine[name]]
+    found = [f"{name} is {quietly(theirs.get(name, NOT_GIVEN))} there and {mine[name]} here" for name in names]
+    more = len(found) - _MOST_DIFFERENCES
+    return "; ".join(found[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+
+
+class Company:
+    """Host 0, and who is with it.
+
+    Args:
+      address, port: where to listen, by TCP and UDP; port 0 for any.
+      secret: what all hosts know.
+      same: what has to be the same on all of them, by name.
+      welcome: what every host is told when it comes.
+      late: what becomes of codes that are late.
+      told: is told in a line who comes and goes.
+
+    Attributes:
+      link: of this host's programs.
+      asked: who asks for an answer; whoever is too many is told that hosts are busy.
+
+    Raises:
+      AstraError: a port is in use, or the address is not this host's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        secret: bytes,
+        same: Mapping[str, str],
+        welcome: Message,
+        late: Late = "wait",
+        told: Callable[[str], Any] = lambda line: None,
+    ):
+        self._host0 = Host0(address, port, secret)
+        try:
+            self.link = _same_port(address, self._host0.port, late, any_other=not port)
+        except AstraError:
+            self._host0.close()
+            raise
+        self._same, self._welcome, self._told, self._late = dict(same), welcome, told, late
+        self._key = secrets.token_bytes(32)
+        self.link.enter(0, self._key)
+        self.invitation = Invitation(address, self._host0.port, secret)
+        self.asked = queue.Queue[Client](MOST_ASKED)
+        self._members: dict[int, Member] = {}
+        self._changed = threading.Condition()
+        self._replies: dict[tuple[str, int, int], Message] = {}  # (kind, pass, host)
+        self._count = self._passes = 0
+        threading.Thread(target=self._listen, daemon=True, name="company").start()
+
+    def close(self) -> None:
+        """Ends it for all."""
+        self._host0.close()
+        self.link.close()
+
+    @property
+    def members(self) -> list[Member]:
+        """The other hosts that can take part."""
+        with self._changed:
+            return [member for member in self._members.values() if member.ready]
+
+    def wait_for(self, count: int, seconds: float) -> bool:
+        """Whether so many other hosts came in time."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: sum(member.ready for member in self._members.values()) >= count, seconds
+            )
+
+    # Who comes and goes
+
+    def _listen(self) -> None:
+        while True:
+            event = self._host0.events.get()
+            try:
+                self._happened(event)
+            except (KeyError, TypeError, ValueError):  # an odd message ends its own connection alone
+                event.connection.close()
+
+    def _happened(self, event: Event) -> None:
+        connection, message, member = event.connection, event.message, event.connection.note
+        if event.kind == "joined" and message.get("role") == "host":
+            self._take_in(connection, message)
+        elif event.kind == "joined" and message.get("role") == "client":
+            try:
+                self.asked.put_nowait(Client(connection, message))
+            except queue.Full:
+                connection.send(kind="busy")
+                connection.close()
+        elif event.kind == "joined":
+            connection.close()
+        elif isinstance(member, Member):
+            if event.kind == "said" and message["kind"] == "ready":
+                with self._changed:
+                    member.ready = True
+                    self._changed.notify_all()
+                self._told(f"{member} takes part")
+            elif event.kind == "said":
+                if message["kind"] == "done" and message["failed"]:
+                    self._skip(int(message["pass"]), member.number)
+                    self._told(f"{member}: {quietly(message['failed'], 1000)}")
+                with self._changed:
+                    self._replies[str(message["kind"]), int(message["pass"]), member.number] = message
+                    self._changed.notify_all()
+            else:
+                self._left(member)
+
+    def _take_in(self, connection: Connection, hello: Message) -> None:
+        if wrong := differences(self._same, hello.get("same")):
+            connection.send(kind="refused", why=f"host 0 does not take this host: {wrong}")
+            connection.close()
+            self._told(f"{quietly(hello.get('name'))} ({connection.address}) is not taken: {wrong}")
+            return
+        port = hello["port"]
+        if type(port) is not int or not 0 < port < 65536:
+            raise ValueError("no port")
+        with self._changed:
+            self._count += 1
+            member = Member(self._count, quietly(hello.get("name"), 64), Peer(connection.address, port), connection)
+            connection.note = member
+            connection.send(
+                self._key,
+                kind="welcome",
+                number=member.number,
+                late=self._late,
+                told=self._welcome,
+                port=self.link.port,
+            )
+            self._members[member.number] = member
+            self.link.meet(self._where())
+
+    def _left(self, member: Member) -> None:
+        with self._changed:
+            if self._members.pop(member.number, None) is None:
+                return
+            self.link.gone(member.number)
+            for other in self._members.values():
+                other.connection.send(kind="gone", number=member.number)
+            self._changed.notify_all()
+        self._told(f"{member} is gone")
+
+    def _skip(self, number: int, host: int) -> None:
+        """A host takes no part in what is left of a pass."""
+        self.link.skip(number, [host])
+        self._all(self.order(), {"kind": "skip", "pass": number, "hosts": [host]})
+
+    def _where(self) -> dict[int, Peer]:
+        return {member.number: member.where for member in self._members.values()}
+
+    # Passes
+
+    def order(self) -> tuple[int, ...]:
+        """The hosts of the next pass, in the order of their shards."""
+        return (*(member.number for member in self.members), 0)
+
+    def _all(self, to: Sequence[int], message: Message, body: bytes = b"") -> None:
+        for member in self.members:
+            if member.number in to:
+                member.connection.send(body, **message)
+
+    def ask(self, order: Sequence[int], body: bytes) -> None:
+        """Has other hosts read what the next passes are for."""
+        peers = {str(member.number): list(member.where) for member in self.members if member.number in order}
+        self._all(order, {"kind": "read", "peers": peers}, body)
+
+    def rehearse(self, seat: Seat, call: Callable[[], Result]) -> Result:
+        """Has all hosts compile what a pass needs, and hear each other.
+
+        Args:
+          call: that of this host.
+
+        Raises:
+          AstraError: a host cannot compute it, or two of them do not hear each other.
+        """
+        self._passes += 1
+        number = self._passes
+        self._all(seat.order, _told_of(seat, number, "rehearse"))
+        self.link.begin(number, seat.order, rehearsing=True)
+        silent = self.link.silent(seat.order, UDP_SECONDS)
+        result = call()
+        replies = self._wait("rehearsed", number, seat.order, COMPILE_SECONDS)
+        unheard = {0: silent} | {host: list(reply.get("silent", ())) for host, reply in replies.items()}
+        for host, others in unheard.items():
+            for other in others:
+                if other in self.order():
+                    raise AstraError(
+                        f"UDP packets of host {other} do not come to host {host}: let in the ports that both printed "
+                        "where a firewall is between them"
+                    )
+        for host, reply in replies.items():
+            if reply.get("failed"):
+                raise AstraError(f"host {host}: {quietly(reply['failed'], 1000)}")
+        return result
+
+    def run(self, seat: Seat, call: Callable[[], Result]) -> tuple[Result, list[Taken]]:
+        """A pass of all hosts, which have rehearsed it: what it gives here, and how it was for each."""
+        self._passes += 1
+        number = self._passes
+        self._all(seat.order, _told_of(seat, number, "run"))
+        self.link.begin(number, seat.order)
+        begun = time.perf_counter()
+        try:
+            result = call()
+        except BaseException:
+            self._all(seat.order, {"kind": "skip", "pass": number, "hosts": seat.order})  # nobody waits for anybody
+            raise
+        seconds = time.perf_counter() - begun
+        taken, gone = [Taken(0, seconds, self.link.tally)], self.link.tally.gone
+        for host in gone & set(self._members):  # what is not heard of any more is not asked again
+            member = self._members[host]
+            if member.number in self.link.lost():
+                self._left(member)
+                member.connection.close()
+        replies = self._wait("done", number, [host for host in seat.order if host not in gone], DONE_SECONDS)
+        for host, reply in sorted(replies.items()):
+            tally = Tally(**{name: reply[name] for name in ("sent", "received", "again", "missing", "waited")})
+            taken.append(Taken(host, float(reply["seconds"]), tally))
+        return result, taken
+
+    def _wait(self, kind: str, number: int, order: Sequence[int], seconds: float) -> dict[int, Message]:
+        """What the hosts that are left replied."""
+        with self._changed:
+            due = lambda: {  # noqa: E731
+                host for host in order if host in self._members and (kind, number, host) not in self._replies
+            }
+            self._changed.wait_for(lambda: not due(), seconds)
+            found = {key[2]: reply for key, reply in self._replies.items() if key[:2] == (kind, number)}
+            self._replies = {key: reply for key, reply in self._replies.items() if key[1] > number}
+            return found
+
+
+def _told_of(seat: Seat, number: int, kind: str) -> Message:
+    return {"kind": kind, "pass": number, "order": seat.order, "shares": seat.shares}
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What a host does for a pass."""
+
+    def read(self, body: bytes) -> None:
+        """Reads what passes are for."""
+
+    def run(self, seat: Seat, link: Datagrams) -> None:
+        """Takes part in one."""
+
+
+class Fellow:
+    """This host as one of those that are with host 0.
+
+    Args:
+      invitation: where host 0 is, and the secret.
+      same: what has to be the same there, by name.
+      address, port: where to get datagrams; by default where host 0 is reached from, at any port.
+
+    Attributes:
+      number: of this host.
+      told: what host 0 tells every host.
+      link: of this host's programs.
+
+    Raises:
+      AstraError: host 0 is not there, or does not take this host.
+    """
+
+    def __init__(self, invitation: Invitation, same: Mapping[str, str], address: str | None = None, port: int = 0):
+        self._invitation, self._messages = invitation, queue.Queue[Message]()
+        self.link = Datagrams(address or own_address(invitation), port)
+        try:
+            self._connection = connect(invitation, about(same, self.link.port), self._heard)
+            first = self._messages.get()
+        except AstraError:
+            self.link.close()
+            raise
+        if first.get("kind") != "welcome":
+            self.link.close()
+            raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
+        self.number, self.told, self.link.late = int(first["number"]), first["told"], first["late"]
+        self._port = int(first["port"])
+        self.link.enter(self.number, first["body"])
+        self._meet({})
+
+    def _meet(self, peers: Mapping[str, Any]) -> None:
+        """Learns where others are. One that host 0 reaches within itself is reached where host 0 is."""
+        found = {0: Peer(self._connection.address, self._port)}
+        for number, (address, port) in peers.items():
+            local = address.startswith("127.") or address == "::1"
+            found[int(number)] = Peer(self._connection.address if local else str(address), int(port))
+        self.link.meet(found)
+
+    def _heard(self, message: Message) -> None:
+        if message.get("kind") == "gone":
+            self.link.gone(int(message["number"]))
+        elif message.get("kind") == "skip":
+            self.link.skip(int(message["pass"]), message["hosts"])
+        else:
+            if not message:
+                self.link.gone(0)
+            self._messages.put(message)
+
+    def ready(self) -> None:
+        """This host can take part from now on."""
+        self._connection.send(kind="ready")
+
+    def serve(self, work: Work) -> None:
+        """Does what host 0 says, until it is gone.
+
+        Raises:
+          AstraError: it is.
+        """
+        failed = ""
+        while True:
+            message = self._messages.get()
+            match message.get("kind"):
+                case "read":
+                    self._meet(message["peers"])
+                    failed = _tried(lambda: work.read(message["body"]))  # noqa: B023
+                case "rehearse":
+                    self._rehearse(message, work, failed)
+                case "run":
+                    self._run(message, work, failed)
+                case None:
+                    raise AstraError(f"host 0 at {written(self._invitation.address, self._invitation.port)} is gone")
+
+    def _seat(self, message: Message) -> Seat:
+        order, shares = tuple(message["order"]), message["shares"]
+        return Seat(order, order.index(self.number), None if shares is None else tuple(shares))
+
+    def _rehearse(self, message: Message, work: Work, failed: str) -> None:
+        seat = self._seat(message)
+        self.link.begin(message["pass"], seat.order, rehearsing=True)
+        silent = self.link.silent(seat.order, UDP_SECONDS)
+        failed = failed or _tried(lambda: work.run(seat, self.link))
+        self._connection.send(kind="rehearsed", **{"pass": message["pass"]}, silent=silent, failed=failed)
+
+    def _run(self, message: Message, work: Work, failed: str) -> None:
+        seat = self._seat(message)
+        self.link.begin(message["pass"], seat.order)
+        begun = time.perf_counter()
+        failed = failed or _tried(lambda: work.run(seat, self.link))
+        tally = {name: value for name, value in vars(self.link.tally).items() if name != "gone"}
+        seconds = time.perf_counter() - begun
+        self._connection.send(kind="done", **{"pass": message["pass"]}, seconds=seconds, failed=failed, **tally)
+
+
+def _same_port(address: str, port: int, late: Late, any_other: bool) -> Datagrams:
+    """The port of this number, or if it is in use maybe another one."""
+    try:
+        return Datagrams(address, port, late)
+    except AstraError:
+        if not any_other:
+            raise
+        return Datagrams(address, 0, late)
+
+
+def _tried(call: Callable[[], Any]) -> str:
+    """How it failed, in a line; empty where it did not."""
+    try:
+        call()
+        return ""
+    except AstraError as error:
+        return str(error)
+    except Exception as error:
+        return first_line(error)
+
+
+def own_address(invitation: Invitation) -> str:
+    """The address of this host on the way to host 0. Sends nothing. Raises AstraError where there is no way."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(invitation.address, invitation.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except socket.gaierror:
+        raise AstraError(f"the host {invitation.address!r} is not known here: give its IP address") from None
+    except OSError as error:
+        raise AstraError(f"there is no way to {invitation.address} ({error.strerror}): is the network up?") from None

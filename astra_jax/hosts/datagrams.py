@@ -1,0 +1,484 @@
+"""Packets between hosts by UDP: sealed, in no order, some lost. What is missing is asked for again, by its number.
+
+Every packet is sealed with ChaCha20-Poly1305 under a key for one sender and one receiver, its counter is the nonce, and
+a window of counters keeps a packet from being taken twice. What does not open is dropped and counted; it has no effect.
+
+A receiver sees in the counters what is missing: from each sender they come in order, but for what networks reorder. It
+asks for that, and is sent it anew, under a new counter. So a slow link is never asked twice for what still waits before
+it, and only the last packets of a burst, behind which nothing comes, need a sign of life that says how many there were.
+
+All of it is plain Python and NumPy, in two threads of its own, as it is called from within programs that run.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import math
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from astra_jax.errors import AstraError
+from astra_jax.hosts.invitation import written
+from astra_jax.hosts.keys import derived
+
+Late = Literal["wait", "predict"]  # what becomes of codes that are late: they are waited for, or done without
+
+_OUTER = struct.Struct("<BHQ")  # class, sender, counter: in clear, and sealed with the rest
+_NONCE = struct.Struct("<BxxxQ")
+_DATA = struct.Struct("<BIhHHQ")  # kind, pass, channel, packet, packets in all, counter that it had before (+ 1)
+_PING = struct.Struct("<BQQ")  # kind, time, packets sent so far
+_PONG = struct.Struct("<BQ")
+_LIST = struct.Struct("<BH")
+DATA, PING, PONG, ASK, VOID = range(5)
+OF_DATA, OF_CONTROL = 0, 1  # classes: each has counters of its own
+OVERHEAD = _OUTER.size + 16 + _DATA.size
+
+WINDOW = 4096  # packets that may overtake each other
+MOST_ASKED = 64  # counters in one packet
+KEPT = 8192  # packets to each host that can be sent again
+MOST_BYTES = 1 << 28  # that wait to be read
+BUFFER = 1 << 14  # bytes that wait in the system to be sent: what is behind them can be overtaken
+PROBE_SECONDS = 0.008  # after the last of a burst
+BEAT_SECONDS = 0.25
+ORDER_SECONDS = 0.003  # that networks reorder at least
+PATIENCE_SECONDS = 1.75  # without any sign of life, after which a host is gone
+
+
+class Peer(NamedTuple):
+    """Where another host is."""
+
+    address: str
+    port: int
+
+
+@dataclasses.dataclass
+class Tally:
+    """What happened in a pass.
+
+    Attributes:
+      sent, received: bytes on the wire, headers of UDP and IP not counted.
+      again: packets that were sent anew.
+      missing: packets of codes that a block went on without.
+      waited: seconds that programs waited for others.
+      gone: numbers of hosts that were gone.
+    """
+
+    sent: int = 0
+    received: int = 0
+    again: int = 0
+    missing: int = 0
+    waited: float = 0.0
+    gone: set[int] = dataclasses.field(default_factory=set)
+
+
+class _Counters:
+    """Which counters of a sender came already: all but those of the last `WINDOW` count as such."""
+
+    def __init__(self) -> None:
+        self.next, self._seen = 0, 0  # bit n of _seen: the counter next - 1 - n
+
+    def fresh(self, counter: int) -> bool:
+        """Whether it may still come."""
+        back = self.next - 1 - counter
+        return back < 0 or (back < WINDOW and not self._seen >> back & 1)
+
+    def take(self, counter: int) -> None:
+        """It came."""
+        ahead = counter - (self.next - 1)
+        if ahead > 0:
+            self._seen = ((self._seen << min(ahead, WINDOW)) | 1) & ((1 << WINDOW) - 1)
+            self.next = counter + 1
+        else:
+            self._seen |= 1 << -ahead
+
+
+class _Usual:
+    """How long waiting takes where nothing is lost: mean and deviation, of late ones more than of early ones."""
+
+    def __init__(self) -> None:
+        self._mean, self._deviation, self._count = 0.0, 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        self._count += 1
+        weight = max(0.1, 1 / self._count)
+        away = seconds - self._mean
+        self._mean += weight * away
+        self._deviation += weight * (abs(away) - self._deviation)
+
+    def most(self) -> float:
+        """What it hardly ever takes longer than; a second before anything is known."""
+        return self._mean + 4 * self._deviation if self._count >= 8 else 1.0
+
+
+class _Peer:
+    """Another host: keys, counters, and what is missing of what it sent."""
+
+    def __init__(self, number: int, me: int, key: bytes, where: Peer):
+        self.number, self.where = number, where
+        self.to, self.of = (
+            ChaCha20Poly1305(derived(key, f"datagrams from {sender} to {receiver}"))
+            for sender, receiver in ((me, number), (number, me))
+        )
+        self.sending = [0, 0]  # the next counter of each class
+        self.kept: dict[int, bytes] = {}  # packets of data by their counters
+        self.heard = (_Counters(), _Counters())
+        self.top = 0  # data that was sent up to here, as far as is known
+        self.missing: dict[int, list[float]] = {}  # counter -> when it was missed, and asked for
+        self.reordered = ORDER_SECONDS
+        self.heard_at = time.monotonic()
+        self.data_at = self.ping_at = 0.0
+        self.round_trip: float | None = None
+        self.said_gone = False
+
+    def gone(self, now: float) -> bool:
+        return self.said_gone or now - self.heard_at > PATIENCE_SECONDS
+
+    def miss(self, top: int, now: float) -> None:
+        """All up to `top` was sent; what did not come is missing."""
+        for counter in range(max(self.top, top - WINDOW), top):
+            if self.heard[OF_DATA].fresh(counter):
+                self.missing[counter] = [now, 0.0]
+        self.top = max(self.top, top)
+
+    def due(self, now: float) -> list[int]:
+        """What is to be asked for now."""
+        again = 1.5 * (self.round_trip or 0.05) + 0.01
+        found = [
+            counter
+            for counter, (missed, asked) in self.missing.items()
+            if now - missed > self.reordered and now - asked > again
+        ][:MOST_ASKED]
+        for counter in found:
+            self.missing[counter][1] = now
+        return found
+
+
+class Datagrams:
+    """This host's socket, and the link of its programs to those of other hosts (`astra_jax.strategies.datagrams.Link`).
+
+    Args:
+      address, port: where to listen; port 0 for any.
+      late: what becomes of codes that are late.
+
+    Attributes:
+      port: the one that is listened at.
+      dropped: packets that were not opened: forged, cut, sent twice, or of nobody who is known.
+
+    Raises:
+      AstraError: the port is in use, or the address is not this host's.
+    """
+
+    def __init__(self, address: str, port: int = 0, late: Late = "wait"):
+        self._socket = _listening(address, port)
+        self.port: int = self._socket.getsockname()[1]
+        self.late, self.dropped, self.tally = late, 0, Tally()
+        self.rehearsing = False
+        self._me, self._key = 0, b""
+        self._peers: dict[int, _Peer] = {}
+        self._order: list[int] = []
+        self._pass = 0
+        self._inbox: dict[tuple[int, int, int], dict[int, bytes]] = {}  # (pass, channel, host) -> packets
+        self._over = set[tuple[int, int, int]]()
+        self._skipped = set[tuple[int, int]]()
+        self._usual = _Usual()
+        self._held = 0
+        self._news = threading.Condition()
+        self._urgent, self._queue = deque[tuple[_Peer, int, bytes]](), deque[tuple[_Peer, int, bytes]]()
+        self._to_send = threading.Condition()
+        self._closed = False
+        for work in (self._receive, self._send):
+            threading.Thread(target=work, daemon=True, name=f"datagrams {work.__name__}").start()
+
+    def close(self) -> None:
+        """Ends both threads."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        with self._to_send:
+            self._to_send.notify_all()
+
+    # Who is there
+
+    def enter(self, me: int, key: bytes) -> None:
+        """This host's number, and the key that all hosts have of this run."""
+        with self._news:
+            self._me, self._key = me, key
+            self._peers.clear()
+
+    def meet(self, where: Mapping[int, Peer]) -> None:
+        """Who else is there, by their numbers; a number is never another host's."""
+        with self._news:
+            for number in [number for number in self._peers if number not in where]:
+                del self._peers[number]
+            for number, peer in where.items():
+                if number != self._me and number not in self._peers:
+                    self._peers[number] = _Peer(number, self._me, self._key, peer)
+        self._wake()
+
+    def gone(self, number: int) -> None:
+        """Nobody waits for this host any more."""
+        with self._news:
+            if number in self._peers:
+                self._peers[number].said_gone = True
+            self._news.notify_all()
+
+    def skip(self, number: int, hosts: Sequence[int]) -> None:
+        """Nobody waits for these hosts in a pass, which may be still to come here."""
+        with self._news:
+            self._skipped.update((number, host) for host in hosts)
+            self._news.notify_all()
+
+    def lost(self) -> set[int]:
+        """Whom nothing is heard of any more."""
+        now = time.monotonic()
+        with self._news:
+            return {number for number, peer in self._peers.items() if peer.gone(now)}
+
+    def silent(self, numbers: Sequence[int], seconds: float) -> list[int]:
+        """Who of these hosts was not heard within so many seconds from now on."""
+        begun = time.monotonic()
+        with self._news:
+            self._news.wait_for(lambda: not self._unheard(numbers, begun), seconds)
+            return self._unheard(numbers, begun)
+
+    def _unheard(self, numbers: Sequence[int], since: float) -> list[int]:
+        return [n for n in numbers if n in self._peers and self._peers[n].heard_at < since]
+
+    def round_trips(self) -> dict[int, float | None]:
+        """Seconds to each host and back, as measured lately."""
+        with self._news:
+            return {number: peer.round_trip for number, peer in self._peers.items()}
+
+    # A pass
+
+    def begin(self, number: int, order: Sequence[int], rehearsing: bool = False) -> None:
+        """A pass begins.
+
+        Args:
+          number: higher than that of all before it.
+          order: which host has each shard.
+          rehearsing: nothing is sent or waited for: programs are compiled, and say nothing of use.
+        """
+        with self._news:
+            self._order, self.rehearsing, self.tally = list(order), rehearsing, Tally()
+            if not rehearsing:
+                self._pass = number
+                for key in [key for key in self._inbox if key[0] < number]:
+                    self._held -= sum(map(len, self._inbox.pop(key).values()))
+                self._over.clear()
+                self._skipped = {one for one in self._skipped if one[0] >= number}
+
+    def post(self, channel: int, packets: np.ndarray, receivers: Sequence[int]) -> None:
+        """See `Link.post`."""
+        if self.rehearsing:
+            return
+        contents = [bytes(row) for row in packets]
+        with self._to_send:
+            for n, content in enumerate(contents):
+                head = _DATA.pack(DATA, self._pass, channel, n, len(contents), 0)
+                for shard in receivers:
+                    if peer := self._peers.get(self._order[shard]):
+                        self._queue.append((peer, OF_DATA, head + content))
+            self._to_send.notify()
+
+    def wait(self, channel: int, packets: Sequence[int], senders: Sequence[int]) -> list[dict[int, bytes]]:
+        """See `Link.wait`."""
+        if self.rehearsing:
+            return [{} for _ in senders]
+        hosts, begun = [self._order[shard] for shard in senders], time.monotonic()
+        keys = [(self._pass, channel, host) for host in hosts]
+        with self._news:
+            while True:
+                now = time.monotonic()
+                due = [n for n, key in enumerate(keys) if len(self._inbox.get(key, ())) < packets[n]]
+                waited_for = [n for n in due if not self._absent(hosts[n], now)]
+                left = begun + self._patience(channel) - now
+                if not waited_for or left <= 0:
+                    break
+                self._news.wait(min(left, 0.1))
+            self.tally.gone |= {hosts[n] for n in due if self._absent(hosts[n], now)}
+            if not due:
+                self._usual.add(now - begun)
+            found = [self._inbox.pop(key, {}) for key in keys]
+            self._held -= sum(len(content) for one in found for content in one.values())
+            self._over.update(keys)
+            self.tally.missing += sum(packets) - sum(map(len, found))
+            self.tally.waited += time.monotonic() - begun
+        return found
+
+    def _absent(self, host: int, now: float) -> bool:
+        return host not in self._peers or (self._pass, host) in self._skipped or self._peers[host].gone(now)
+
+    def _patience(self, channel: int) -> float:
+        """How long a block's codes are waited for, once all that is local is done; what is no code always comes."""
+        if self.late == "wait" or channel < 0:
+            return math.inf
+        round_trip = max((peer.round_trip or 0.05 for peer in self._peers.values()), default=0.05)
+        return 3 * round_trip + self._usual.most()
+
+    # What comes
+
+    def _receive(self) -> None:
+        while not self._closed:
+            try:
+                packet, where = self._socket.recvfrom(1 << 16)
+            except OSError as error:
+                if self._closed or error.errno == errno.EBADF:
+                    return
+                continue  # somebody else's port is closed
+            if where is None:  # closed
+                return
+            try:
+                self._open(packet, where)
+            except (struct.error, InvalidTag, KeyError, ValueError):
+                self.dropped += 1
+
+    def _open(self, packet: bytes, where: tuple[str, int]) -> None:
+        kind, sender, counter = _OUTER.unpack_from(packet)
+        with self._news:
+            peer = self._peers[sender]
+            counters = peer.heard[kind] if kind in (OF_DATA, OF_CONTROL) else None
+            if counters is None or not counters.fresh(counter):
+                raise ValueError("it came already")
+            inner = peer.of.decrypt(_NONCE.pack(kind, counter), packet[_OUTER.size :], packet[: _OUTER.size])
+            now = time.monotonic()
+            counters.take(counter)
+            peer.heard_at = now
+            peer.where = Peer(*where[:2])  # it may have moved
+            self.tally.received += len(packet)
+            if kind == OF_DATA:
+                self._data(peer, counter, inner, now)
+            else:
+                self._control(peer, inner, now)
+            self._news.notify_all()
+
+    def _data(self, peer: _Peer, counter: int, inner: bytes, now: float) -> None:
+        _, number, channel, packet, count, before = _DATA.unpack_from(inner)
+        if noticed := peer.missing.pop(counter, None):  # it was only overtaken
+            peer.reordered = min(max(peer.reordered, 1.25 * (now - noticed[0])), 0.5)
+        peer.miss(counter, now)
+        peer.top = max(peer.top, counter + 1)
+        if before:
+            peer.missing.pop(before - 1, None)
+        content, key = inner[_DATA.size :], (number, channel, peer.number)
+        if number < self._pass or packet >= count or key in self._over:
+            return
+        if self._held + len(content) <= MOST_BYTES and packet not in self._inbox.setdefault(key, {}):
+            self._inbox[key][packet] = content
+            self._held += len(content)
+
+    def _control(self, peer: _Peer, inner: bytes, now: float) -> None:
+        kind = inner[0]
+        if kind == PING:
+            _, when, sent = _PING.unpack(inner)
+            peer.miss(sent, now)
+            self._say(peer, _PONG.pack(PONG, when))
+        elif kind == PONG:
+            seconds = (time.monotonic_ns() - _PONG.unpack(inner)[1]) / 1e9
+            if seconds >= 0:
+                before = peer.round_trip
+                peer.round_trip = seconds if before is None else 0.8 * before + 0.2 * seconds
+        elif kind in (ASK, VOID):
+            _, count = _LIST.unpack_from(inner)
+            counters = struct.unpack_from(f"<{count}Q", inner, _LIST.size)
+            if kind == VOID:
+                for counter in counters:
+                    peer.missing.pop(counter, None)
+            else:
+                self._again(peer, counters)
+
+    def _again(self, peer: _Peer, counters: Sequence[int]) -> None:
+        """Sends anew what was lost; of what nobody waits for any more it says so."""
+        void = []
+        for counter in counters:
+            content = peer.kept.pop(counter, None)  # who asks again gets what comes now, or asks for that
+            if content is None or _DATA.unpack_from(content)[1] < self._pass:
+                void.append(counter)
+                continue
+            head = _DATA.pack(*_DATA.unpack_from(content)[:5], counter + 1)
+            with self._to_send:
+                self._queue.appendleft((peer, OF_DATA, head + content[_DATA.size :]))
+            self.tally.again += 1
+        if void:
+            self._say(peer, _LIST.pack(VOID, len(void)) + struct.pack(f"<{len(void)}Q", *void))
+        self._wake()
+
+    # What goes
+
+    def _say(self, peer: _Peer, inner: bytes) -> None:
+        with self._to_send:
+            self._urgent.append((peer, OF_CONTROL, inner))
+            self._to_send.notify()
+
+    def _wake(self) -> None:
+        with self._to_send:
+            self._to_send.notify()
+
+    def _send(self) -> None:
+        due = 0.0
+        while not self._closed:
+            with self._to_send:
+                if not self._urgent and not self._queue:
+                    self._to_send.wait(max(due - time.monotonic(), 0.0))
+                one = (self._urgent or self._queue).popleft() if self._urgent or self._queue else None
+            if one:
+                self._seal(*one)
+            if (now := time.monotonic()) >= due:
+                due = self._tick(now)
+
+    def _seal(self, peer: _Peer, kind: int, inner: bytes) -> None:
+        counter = peer.sending[kind]
+        peer.sending[kind] += 1
+        if kind == OF_DATA:
+            peer.kept[counter] = inner
+            peer.kept.pop(counter - KEPT, None)
+            peer.data_at = time.monotonic()
+        outer = _OUTER.pack(kind, self._me, counter)
+        packet = outer + peer.to.encrypt(_NONCE.pack(kind, counter), inner, outer)
+        try:
+            self._socket.sendto(packet, tuple(peer.where))
+            self.tally.sent += len(packet)
+        except OSError:
+            pass  # as if it were lost
+
+    def _tick(self, now: float) -> float:
+        """Signs of life, and questions for what is missing; when the next ones are due."""
+        busy = False
+        with self._news:
+            for peer in self._peers.values():
+                if asked := peer.due(now):
+                    self._say(peer, _LIST.pack(ASK, len(asked)) + struct.pack(f"<{len(asked)}Q", *asked))
+                probe = peer.data_at > peer.ping_at and now - peer.data_at > PROBE_SECONDS
+                if probe or now - peer.ping_at > BEAT_SECONDS:
+                    peer.ping_at = now
+                    self._say(peer, _PING.pack(PING, time.monotonic_ns(), peer.sending[OF_DATA]))
+                busy |= bool(peer.missing) or peer.data_at > peer.ping_at
+            self._news.notify_all()  # somebody may be gone
+        return now + (0.004 if busy else 0.05)
+
+
+def _listening(address: str, port: int) -> socket.socket:
+    where = written(address, port)
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        found = socket.socket(family, kind)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        found.bind(place)
+        return found
+    except socket.gaierror:
+        raise AstraError(f"the address {address!r} is not known here: give this host's IP address") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AstraError(f"UDP port {port} is in use on this host: give another one") from None
+        raise AstraError(f"{where} is no address of this host ({error.strerror}): see `ip address`") from None

@@ -1,0 +1,176 @@
+"""Hosts that compute together: who takes part, passes of all of them, and what becomes of one that fails or is gone."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from astra_jax.errors import AstraError
+from astra_jax.hosts.company import Company, Fellow, Seat, differences
+from astra_jax.hosts.invitation import Invitation, new_secret
+
+SAME = {"jax": "1", "astra": "2"}
+
+
+class Sum:
+    """Work that needs all: every host says its number in three blocks, and the sum is of what it hears.
+
+    `fails` and `dies` say at which block.
+    """
+
+    def __init__(self, fails=None, dies=None):
+        self.fails, self.dies, self.read_, self.found = fails, dies, [], []
+
+    def read(self, body):
+        if body == b"bad":
+            raise AstraError("this cannot be read")
+        self.read_.append(body)
+
+    def run(self, seat, link):
+        self.found.append(total(seat, link, self))
+
+
+def total(seat, link, work=None):
+    me, others, found = seat.order[seat.index], [n for n in range(len(seat.order)) if n != seat.index], 0
+    for block in range(3):
+        if work and not link.rehearsing and block == work.fails:
+            raise RuntimeError("a bug\nof two lines")
+        if work and not link.rehearsing and block == work.dies:
+            work.die()
+        link.post(block, np.full((1, 4), me + 1, np.uint8), others)
+        found += sum(packets[0][0] for packets in link.wait(block, [1] * len(others), others) if packets)
+    return found
+
+
+class Fellows:
+    def __init__(self, company):
+        self.company, self.all, self.ended = company, [], []
+
+    def add(self, work=None, same=SAME):
+        fellow, work = Fellow(self.company.invitation, same), work or Sum()
+        work.die = lambda: self.leave(fellow)
+        fellow.ready()
+        self.all.append(fellow)
+        threading.Thread(target=self._serve, args=(fellow, work), daemon=True).start()
+        assert self.company.wait_for(len(self.all), 10.0)
+        return work
+
+    def _serve(self, fellow, work):
+        try:
+            fellow.serve(work)
+        except AstraError as error:
+            self.ended.append(str(error))
+
+    def leave(self, fellow):
+        fellow._connection.close()
+        fellow.link.close()
+
+
+@pytest.fixture
+def company():
+    """Host 0, with whoever is added."""
+    lines = []
+    with contextlib.closing(Company("127.0.0.1", 0, new_secret(), SAME, {"x": 1}, told=lines.append)) as found:
+        found.lines, found.fellows = lines, Fellows(found)
+        yield found
+        for fellow in found.fellows.all:
+            fellow.link.close()
+
+
+def seat_of(company):
+    order = company.order()
+    return Seat(order, len(order) - 1)
+
+
+def run(company, seat=None):
+    seat = seat or seat_of(company)
+    return company.run(seat, lambda: total(seat, company.link))
+
+
+def test_all_take_part_again_and_again(company):
+    works = [company.fellows.add() for _ in range(2)]
+    seat = seat_of(company)
+    assert seat.order == (1, 2, 0)
+    company.ask(seat.order, b"a request")
+    assert company.rehearse(seat, lambda: total(seat, company.link)) == 0
+    for _ in range(3):
+        found, taken = run(company)
+        assert found == 3 * (2 + 3) and [one.host for one in taken] == [0, 1, 2]
+        assert all(one.tally.missing == 0 and one.tally.sent > 100 for one in taken)
+    assert [work.read_ for work in works] == [[b"a request"]] * 2
+    assert [work.found for work in works] == [[0, *[3 * (1 + 3)] * 3], [0, *[3 * (1 + 2)] * 3]]
+    assert [line for line in company.lines if "takes part" in line] and company.fellows.all[0].told == {"x": 1}
+
+
+def test_a_host_that_differs_is_not_taken(company):
+    with pytest.raises(AstraError, match="host 0 does not take this host: jax is 0 there and 1 here"):
+        company.fellows.add(same={**SAME, "jax": "0"})
+    assert company.order() == (0,) and "is not taken: jax is 0 there" in company.lines[0]
+    assert differences({str(n): "1" for n in range(9)}, {}).endswith("; and 6 more")
+    assert differences(SAME, None) and not differences(SAME, SAME)
+
+
+def test_a_host_that_cannot_read_says_so(company):
+    company.fellows.add()
+    seat = seat_of(company)
+    company.ask(seat.order, b"bad")
+    with pytest.raises(AstraError, match="host 1: this cannot be read"):
+        company.rehearse(seat, lambda: total(seat, company.link))
+
+
+def test_a_host_that_fails_in_a_pass_is_done_without_in_that_pass(company):
+    work = Sum(fails=1)
+    company.fellows.add(work), company.fellows.add()
+    found, taken = run(company)
+    assert found == 2 + 3 * 3 and taken[0].tally.gone == {1}
+    assert any("host 1" in line and "RuntimeError: a bug of two lines" in line for line in company.lines)
+    work.fails = None
+    assert run(company)[0] == 3 * (2 + 3)
+
+
+def test_a_host_that_is_gone_in_a_pass_is_done_without(company):
+    company.fellows.add(), company.fellows.add(Sum(dies=1)), company.fellows.add()
+    begun = time.monotonic()
+    found, taken = run(company)
+    assert found in (3 * (2 + 4), 3 * (2 + 4) + 3) and taken[0].tally.gone == {2}
+    assert time.monotonic() - begun < 1.5, "its connection ends with it"
+    assert company.order() == (1, 3, 0)
+    assert run(company)[0] == 3 * (2 + 4)
+    company.fellows.all.pop(1)
+    company.fellows.add()
+    assert seat_of(company).order == (1, 3, 4, 0) and run(company)[0] == 3 * (2 + 4 + 5)
+
+
+def test_a_pass_that_fails_here_leaves_nobody_waiting(company):
+    work = company.fellows.add()
+    seat = seat_of(company)
+    with pytest.raises(ZeroDivisionError):
+        company.run(seat, lambda: 1 // 0)
+    begun = time.monotonic()
+    assert run(company)[0] == 3 * 2
+    assert time.monotonic() - begun < 1 and work.found == [0, 3]
+
+
+def test_hosts_that_do_not_hear_each_other(company, monkeypatch):
+    monkeypatch.setattr("astra_jax.hosts.company.UDP_SECONDS", 0.5)
+    company.fellows.add()
+    company.fellows.all[0].link._socket.close()
+    seat = seat_of(company)
+    with pytest.raises(AstraError, match=r"UDP packets of host \d do not come to host \d: let in the ports"):
+        company.rehearse(seat, lambda: total(seat, company.link))
+
+
+def test_host_0_is_gone(company):
+    company.fellows.add()
+    company.close()
+    deadline = time.monotonic() + 5
+    while not company.fellows.ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert company.fellows.ended == [f"host 0 at 127.0.0.1:{company.invitation.port} is gone"]
+
+
+def test_nobody_is_there():
+    with pytest.raises(AstraError, match="nobody listens at 127.0.0.1:9:"):
+        Fellow(Invitation("127.0.0.1", 9, new_secret()), SAME)
