@@ -17,7 +17,7 @@ VERBS = {
     "finetune": ("train.finetune", "train the model to live with quantized exchange (NAVQ)"),
     "eval": ("eval.verbs.evaluate", "accuracy or perplexity, bits and predicted latency, on one device and on several"),
     "run": ("eval.verbs.run", "classify images or texts, or go on with a text, on a mesh of devices"),
-    "worker": ("eval.verbs.worker", "stay up with a checkpoint on several hosts, for `astra run --workers`"),
+    "worker": ("eval.verbs.worker", "stay up with a checkpoint on several hosts, for `astra run --join`"),
     "bench": ("eval.verbs.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
     "plan": ("eval.verbs.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
     "net": ("eval.verbs.net", "check, before a run, that several hosts reach each other, and how fast"),

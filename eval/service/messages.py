@@ -134,6 +134,19 @@ class NoHostTimes(Message):
 
 
 @dataclasses.dataclass(frozen=True)
+class Without(Message):
+    """The answer is without some codes.
+
+    Attributes:
+      packets: of codes that did not come, at any host.
+      hosts: that were gone while it was computed.
+    """
+
+    packets: int
+    hosts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Done(Message):
     """The answer is complete."""
 
@@ -145,14 +158,7 @@ class Failed(Message):
     why: str
 
 
-@dataclasses.dataclass(frozen=True)
-class AskAgain(Message):
-    """Workers begin anew, and those that are left can be asked."""
-
-    why: str
-
-
-LAST = (Done, Failed, AskAgain)  # after which nothing comes
+LAST = (Done, Failed)  # after which nothing comes
 _KINDS = {kind.__name__: kind for kind in Message.__subclasses__()}
 
 

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from astra_jax.report import Report, progress
-from astra_jax.terminal import complain, one_line
 from eval.service.messages import (
-    AskAgain,
     BeganAnew,
     HostTimes,
     Message,
@@ -22,6 +20,7 @@ from eval.service.messages import (
     Table,
     TextBegins,
     TextTime,
+    Without,
 )
 
 
@@ -50,7 +49,7 @@ class Screen:
             TextTime: self._text_time,
             HostTimes: self._host_times,
             NoHostTimes: self._no_host_times,
-            AskAgain: self._ask_again,
+            Without: self._without,
         }
 
     def __enter__(self) -> "Screen":
@@ -155,6 +154,9 @@ class Screen:
     def _no_host_times(self, message: NoHostTimes) -> None:
         self._report.say(f"where the time went is not known: {message.why}")
 
-    def _ask_again(self, message: AskAgain) -> None:
-        self._bar.close()
-        complain(f"astra: {one_line(message.why)}: asking again those that are left")
+    def _without(self, message: Without) -> None:
+        gone = f"; {', '.join(message.hosts)} was gone" if message.hosts else ""
+        self._report.say(
+            f"{message.packets:,} packets of codes did not come, and were done without{gone}",
+            without=dataclasses.asdict(message),
+        )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from PIL import Image
 
 import checkpoints
@@ -29,7 +30,7 @@ from astra_jax.inputs.images import decode_image
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import SEQ
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
-from astra_jax.serving.compile import STRATEGIES, shardings
+from astra_jax.serving.compile import STRATEGIES, Make, shardings
 from astra_jax.serving.engine import Classes, Engine
 from astra_jax.serving.generate import ends_of
 from checkpoints.tensor_maps import embeds
@@ -52,6 +53,18 @@ from eval.service.requests import Request
 
 
 @dataclasses.dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is loaded."""
+
+    groups: int | None = None
+    """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in, and kept in memory."""
+    weights: Weights | None = None
+    """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """What is loaded, and where it runs: what stays the same for all requests."""
 
@@ -62,17 +75,12 @@ class Setup:
     several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
     on_failure: Policy = "fail"
     """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
-    groups: int | None = None
-    """Send only the first so many groups of the codes of a nested-pq codec: fewer bits; by default all."""
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in, and kept in memory."""
-    weights: Weights | None = None
-    """Keep the weights of the blocks as integers of so many bits; they are multiplied in --dtype."""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = Loading()
 
     def __post_init__(self) -> None:
-        if self.groups is not None and self.strategy != "astra":
+        if self.loading.groups is not None and self.strategy != "astra":
             raise AstraError(f"--groups is about codes, which strategy {self.strategy} does not send: leave it out")
 
 
@@ -116,6 +124,9 @@ class Service:
       AstraError: see `astra_jax.hosts.runtime.open_mesh`, `checkpoints.load` and `Engine`.
     """
 
+    passes: Any  # runs the passes of the engine, and knows how long the last one took
+    here: Any
+
     def __init__(self, setup: Setup, same: Same = dict):
         self.name, self.codes = str(setup.checkpoint), setup.strategy == "astra"
         mesh = runtime.open_mesh(
@@ -129,30 +140,45 @@ class Service:
             ends_of(mesh)  # before anything is loaded
             if not self.codes:
                 raise AstraError(f"--strategy {setup.strategy}: texts go on from codes only: leave the option out")
-        make, dtype = STRATEGIES[setup.strategy].of, jnp.dtype(setup.dtype)
+        make = STRATEGIES[setup.strategy].of
         self.here, self.notes = runtime.membership(), list[Message]()
         if self.here:
             self.notes.append(Pairs(pair_rows(self.here.findings.pairs)))
-        self.checkpoint = checkpoints.load(
-            setup.checkpoint,
+        self.checkpoint = self._load(setup.checkpoint, setup.loading, mesh, make)
+        self.passes = Passes()
+        self.engine = Engine(self.checkpoint, mesh, make=make, passing=self.passes)
+        self.times = TimeTable(self.engine)
+
+    def _load(self, checkpoint: Path, how: Loading, mesh: Mesh, make: Make) -> checkpoints.Checkpoint:
+        """The checkpoint, on the devices of a mesh."""
+        dtype = jnp.dtype(how.dtype)
+        found = checkpoints.load(
+            checkpoint,
             dtype=dtype,
             param_dtype=dtype,
             # Straight to where they are needed: no device ever holds more than its own.
             shardings=partial(shardings, mesh=mesh, make=make),
-            groups=setup.groups,
+            groups=how.groups,
         )
-        if setup.weights:
-            before, model = weight_bytes(self.checkpoint.model), quantize_weights(self.checkpoint.model, setup.weights)
-            self.checkpoint = dataclasses.replace(self.checkpoint, model=model)
-            self.notes.append(Quantized(weight_bytes(model), before))
-        self.passes = Passes()
-        self.engine = Engine(self.checkpoint, mesh, make=make, passing=self.passes)
-        self.times = TimeTable(self.engine)
+        if not how.weights:
+            return found
+        before, model = weight_bytes(found.model), quantize_weights(found.model, how.weights)
+        self.notes.append(Quantized(weight_bytes(model), before))
+        return dataclasses.replace(found, model=model)
 
     @property
     def N(self) -> int:
         """Devices over the tokens."""
         return int(self.engine.mesh.shape[SEQ])
+
+    @property
+    def devices(self) -> int:
+        """Devices in all."""
+        return int(self.engine.mesh.size)
+
+    def sent_bytes(self, inputs: Any) -> int:
+        """Bytes that every device sends in all blocks, for one image or text of this batch."""
+        return sent_bytes(self.engine, inputs)
 
     def smaller(self, request: Request) -> Request:
         """The same request in fewer bytes, where pictures are larger than what the model reads of them.
@@ -227,8 +253,8 @@ class Service:
         if jax.process_index():
             return
         yield from self._preface(inputs)
-        yield Table(kind, self.name, engine.mesh.size, rows)
-        sent = sent_bytes(engine, inputs)
+        yield Table(kind, self.name, self.devices, rows)
+        sent = self.sent_bytes(inputs)
         yield PassTime(self.passes.seconds, self.passes.compile_seconds, len(names), sent, self.codes)
         yield from self._host_times(inputs, len(names))
 
@@ -251,7 +277,7 @@ class Service:
             first_token_seconds=self.passes.seconds,
             compile_seconds=self.passes.compile_seconds,
             tokens_per_second=(steps - 1) / last if steps > 1 else 0.0,
-            sent=sent_bytes(self.engine, text),
+            sent=self.sent_bytes(text),
             cache_code_bytes=memory.codes,
             cache_full_bytes=memory.key_value,
             devices=self.N,

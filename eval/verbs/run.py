@@ -4,8 +4,8 @@ It names what is in pictures (--image), or goes on with texts, classifies them o
 checkpoint is for; a classifier of pairs of texts reads --prompt and --pair as one.
 
 On a CPU the devices are made by the program itself. Prints the answer, the time, and what crossed the link. A language
-model reads the prompts on all devices and then goes on where their end is, without the others. With --workers, `astra
-worker` has loaded the checkpoint already, on this host as host 0 and on the others, and answers at once.
+model reads the prompts on all devices and then goes on where their end is, without the others. With --join, `astra
+worker` has loaded the checkpoint already, on other hosts or here, and answers at once.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import tyro
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import inputs, options
+from astra_jax.hosts.invitation import Invitation
 from astra_jax.report import Report
 from eval.service.client import ask
 from eval.service.messages import Message
@@ -38,8 +39,10 @@ class Args:
     pair: tuple[str, ...] = ()
     """For a classifier of pairs of texts: what each --prompt is read with."""
     wishes: Annotated[Wishes, tyro.conf.arg(name="")] = Wishes()
-    workers: str | None = None
-    """Let the workers answer whose host 0 is this one: what they were given as --coordinator."""
+    join: str | None = None
+    """Let workers answer: the invitation that the first of them printed, or its address and port."""
+    secret_file: Path | None = None
+    """With --join: a file with the secret of the invitation; by default ASTRA_SECRET has it."""
     json: Path | None = None
     """Also write everything printed to this file."""
 
@@ -80,10 +83,10 @@ def answer(args: Args, request: Callable[[], Request]) -> Iterator[Message]:
     Raises:
       AstraError: see `eval.service.client.ask`, and `eval.service.service.Service`.
     """
-    if args.workers:
+    if args.join:
         if args.setup != Setup(args.setup.checkpoint):
-            raise AstraError("--workers: how the checkpoint is loaded and split was said to the workers: leave it out")
-        yield from ask(args.workers, args.setup.checkpoint, request())
+            raise AstraError("--join: how the checkpoint is loaded and split was said to the workers: leave it out")
+        yield from ask(Invitation.read(args.join, args.secret_file), args.setup.checkpoint, request())
         return
     service = Service(args.setup, lambda: brought(request()))
     yield from service.notes

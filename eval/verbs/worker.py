@@ -1,204 +1,159 @@
 """Keep a checkpoint loaded on several hosts, and answer any number of requests with it.
 
-    astra worker CHECKPOINT --coordinator 10.0.0.1:7777 --hosts 4 --host 1
+    astra worker CHECKPOINT                      on the first host: prints an invitation
+    astra worker CHECKPOINT --join INVITATION    on every other one
+    astra run CHECKPOINT --join INVITATION --image cat.png
 
-The same on every host, with another --host. Then, on host 0: `astra run CHECKPOINT --image cat.png --workers
-10.0.0.1:7777`. Nothing is loaded or compiled anew (but for inputs of another shape), and nobody has to go to the other
-hosts: host 0 sends them what is to be read. Requests are answered one after the other. They come by a socket in the
-file system of host 0, which is open to the user of the worker alone. A request that fails is answered with the reason,
-and the workers take the next one.
+Hosts may come and go: a request is answered by those that are there. The tokens are split over them, and in every block
+they send each other codes in sealed datagrams. What one host knows of another goes over TLS, and only who has the
+invitation can take part or ask. Each host prints which ports have to be let in where there is a firewall.
 """
 
 import contextlib
 import dataclasses
-import queue
+import ipaddress
 import socket
-import threading
-import time
 import traceback
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from astra_jax.errors import AstraError
-from astra_jax.hosts import runtime
-from astra_jax.hosts.connection import MOST_BYTES, Line
-from astra_jax.report import Report
-from astra_jax.terminal import write
-from eval.service.client import REQUEST_SECONDS, beginning, socket_path
-from eval.service.messages import LAST, AskAgain, Done, Failed, Message, Piece, pack
-from eval.service.requests import Request, packed, unpacked
+from astra_jax.errors import AstraError, first_line
+from astra_jax.hosts.company import Client, Company, Fellow
+from astra_jax.hosts.control import Connection
+from astra_jax.hosts.datagrams import Late
+from astra_jax.hosts.invitation import Invitation, given_secret, new_secret, parse_address, written
+from astra_jax.terminal import complain, one_line, write
+from eval.service.company import Host0, Other, heard, same, told
+from eval.service.messages import Done, Failed, Message, pack
 from eval.service.screen import Screen
-from eval.service.service import Service, Setup
+from eval.service.service import Loading
 
-REPLY_SECONDS = 5.0  # for who asked to read something of the answer
-FAREWELL_SECONDS = 1.0  # for all who asked to be told that the workers end
-MOST_CLIENTS = 32  # that are read or wait at once; others wait before the door
+PORT = 7777  # by default, of host 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     """Arguments of `astra worker`."""
 
-    setup: Annotated[Setup, tyro.conf.arg(name="")]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A checkpoint with codebooks; the same on every host."""
+    join: str | None = None
+    """What the worker on the first host printed; or its address and port, where the secret is given otherwise."""
+    listen: str | None = None
+    """An address of this host, and on the first one maybe a port: where others reach it. By default the one on the way
+    out, or to the first host, and 7777."""
+    secret_file: Path | None = None
+    """A file with the secret of the invitation; by default ASTRA_SECRET has it, or the first host makes one."""
+    late: Late = "wait"
+    """What becomes of codes that come late: they are waited for, or predicted. The first host says it for all."""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = Loading()
 
 
-class _Client:
-    """Who asks. A thread reads the request and sends the answer, so that nobody else waits for who is slow.
+def way_out() -> str:
+    """The private address of this host on the way out, or 127.0.0.1 where there is none. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("10.255.255.255", 9))
+        found = ipaddress.ip_address(probe.getsockname()[0])
+        if found.is_private:
+            return str(found)
+    return "127.0.0.1"
 
-    Args:
-      line: the connection.
-      asked: takes this client, once it has asked.
-      left: is called when it is done.
 
-    Attributes:
-      message: what it asked; empty before it has.
-      gone: whether it is, or has its whole answer.
+def place(listen: str | None, default: str, port: int) -> tuple[str, int]:
+    """Where to listen.
+
+    Raises:
+      AstraError: it is no address, or one that stands for all.
     """
-
-    def __init__(self, line: Line, asked: "queue.Queue[_Client]", left: Any):
-        self.line, self.message, self._asked, self._left = line, dict[str, Any](), asked, left
-        self._outbox = queue.SimpleQueue[Message]()
-        self.gone = threading.Event()
-
-    def tell(self, message: Message) -> None:
-        """Sends a message, after those before it. Waits for nothing."""
-        self._outbox.put(message)
-
-    def serve(self) -> None:
-        """Reads the request, and sends the answer as it comes."""
-        try:
-            self.message = self.line.receive(REQUEST_SECONDS, MOST_BYTES, REQUEST_SECONDS)
-            self._asked.put(self)
-            said: Message | None = None
-            while not isinstance(said, LAST):
-                said = self._outbox.get()
-                kind, body = pack(said)
-                self.line.send(REPLY_SECONDS, body, 2 * REPLY_SECONDS, kind=kind)
-        except OSError:  # it is gone, too slow, or no `astra run`
-            pass
-        finally:
-            self.line.close()
-            self.gone.set()
-            self._left(self)
-
-
-class _Clients:
-    """All who ask, by a socket that is listened at."""
-
-    def __init__(self, server: socket.socket):
-        self.asked = queue.Queue[_Client]()
-        self._server, self._here, self._room = server, set[_Client](), threading.Semaphore(MOST_CLIENTS)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def farewell(self, why: str, goes_on: bool) -> None:
-        """Tells all who wait that the workers end, or begin anew."""
-        here, deadline = list(self._here), time.monotonic() + FAREWELL_SECONDS
-        for client in here:
-            if client.message:
-                client.tell(AskAgain(why) if goes_on else Failed(why))
-        for client in here:
-            if client.message:
-                client.gone.wait(deadline - time.monotonic())
-
-    def _accept(self) -> None:
-        while self._server.fileno() >= 0:
-            self._room.acquire()
-            try:
-                line = Line(self._server.accept()[0])
-            except OSError:  # no more files may be open
-                self._room.release()
-                time.sleep(0.1)
-                continue
-            client = _Client(line, self.asked, self._leave)
-            self._here.add(client)
-            threading.Thread(target=client.serve, daemon=True).start()
-
-    def _leave(self, client: _Client) -> None:
-        self._here.discard(client)
-        self._room.release()
-
-
-def serve(service: Service, checkpoint: Path, coordinator: str, report: Report) -> None:
-    """Host 0: answers who asks at its socket, without end."""
-    path = socket_path(coordinator)
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        clients = _Clients(server)
-
-        def farewell(why: str, goes_on: bool) -> None:
-            with contextlib.suppress(OSError):
-                if goes_on:
-                    beginning(path).touch()
-                path.unlink(missing_ok=True)  # first: who is told to ask again must not come here
-            clients.farewell(why, goes_on)
-
-        if service.here:
-            service.here.lifeline.farewell = farewell
-        beginning(path).unlink(missing_ok=True)
-        report.say(f"ready: astra run {checkpoint} --workers {coordinator} (on this host)")
-        try:
-            while True:
-                client = clients.asked.get()
-                if not client.line.fate():
-                    _answer(service, checkpoint, client)
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _answer(service: Service, checkpoint: Path, client: _Client) -> None:
-    """Answers one request. Whatever fails is the answer, unless other hosts are left behind in a collective."""
-    here, begun, asked = service.here, False, client.message
-    try:
-        if asked.get("checkpoint") != str(checkpoint.resolve()):
-            raise AstraError(f"the workers have loaded {checkpoint.resolve()}: ask for it, or start others")
-        request = service.smaller(unpacked(asked.get("body", b"")))
-        inputs = service.encode(request)
-        if here:
-            body = packed(request)
-            begun = True
-            here.lifeline.ask(body)
-        for message in service.answer(lambda: (request, inputs)):
-            if isinstance(message, Piece) and client.gone.is_set():
-                break  # host 0 goes on alone with a text, and the rest of it is for nobody
-            client.tell(message)
-        client.tell(Done())
-    except AstraError as error:  # on several hosts, all agree on it
-        client.tell(Failed(str(error)))
-    except Exception as error:
-        client.tell(Failed(f"the workers failed: {runtime.reason(error)}"))
-        if here and begun and here.lifeline.needs:
-            raise
-        traceback.print_exc()
-    finally:
-        if here:
-            here.lifeline.need(True)
-
-
-def _read(service: Service, body: bytes) -> tuple[Request, Any]:
-    request = unpacked(body)
-    return request, service.encode(request)
+    if listen is None:
+        return default, port
+    address, number = listen, port
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(listen)
+        listen = written(listen, port)
+    if ":" in listen:
+        address, number = parse_address(listen, "--listen")
+    if address in ("0.0.0.0", "::", ""):
+        raise AstraError(f"--listen {listen}: others cannot reach that: give one address of this host")
+    return address, number
 
 
 def main(args: Args) -> None:
     """Runs `astra worker`."""
-    setup, report = args.setup, Report("worker")
-    service = Service(setup)
-    here = service.here
-    if here and here.lifeline.host:
-        write(f"host {here.lifeline.host}: ready\n")
-        while True:
-            body = here.lifeline.requests.get()
-            with contextlib.suppress(AstraError):  # all hosts agree on it, and host 0 tells who asked
-                list(service.answer(partial(_read, service, body)))
-    screen = Screen(report, ())
-    for note in service.notes:
-        screen.print(note)
-    coordinator = here.coordinator if here else setup.several.coordinator
-    if not coordinator:
-        raise AstraError("a worker is one of several hosts: give --coordinator, --hosts and --host")
-    serve(service, setup.checkpoint, coordinator, report)
+    if args.join is None:
+        _first(args)
+    else:
+        _other(args, args.join)
+
+
+def _first(args: Args) -> None:
+    welcome, secret = told(args.checkpoint, args.loading), given_secret(args.secret_file) or new_secret()
+    address, port = place(args.listen, way_out(), PORT)
+    company = Company(address, port, secret, same(), welcome, args.late, _say)
+    try:
+        service = Host0(args.checkpoint, args.loading, company)
+        for note in service.notes:
+            _say_note(note)
+        _say(f"this host: {written(address, company.invitation.port)} by TCP, {company.link.port} by UDP")
+        _say(f"others take part with: astra worker {args.checkpoint} --join {company.invitation}")
+        _say(f"ready: astra run {args.checkpoint} --join {company.invitation}")
+        serve(service, company)
+    finally:
+        company.close()
+
+
+def serve(service: Host0, company: Company) -> None:
+    """Answers who asks, one after the other, without end."""
+    while True:
+        client = company.asked.get()
+        if client.connection.open:
+            _answer(service, client)
+
+
+def _other(args: Args, join: str) -> None:
+    if (args.late, args.loading) != ("wait", Loading()):
+        raise AstraError("--join: the first host says for all what is loaded, and how: leave other options out")
+    invitation = Invitation.read(join, args.secret_file)
+    address = None if args.listen is None else place(args.listen, "", 0)[0]
+    fellow = Fellow(invitation, same(), address)
+    work = Other(args.checkpoint, heard(fellow.told, args.checkpoint), fellow.link)
+    fellow.ready()
+    _say(f"host {fellow.number}: ready; UDP port {fellow.link.port}")
+    fellow.serve(work)
+
+
+def _say(line: str) -> None:
+    write(f"{one_line(line)}\n")
+
+
+def _say_note(message: Message) -> None:
+    from astra_jax.report import Report
+
+    Screen(Report("worker"), ()).print(message)
+
+
+def _tell(connection: Connection, message: Message) -> None:
+    kind, body = pack(message)
+    connection.send(body, kind=kind)
+
+
+def _answer(service: Host0, client: Client) -> None:
+    """Answers one request. Whatever fails is the answer, and the next one is taken."""
+    connection = client.connection
+    try:
+        if client.message.get("digest") != service.checkpoint.digest:
+            raise AstraError(f"the workers have loaded {service.name}, another checkpoint: ask for it, or start others")
+        for message in service.answer_one(client.message["body"]):
+            _tell(connection, message)
+            if not connection.open:
+                break  # the rest of a text is for nobody
+        _tell(connection, Done())
+    except AstraError as error:
+        _tell(connection, Failed(str(error)))
+    except Exception as error:
+        _tell(connection, Failed(f"the workers failed: {first_line(error)}"))
+        complain(traceback.format_exc())
+    finally:
+        connection.close()

@@ -50,26 +50,49 @@ def together(commands: list[list[str]], seconds: float = 240) -> list[subprocess
             process.kill()
 
 
-@contextlib.contextmanager
-def workers(checkpoint, *options, hosts=3, **environment):
-    """Workers that are ready, and the address of their host 0."""
-    coordinator = f"127.0.0.1:{free_port()}"
-    command = [ASTRA, "worker", str(checkpoint), "--coordinator", coordinator, "--hosts", str(hosts), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
-    processes = [subprocess.Popen([*command, "--host", str(host)], **pipes) for host in range(hosts)]
-    try:
-        for host, process in enumerate(processes):
-            said = process.stdout.readline()
-            assert said == (
-                f"host {host}: ready\n"
-                if host
-                else f"ready: astra run {checkpoint} --workers {coordinator} (on this host)\n"
-            )
-        yield coordinator, processes
-    finally:
-        for process in processes:
+class Workers:
+    """Workers of a checkpoint on this host, as processes; the first answers who has its `invitation`."""
+
+    def __init__(self, checkpoint, *options, **environment):
+        self.checkpoint = str(checkpoint)
+        self._pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        self._pipes["env"] = os.environ | environment
+        self.processes, self.said = [], []
+        listen = f"127.0.0.1:{free_port()}"
+        first = self._start("--listen", listen, *options)
+        while not (line := first.stdout.readline()).startswith("ready: astra run"):
+            assert line, first.stderr.read()
+        self.invitation = line.split()[-1]
+        threading.Thread(target=self._listen, args=(first,), daemon=True).start()
+
+    def _start(self, *options):
+        process = subprocess.Popen([ASTRA, "worker", self.checkpoint, *options], **self._pipes)
+        self.processes.append(process)
+        return process
+
+    def _listen(self, process):
+        self.said += iter(process.stdout.readline, "")
+
+    def add(self):
+        """One more, once it is ready."""
+        process = self._start("--join", self.invitation)
+        line = process.stdout.readline()
+        assert "ready; UDP port" in line, line + process.stderr.read()
+        return process
+
+    def close(self):
+        for process in self.processes:
             process.kill()
             process.communicate(timeout=10)
+
+
+@contextlib.contextmanager
+def workers(checkpoint, *options, hosts=3, **environment):
+    """So many workers that are ready."""
+    with contextlib.closing(Workers(checkpoint, *options, **environment)) as found:
+        for _ in range(hosts - 1):
+            found.add()
+        yield found
 
 
 class Fellows:

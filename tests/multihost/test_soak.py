@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from astra_jax.errors import AstraError
+from astra_jax.hosts.control import connect
+from astra_jax.hosts.invitation import Invitation
 from astra_jax.report import Report
 from astra_jax.serving.sampling import Sampling
 from eval.service import client
@@ -89,12 +91,11 @@ def answered(messages, request):
     return report.data
 
 
-def send_nonsense(coordinator, checkpoint, rng):
+def send_nonsense(invitation, rng):
     """What `astra run` does not send; and who sends it reads no answer."""
     nonsense = [b"[" * 100_000, b'{"files": [5]}', bytes(rng.integers(0, 256, 999, np.uint8)), b"{}\n"]
-    line = client.call(client.socket_path(coordinator), coordinator, 0.0)
-    line.send(5.0, nonsense[rng.integers(len(nonsense))], checkpoint=str(checkpoint.resolve()))
-    line.close()
+    hello = {"role": "client", "digest": ["none", 5, None][rng.integers(3)]}
+    connect(invitation, hello, lambda message: None, nonsense[rng.integers(len(nonsense))]).close()
 
 
 def memory(process):
@@ -107,14 +108,14 @@ def memory(process):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "made"), [("llama", text_requests), ("vit", picture_requests)])
 def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, made):
-    """With no program kept from before: a host that compiles while others do not keeps step with them."""
     checkpoint, rng = place / name, np.random.default_rng(0)
     requests, engine = made(rng), Service(Setup(checkpoint, devices=str(HOSTS)))
     errors, grown = 0, []
-    with workers(checkpoint, hosts=HOSTS, JAX_COMPILATION_CACHE_DIR=str(place / "none")) as (coordinator, processes):
+    with workers(checkpoint, hosts=HOSTS) as company:
+        invitation, processes = Invitation.read(company.invitation), company.processes
         for number in range(REQUESTS):
             request = next(requests)
-            found = answered(client.ask(coordinator, checkpoint, request), request)
+            found = answered(client.ask(invitation, checkpoint, request), request)
             expected = answered(engine.answer(lambda r=request: (r, engine.encode(r))), request)
             assert found.get("error") == expected.get("error"), request
             assert found.get("texts") == expected.get("texts"), request
@@ -124,7 +125,7 @@ def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, mad
                 assert row["probability"] == pytest.approx(other["probability"], rel=1e-4)
             errors += "error" in found
             if number % 10 == 5:
-                send_nonsense(coordinator, checkpoint, rng)
+                send_nonsense(invitation, rng)
             if number in (REQUESTS // 2, REQUESTS - 1):
                 grown.append([memory(process) for process in processes])
         assert [process.poll() for process in processes] == [None] * HOSTS

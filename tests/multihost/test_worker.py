@@ -1,12 +1,20 @@
 """Workers that stay up on several hosts, which are processes of this machine, and those who ask them."""
 
+import functools
 import json
 import os
+import re
+import signal
 import subprocess
+import threading
+import time
 
 import numpy as np
 import pytest
 
+from astra_jax.hosts.invitation import Invitation
+from eval.service import client, messages
+from eval.service.requests import Request
 from tests.helpers import ASTRA, ROOT
 from tests.helpers.hosts import workers
 
@@ -30,97 +38,108 @@ def same(found, expected):
 
 
 @pytest.mark.slow
-def test_workers_answer_pictures_again_and_again_and_without_a_lost_host(place):
+def test_workers_answer_pictures_again_and_again_and_come_and_go(place):
     vit, pictures = place / "vit", ["--image", place / "large.png", place / "small.png"]
-    expected = run(place, vit, *pictures, "--devices", HOSTS)
-    with workers(vit, "--on-failure", "shrink") as (coordinator, processes):
-        first = run(place, vit, *pictures, "--workers", coordinator)
+    with workers(vit, hosts=HOSTS) as company:
+        ask = functools.partial(run, place, vit, "--join", company.invitation)
+        expected = run(place, vit, *pictures, "--devices", HOSTS)
+        first = ask(*pictures)
         assert first["first_seconds"] > 0
-        again = run(place, vit, *pictures, "--workers", coordinator)
+        again = ask(*pictures)
         assert again["first_seconds"] == 0, "nothing is compiled anew"
         for found in (first, again):
             same(found, expected)
             assert [row["host"] for row in found["hosts"]] == [0, 1, 2]
-            assert all(row["compute ms"] > 0 and row["communication ms"] > 0 for row in found["hosts"])
+            assert all(row["total ms"] > row["waited ms"] and row["sent bytes"] > 0 for row in found["hosts"])
 
         (place / "none.png").write_bytes(b"none")
         for argv, message in [
-            ([vit, "--image", place / "none.png"], "not an image of a known format"),
-            ([vit, "--prompt", "w1"], "takes pictures: give --image, not --prompt"),
-            ([place / "llama", "--prompt", "w1"], f"the workers have loaded {vit.resolve()}: ask for it"),
-            ([vit, *pictures, "--dtype", "bfloat16"], "was said to the workers: leave it out"),
+            (["--image", place / "none.png"], "not an image of a known format"),
+            (["--prompt", "w1"], "takes pictures: give --image, not --prompt"),
+            ([*pictures, "--dtype", "bfloat16"], "was said to the workers: leave it out"),
         ]:
-            assert message in run(place, *argv, "--workers", coordinator, code=2)
+            assert message in ask(*argv, code=2)
+        other = run(place, place / "llama", "--prompt", "w1", "--join", company.invitation, code=2)
+        assert f"the workers have loaded {vit}, another checkpoint: ask for it" in other
 
-        processes[1].kill()
-        found = run(place, vit, *pictures, "--workers", coordinator)
-        same(found, run(place, vit, *pictures, "--devices", HOSTS - 1))
-        assert found["began_anew"]["hosts"] == HOSTS - 1 and "host 1 is gone" in found["began_anew"]["why"]
-        processes[0].kill()
-        _, said = processes[2].communicate(timeout=20)
-        assert said.splitlines()[-1] == "astra: error: host 0 is gone: its process ended or was killed"
+        company.processes[1].kill()
+        two = run(place, vit, *pictures, "--devices", HOSTS - 1)
+        found = ask(*pictures)
+        same(found, two)
+        assert [row["host"] for row in found["hosts"]] == [0, 2]
+        company.add()
+        found = ask(*pictures)
+        same(found, expected)
+        assert [row["host"] for row in found["hosts"]] == [0, 2, 3]
+        company.processes[0].kill()
+        for process in company.processes[2:]:
+            _, said = process.communicate(timeout=20)
+            assert re.fullmatch(r"astra: error: host 0 at 127.0.0.1:\d+ is gone", said.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_workers_go_on_with_texts(place):
     llama, prompt = place / "llama", ["--prompt", "w1 w2 w3 w4 w5 w6 w7", "--max-new-tokens", "6"]
-    expected = run(place, llama, *prompt, "--devices", HOSTS)
-    with workers(llama) as (coordinator, processes):
+    with workers(llama, hosts=HOSTS) as company:
+        ask = functools.partial(run, place, llama, "--join", company.invitation)
+        expected = run(place, llama, *prompt, "--devices", HOSTS)
         for _ in range(2):
-            found = run(place, llama, *prompt, "--workers", coordinator)
+            found = ask(*prompt)
             assert found["texts"] == expected["texts"] and len(found["hosts"]) == HOSTS
-        message = run(place, llama, "--prompt", "w1", "--max-new-tokens", "999", "--workers", coordinator, code=2)
+        message = ask("--prompt", "w1", "--max-new-tokens", "999", code=2)
         assert "999 new tokens are more than the model takes" in message
-        processes[2].kill()
-        _, said = processes[0].communicate(timeout=20)
-        assert said.splitlines()[-1] == "astra: error: host 2 is gone: its process ended or was killed"
 
 
-def failing(place, lines):
-    """A PYTHONPATH with which host 1 does this when it starts."""
-    (place / "site").mkdir()
-    lines = ["import sys", "if sys.orig_argv[-2:] == ['--host', '1']:", *(f"    {line}" for line in lines)]
-    (place / "site" / "sitecustomize.py").write_text("\n".join(lines))
-    return f"{place / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_host_that_is_gone_in_the_middle_is_done_without(place, how):
+    """Every answer comes, in time; those of a pass in which a host went say so, or the host was gone before."""
+    vit, pictures = place / "vit", [place / "large.png"]
+    request = Request(("large.png",), (pictures[0].read_bytes(),))
+    with workers(vit, hosts=3) as company:
+        invitation = Invitation.read(company.invitation)
+
+        def ask():
+            begun = time.monotonic()
+            found = list(client.ask(invitation, vit, request))
+            return time.monotonic() - begun, found
+
+        ask(), ask()
+        undisturbed = ask()[0]
+        timer = threading.Timer(
+            undisturbed + np.random.default_rng().uniform(0, undisturbed), company.processes[1].send_signal, [how]
+        )
+        timer.start()
+        answers = [ask() for _ in range(12)]
+        for seconds, found in answers:
+            (passed,) = [message for message in found if isinstance(message, messages.PassTime)]
+            assert seconds - passed.first_seconds < undisturbed + 2.5
+        last = answers[-1][1]
+        (times,) = [message for message in last if isinstance(message, messages.HostTimes)]
+        assert [row["host"] for row in times.rows] == [0, 2]
 
 
 @pytest.mark.slow
 def test_an_error_of_one_host_alone_is_the_answer_and_no_end(place):
-    """Host 1 has no room for three prompts: host 0 must not go on to a collective that host 1 does not come to."""
-    path = failing(
-        place,
-        [
-            "from astra_jax.inputs import token_batches",
-            "def pad(sequences, *rest, pad=token_batches.pad):",
-            "    if len(sequences) == 3:",
-            "        raise MemoryError('no room on this host')",
-            "    return pad(sequences, *rest)",
-            "token_batches.pad = pad",
-        ],
-    )
+    """Host 1 has no room for three prompts."""
+    lines = [
+        "from astra_jax.inputs import token_batches",
+        "def pad(sequences, *rest, pad=token_batches.pad):",
+        "    if len(sequences) == 3:",
+        "        raise MemoryError('no room on this host')",
+        "    return pad(sequences, *rest)",
+        "token_batches.pad = pad",
+    ]
+    (place / "site").mkdir()
+    lines = ["import sys", "if '--join' in sys.orig_argv:", *(f"    {line}" for line in lines)]
+    (place / "site" / "sitecustomize.py").write_text("\n".join(lines))
+    path = f"{place / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     few = ["--max-new-tokens", 2]
-    with workers(place / "llama", hosts=2, PYTHONPATH=path) as (coordinator, processes):
+    with workers(place / "llama", hosts=2, PYTHONPATH=path) as company:
+        ask = functools.partial(run, place, place / "llama", "--join", company.invitation)
         for _ in range(2):
-            message = run(place, place / "llama", "--prompt", *"abc", *few, "--workers", coordinator, code=2)
+            message = ask("--prompt", *"abc", *few, code=2)
             assert message == "astra: error: host 1: MemoryError: no room on this host"
-            found = run(place, place / "llama", "--prompt", *"ab", *few, "--workers", coordinator)
+            found = ask("--prompt", *"ab", *few)
             assert len(found["texts"]) == len(found["hosts"]) == 2
-        assert [process.poll() for process in processes] == [None] * 2
-
-
-@pytest.mark.slow
-def test_a_host_that_leaves_others_in_a_collective_says_so(place):
-    """Nothing reaches these there: all end, who asked is told why, and nobody waits without end."""
-    path = failing(
-        place,
-        [
-            "from astra_jax.serving.batch import Batch",
-            "def enter(*arguments):",
-            "    raise RuntimeError('a bug')",
-            "Batch.enter = enter",
-        ],
-    )
-    with workers(place / "llama", hosts=2, PYTHONPATH=path) as (coordinator, processes):
-        message = run(place, place / "llama", "--prompt", "w1", "--workers", coordinator, code=2)
-        assert message == "astra: error: host 1 ended with an error: Torn: RuntimeError: a bug"
-        assert [process.wait(20) for process in processes] == [2, 2]
+        assert [process.poll() for process in company.processes] == [None] * 2

@@ -1,64 +1,43 @@
 """How workers are asked, and how an answer travels back."""
 
-import socket
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.connection import Line
+from astra_jax.hosts.control import Host0
+from astra_jax.hosts.invitation import Invitation, new_secret
 from eval.service import client, messages
 from eval.service.requests import Request, unpacked
 
 
 @pytest.fixture
-def runtime(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path
+def asked(monkeypatch):
+    """Says what comes where the worker answers so, and what it was asked; `ends` says whether it ends after that."""
+    monkeypatch.setattr(client, "digest", lambda checkpoint: str(checkpoint))
+    with contextlib.ExitStack() as stack:
 
+        def ask(*answer, ends=False):
+            secret = new_secret()
+            host0 = stack.enter_context(contextlib.closing(Host0("127.0.0.1", 0, secret)))
+            requests = []
 
-def test_the_socket_is_in_a_folder_of_the_user_alone(runtime):
-    path = client.socket_path("127.0.0.1:7777")
-    assert path == client.socket_path("localhost:7777") and path.name == "127.0.0.1-7777"
-    assert path.parent.parent == runtime and path.parent.stat().st_mode & 0o777 == 0o700
-    path.parent.chmod(0o755)
-    with pytest.raises(AstraError, match="must be a folder of yours that nobody else can open"):
-        client.socket_path("127.0.0.1:7777")
-    path.parent.rmdir()
-    path.parent.symlink_to(runtime)
-    with pytest.raises(AstraError, match="must be a folder of yours"):
-        client.socket_path("127.0.0.1:7777")
+            def serve():
+                event = host0.events.get()
+                requests.append(event.message)
+                for message in answer:
+                    kind, body = messages.pack(message)
+                    event.connection.send(body, kind=kind)
+                if ends:
+                    event.connection.close()
 
+            threading.Thread(target=serve, daemon=True).start()
+            invitation = Invitation("127.0.0.1", host0.port, secret)
+            return list(client.ask(invitation, Path("vit"), Request(prompts=("a",)))), requests
 
-def test_without_a_worker_the_line_says_how_to_start_one(runtime):
-    with pytest.raises(AstraError, match=r"no worker of 127.0.0.1:7777 answers on this host: start `astra worker`"):
-        list(client.ask("127.0.0.1:7777", Path("vit"), Request()))
-
-
-def asked(runtime, *answers):
-    """What comes where the worker gives these answers, one per connection, and what it was asked."""
-    path, requests = client.socket_path("127.0.0.1:7777"), []
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(path))
-    server.listen()
-
-    def serve():
-        for answer in answers:
-            line = Line(server.accept()[0])
-            requests.append(line.receive(5.0, 1 << 20))
-            for message in answer:
-                kind, body = messages.pack(message)
-                line.send(5.0, body, kind=kind)
-            line.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        return list(client.ask("127.0.0.1:7777", Path("vit"), Request(prompts=("a",)))), requests
-    finally:
-        thread.join(5)
-        server.close()
+        yield ask
 
 
 EVERY = [
@@ -74,35 +53,27 @@ EVERY = [
     messages.TextTime([3], 0.01, 0.0, 80.5, 12, 100, 800, 4),
     messages.HostTimes([{"host": 0, "compute ms": None}], None, 1.5),
     messages.NoHostTimes("why"),
+    messages.Without(3, ["host 2"]),
 ]
 
 
-def test_an_answer_arrives_as_it_was(runtime):
+def test_an_answer_arrives_as_it_was(asked):
     """Every kind of message, and the request."""
     assert {type(message) for message in EVERY} | set(messages.LAST) == set(messages.Message.__subclasses__())
-    found, (request,) = asked(runtime, [*EVERY, messages.Done()])
+    found, (request,) = asked(*EVERY, messages.Done())
     assert found == EVERY
-    assert request["checkpoint"] == str(Path("vit").resolve())
+    assert (request["role"], request["digest"]) == ("client", "vit")
     assert unpacked(request["body"]) == Request(prompts=("a",))
 
 
-def test_an_error_of_the_worker_is_one_of_who_asked(runtime):
+def test_an_error_of_the_workers_is_one_of_who_asked(asked):
     with pytest.raises(AstraError, match="takes pictures"):
-        asked(runtime, [messages.Failed("vit: takes pictures")])
+        asked(messages.Failed("vit: takes pictures"))
 
 
-def test_workers_that_end_are_noticed(runtime):
-    with pytest.raises(AstraError, match="ended before it answered"):
-        asked(runtime, [messages.Piece(0, 1, "half an ans", None)])
-    client.socket_path("127.0.0.1:7777").unlink()
-    with pytest.raises(AstraError, match="host 1 is gone"):
-        asked(runtime, [messages.Failed("host 1 is gone")])
-
-
-def test_workers_that_begin_anew_are_asked_again(runtime):
-    again = messages.AskAgain("host 1 is gone")
-    found, requests = asked(runtime, [messages.TextBegins(2), again], [messages.TextBegins(3), messages.Done()])
-    assert found == [messages.TextBegins(2), again, messages.TextBegins(3)] and requests[0] == requests[1]
+def test_workers_that_end_are_noticed(asked):
+    with pytest.raises(AstraError, match="ended before they answered"):
+        asked(messages.Piece(0, 1, "half an ans", None), ends=True)
 
 
 @pytest.mark.usefixtures("unchecked")

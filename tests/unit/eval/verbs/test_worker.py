@@ -1,7 +1,6 @@
 """Who answers requests that come one after the other. That several hosts answer is in tests/multihost."""
 
 import contextlib
-import socket
 import threading
 import time
 from pathlib import Path
@@ -10,141 +9,106 @@ from types import SimpleNamespace
 import pytest
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.connection import Line
-from astra_jax.report import Report
+from astra_jax.hosts.company import Company
+from astra_jax.hosts.control import connect
+from astra_jax.hosts.invitation import Invitation, new_secret
 from eval.service import client
-from eval.service.messages import Done, NoHostTimes, Piece
-from eval.service.requests import Request, packed
+from eval.service.messages import NoHostTimes, Piece
+from eval.service.requests import Request, packed, unpacked
 from eval.verbs import worker
 
 FINE = [*(Piece(0, token, "fine", None) for token in range(3)), NoHostTimes("done")]
 
 
-@pytest.fixture
-def runtime(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return tmp_path
-
-
 class Loaded:
     """Stands for a service: says its prompt as a text, or fails as the prompt says. Is told to go on by `go`."""
 
-    here = None
+    name, checkpoint = "vit", SimpleNamespace(digest="abc")
 
     def __init__(self):
         self.go, self.answered, self.said = threading.Event(), [], 0
         self.go.set()
 
-    def smaller(self, request):
-        return request
-
-    def encode(self, request):
-        if request.prompts == ("fail to read",):
-            raise MemoryError("too much")
-        return request.prompts
-
-    def answer(self, read):
-        _, inputs = read()
+    def answer_one(self, body):
+        (prompt,) = unpacked(body).prompts
         self.go.wait(10)
-        self.answered += inputs
-        if inputs == ("fail",):
+        self.answered.append(prompt)
+        if prompt == "fail":
             raise RuntimeError("a bug\nof two lines")
-        if inputs == ("refuse",):
+        if prompt == "refuse":
             raise AstraError("takes pictures")
-        for token in range(3):
-            yield Piece(0, token, inputs[0], None)
+        for token in range(3 if prompt == "fine" else 1000):
+            yield Piece(0, token, prompt, None)
             self.said += 1
-            time.sleep(0.05)
+            time.sleep(0.01)
         yield NoHostTimes("done")
 
 
 @pytest.fixture
-def serving(runtime, unchecked, monkeypatch):
-    """An engine that is served at 127.0.0.1:7777, and who asks it."""
-    monkeypatch.setattr(worker, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(worker, "REPLY_SECONDS", 0.5)
+def serving(unchecked, monkeypatch):
+    """An engine that is served, and who asks it."""
+    monkeypatch.setattr(client, "digest", lambda checkpoint: "abc" if checkpoint == Path("vit") else "other")
     loaded = Loaded()
-    threading.Thread(
-        target=worker.serve, args=(loaded, Path("vit"), "127.0.0.1:7777", Report("worker")), daemon=True
-    ).start()
-    for _ in range(500):
-        if client.socket_path("127.0.0.1:7777").exists():
-            break
-        time.sleep(0.01)
+    with contextlib.closing(Company("127.0.0.1", 0, new_secret(), {}, {})) as company:
+        threading.Thread(target=worker.serve, args=(loaded, company), daemon=True).start()
 
-    def ask(prompt):
-        return list(client.ask("127.0.0.1:7777", Path("vit"), Request(prompts=(prompt,))))
+        def ask(prompt="fine", checkpoint=Path("vit"), invitation=company.invitation):
+            return list(client.ask(invitation, checkpoint, Request(prompts=(prompt,))))
 
-    return SimpleNamespace(loaded=loaded, ask=ask)
-
-
-def connected():
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(str(client.socket_path("127.0.0.1:7777")))
-    return connection
+        yield SimpleNamespace(loaded=loaded, ask=ask, company=company)
+        loaded.go.set()
 
 
 def test_whatever_fails_is_the_answer_and_the_next_is_answered(serving, capfd):
     for prompt, message in [
         ("fail", "the workers failed: RuntimeError: a bug of two lines"),
         ("refuse", "takes pictures"),
-        ("fail to read", "the workers failed: MemoryError: too much"),
     ]:
         with pytest.raises(AstraError) as raised:
             serving.ask(prompt)
         assert str(raised.value) == message
-        assert serving.ask("fine") == FINE
+        assert serving.ask() == FINE
     assert "a bug" in capfd.readouterr().err, "who keeps the workers sees where it failed"
 
 
-def test_what_is_no_request_is_answered_by_none_or_an_error(serving):
-    for sent in [b"GET / HTTP/1.1\r\n\r\n", b"", b"{}\n", b'{"bytes": 999999999}\n', b"[" * 8000 + b"\n"]:
-        with contextlib.closing(connected()) as connection:
-            connection.sendall(sent)
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(5)
-            while connection.recv(1 << 16):
-                pass
-    with contextlib.closing(Line(connected())) as line:
-        line.send(1.0, b"[" * 100_000, checkpoint=str(Path("vit").resolve()))
-        message = line.receive(5.0, 1 << 20)
-    assert message["kind"] == "Failed" and b"is not understood" in message["body"]
-    assert serving.ask("fine") == FINE
+def test_another_checkpoint_and_another_secret(serving):
+    with pytest.raises(AstraError, match="the workers have loaded vit, another checkpoint: ask for it"):
+        serving.ask(checkpoint=Path("bert"))
+    other = Invitation("127.0.0.1", serving.company.invitation.port, new_secret())
+    with pytest.raises(AstraError, match="does not know the secret"):
+        serving.ask(invitation=other)
 
 
-def test_who_is_stopped_or_drips_holds_up_nobody(serving):
-    """Neither while asking nor while reading; and is let go after a time."""
-    stopped, dripping = connected(), connected()
-    stopped.sendall(b'{"bytes"')
-    dripping.sendall(b'{"checkpoint": "x", "bytes": 1000}\n')
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"{}", b""])
+def test_what_is_no_request_is_answered_by_an_error(serving, body):
+    heard = []
+    connect(serving.company.invitation, {"role": "client", "digest": "abc"}, heard.append, body)
+    deadline = time.monotonic() + 5
+    while not heard and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert heard[0]["kind"] == "Failed" and b"is not understood" in heard[0]["body"]
+    assert serving.ask() == FINE
 
-    def drip():
-        with contextlib.suppress(OSError):
-            while True:
-                dripping.sendall(b"x")
-                time.sleep(0.1)
 
-    threading.Thread(target=drip, daemon=True).start()
-    deaf = Line(connected())
-    deaf.send(1.0, packed(Request(prompts=("x" * 1_000_000,))), checkpoint=str(Path("vit").resolve()))
-    start = time.monotonic()
-    assert serving.ask("fine") == FINE
-    assert time.monotonic() - start < 0.9
-    time.sleep(1.5)
-    for connection in (stopped, dripping):
-        connection.settimeout(1)
-        with contextlib.suppress(ConnectionError):
-            assert connection.recv(1) == b"", "it is let go"
+def test_who_asks_nothing_of_use_is_let_go(serving):
+    for hello in ({"role": "king"}, {}, {"role": "host"}, {"role": "host", "same": {}, "port": "x"}):
+        heard = []
+        connect(serving.company.invitation, hello, heard.append)
+        deadline = time.monotonic() + 5
+        while {} not in heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert heard[-1] == {}
+    assert serving.ask() == FINE
 
 
 def test_requests_wait_for_each_other_and_nobody_for_who_is_gone(serving):
     serving.loaded.go.clear()
     found = []
-    threads = [threading.Thread(target=lambda: found.append(serving.ask("fine"))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(serving.ask())) for _ in range(3)]
     threads[0].start()
     time.sleep(0.2)
-    gone = Line(connected())
-    gone.send(1.0, packed(Request(prompts=("nobody's",))), checkpoint=str(Path("vit").resolve()))
+    hello = {"role": "client", "digest": "abc"}
+    gone = connect(serving.company.invitation, hello, lambda message: None, packed(Request(prompts=("nobody's",))))
     time.sleep(0.2)
     gone.close()
     for thread in threads[1:]:
@@ -156,24 +120,64 @@ def test_requests_wait_for_each_other_and_nobody_for_who_is_gone(serving):
     assert len(found) == 3 and serving.loaded.answered == ["fine"] * 3
 
 
+def test_who_is_too_many_is_told_so(serving, monkeypatch):
+    serving.loaded.go.clear()
+    serving.company.asked.maxsize = 2
+    answers = []
+
+    def ask():
+        try:
+            answers.append(serving.ask())
+        except AstraError as error:
+            answers.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    serving.loaded.go.set()
+    for thread in threads:
+        thread.join(10)
+    busy = "the workers are busy, and many wait already: ask again later"
+    assert answers.count(FINE) == 3 and answers.count(busy) == 3
+
+
 def test_an_answer_ends_where_who_asked_is_gone(serving):
     """A long text is not written for nobody."""
-    line = Line(connected())
-    line.send(1.0, packed(Request(prompts=("x" * 100_000,))), checkpoint=str(Path("vit").resolve()))
-    line.receive(5.0, 1 << 20)
-    line.close()
-    assert serving.ask("fine") == FINE
+    answer = client.ask(serving.company.invitation, Path("vit"), Request(prompts=("long",)))
+    next(answer)
+    answer.close()
+    assert serving.ask() == FINE
+    assert serving.loaded.said < 500
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_who_is_gone_is_told_no_more():
-    """Not a piece more of a text, from when its connection has ended."""
-    loaded, told = Loaded(), []
-    client = SimpleNamespace(
-        message={"checkpoint": str(Path("vit").resolve()), "body": packed(Request(prompts=("a",)))},
-        gone=threading.Event(),
-        tell=told.append,
-    )
-    client.gone.set()
-    worker._answer(loaded, Path("vit"), client)
-    assert told == [Done()] and loaded.said == 0
+def test_many_at_once(serving):
+    """All are answered."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(serving.ask())) for _ in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [FINE] * 100
+
+
+@pytest.mark.parametrize(
+    ("listen", "found"),
+    [
+        (None, ("10.0.0.2", 7777)),
+        ("10.0.0.1", ("10.0.0.1", 7777)),
+        ("10.0.0.1:80", ("10.0.0.1", 80)),
+        ("pi.local", ("pi.local", 7777)),
+        ("fe80::1", ("fe80::1", 7777)),
+        ("[fe80::1]:80", ("fe80::1", 80)),
+    ],
+)
+def test_where_a_worker_listens(listen, found):
+    assert worker.place(listen, "10.0.0.2", 7777) == found
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0", "0.0.0.0:7777", "::", "[::]:7777", "10.0.0.1:0", "a:b:c"])
+def test_where_no_worker_listens(listen):
+    with pytest.raises(AstraError, match="--listen"):
+        worker.place(listen, "10.0.0.2", 7777)
