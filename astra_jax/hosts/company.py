@@ -20,7 +20,7 @@ from astra_jax.hosts.control import Connection, Event, Host0, Message, connect, 
 from astra_jax.hosts.datagrams import Datagrams, Late, Peer, Tally
 from astra_jax.hosts.invitation import Invitation, written
 
-UDP_SECONDS = 5.0  # until two hosts hear each other, or a firewall is between them
+UDP_SECONDS = 15.0  # until two hosts hear each other, or a firewall is between them
 COMPILE_SECONDS = 1800.0
 MOST_ASKED = 256  # who wait for an answer at once
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them

@@ -55,9 +55,6 @@ class Lifeline:
         again: Callable[[str, int, int], Any] = lambda message, hosts, host: die(message),
     ):
         self.host, self.patience, self.policy, self.end, self.again = host, patience, policy, end, again
-        self.requests = queue.Queue[bytes]()  # what host 0 asks for
-        # Is told why this host ends, and whether it begins anew.
-        self.farewell: Callable[[str, bool], Any] = lambda message, goes_on: None
         self._lines, self._gone, self._needed = lines, dict[int, str](), True
         self._told = {other: queue.SimpleQueue[bytes]() for other in lines}  # what they told, and nobody heard yet
         self._read: dict[int, list[str]] = {number: [] for number in (0, *lines)}  # what hosts said that they read
@@ -67,10 +64,6 @@ class Lifeline:
             line.limit_silence(0.0)  # from here on, signs of life do
             threading.Thread(target=self._watch, args=(other,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
-
-    def ask(self, request: bytes) -> None:
-        """On host 0: sends a request to all other hosts, which find it in their `requests`."""
-        self._send(request, request=True)
 
     def gather(self, value: Any, seconds: float | None = None) -> list[Any] | None:
         """Brings what every host gives here, which JSON can say, to host 0.
@@ -186,8 +179,6 @@ class Lifeline:
             message = self._next(other)
             if "read" in message:
                 self._compare(other, str(message["read"])[:200])
-            elif "request" in message:
-                self.requests.put(message.get("body", b""))
             elif "told" in message:
                 self._told[other].put(message.get("body", b""))
             elif self._ends(other, message):
@@ -236,17 +227,14 @@ class Lifeline:
         if self.host or self.policy == "fail" or not a_fault:
             self._over.set()
             self._tell(gone=message)
-            self.farewell(message, False)
             self.end(message)
         elif self.policy == "single":
             self._over.set()
-            self.farewell(message, True)
             self._tell(gone=f"{message}; host 0 goes on alone")
             self.again(message, 1, 0)
         else:
             time.sleep(GRACE_SECONDS)
             self._over.set()
-            self.farewell(message, True)
             left = self._left()
             for number, other in enumerate(left, 1):
                 with contextlib.suppress(OSError):

@@ -124,12 +124,12 @@ class Host0(_OnOneOfSeveral):
           AstraError: it is none, or cannot be answered.
         """
         request = self.smaller(unpacked(body))
-        inputs = self.encode(request)
         order = self.company.order()
+        if len(order) > 1:  # they read it while this host does
+            self.company.ask(order, packed(request))
+        inputs = self.encode(request)
         self.passes.seat = Seat(order, len(order) - 1)
         self.sit(self.passes.seat)
-        if len(order) > 1:
-            self.company.ask(order, packed(request))
         yield from self.answer(lambda: (request, inputs))
 
     def _preface(self, inputs: Any) -> Iterator[Message]:

@@ -118,14 +118,6 @@ def test_a_host_that_is_not_needed_may_go():
     assert other.told.get(timeout=5) == (0, "closed")
 
 
-def test_requests_reach_all_hosts():
-    fellows, body = Fellows(3), bytes(range(256)) * 4000
-    fellows.lines[0].ask(body)
-    fellows.lines[0].ask(b"b")
-    for host in (1, 2):
-        assert [fellows.lines[host].requests.get(timeout=5) for _ in range(2)] == [body, b"b"]
-
-
 def test_bytes_to_a_host_that_takes_none_are_no_end():
     """As behind a cut link: the host is silent, and gone after a while, whoever waits to send to it."""
     fellows = Fellows(3, patience=2.0, deaf=1)
