@@ -5,6 +5,7 @@ pass begin. A host that is gone is not waited for: the pass goes on without its 
 those that are left. A host that comes takes part from the next pass on.
 """
 
+import contextlib
 import dataclasses
 import queue
 import secrets
@@ -23,6 +24,7 @@ from astra_jax.hosts.invitation import Invitation, written
 UDP_SECONDS = 15.0  # until two hosts hear each other, or a firewall is between them
 COMPILE_SECONDS = 1800.0
 MOST_ASKED = 256  # who wait for an answer at once
+SILENCE_SECONDS = 30.0  # of host 0, after which others end
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
 _MOST_DIFFERENCES = 3
 
@@ -399,7 +401,7 @@ class Fellow:
         """
         failed = ""
         while True:
-            message = self._messages.get()
+            message = self._next()
             match message.get("kind"):
                 case "read":
                     self._meet(message["peers"])
@@ -409,7 +411,22 @@ class Fellow:
                 case "run":
                     self._run(message, work, failed)
                 case None:
-                    raise AstraError(f"host 0 at {written(self._invitation.address, self._invitation.port)} is gone")
+                    raise AstraError(f"host 0 at {self._where} is gone, or does without this host: start it again")
+
+    def _next(self) -> Message:
+        """The next message of host 0. Raises AstraError where it is silent for long."""
+        heard = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._messages.get(timeout=1.0)
+            now = time.monotonic()
+            heard = heard if 0 in self.link.lost() else now
+            if now - heard > SILENCE_SECONDS:
+                raise AstraError(f"host 0 at {self._where} gives no sign of life: is its link cut?")
+
+    @property
+    def _where(self) -> str:
+        return written(self._invitation.address, self._invitation.port)
 
     def _seat(self, message: Message) -> Seat:
         order, shares = tuple(message["order"]), message["shares"]

@@ -134,11 +134,6 @@ class Lifeline:
         if needed and gone:
             self._fail(gone[0], a_fault=True)
 
-    @property
-    def needs(self) -> bool:
-        """Whether the others are needed, by what `need` was told last."""
-        return self._needed
-
     def abandon(self, message: str, a_fault: bool) -> None:
         """Tells the other hosts that this one ends with an error; `a_fault` is one that they can do without it."""
         self._over.set()

@@ -168,7 +168,21 @@ def test_host_0_is_gone(company):
     deadline = time.monotonic() + 5
     while not company.fellows.ended and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert company.fellows.ended == [f"host 0 at 127.0.0.1:{company.invitation.port} is gone"]
+    where = f"127.0.0.1:{company.invitation.port}"
+    assert company.fellows.ended == [f"host 0 at {where} is gone, or does without this host: start it again"]
+
+
+def test_host_0_is_silent(company, monkeypatch):
+    monkeypatch.setattr("astra_jax.hosts.company.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("astra_jax.hosts.datagrams.PATIENCE_SECONDS", 0.5)
+    company.fellows.add()
+    company.link.close()
+    deadline = time.monotonic() + 10
+    while not company.fellows.ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert company.fellows.ended == [
+        f"host 0 at 127.0.0.1:{company.invitation.port} gives no sign of life: is its link cut?"
+    ]
 
 
 def test_nobody_is_there():
