@@ -7,6 +7,7 @@ those that are left. A host that comes takes part from the next pass on.
 
 import contextlib
 import dataclasses
+import json
 import queue
 import secrets
 import socket
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from astra_jax.errors import AstraError, first_line
 from astra_jax.hosts.agreement import NOT_GIVEN
 from astra_jax.hosts.control import Connection, Event, Host0, Message, connect, quietly
-from astra_jax.hosts.datagrams import Datagrams, Late, Peer, Tally
+from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Peer, Tally
 from astra_jax.hosts.invitation import Invitation, written
 
 UDP_SECONDS = 15.0  # until two hosts hear each other, or a firewall is between them
 COMPILE_SECONDS = 1800.0
+MOST_BODY = MOST_TOLD - (1 << 16)  # bytes of a request that go in packets
 MOST_ASKED = 256  # who wait for an answer at once
+LONG_SECONDS = 600.0  # that a long request may take to come
 SILENCE_SECONDS = 30.0  # of host 0, after which others end
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
 _MOST_DIFFERENCES = 3
@@ -52,6 +55,18 @@ class Taken(NamedTuple):
     host: int
     seconds: float
     tally: Tally
+
+
+class Passed(NamedTuple):
+    """How a pass was.
+
+    Attributes:
+      here: for this host.
+      all: for all hosts, this one first; what others say is waited for.
+    """
+
+    here: Taken
+    all: Callable[[], list[Taken]]
 
 
 @dataclasses.dataclass
@@ -247,9 +262,14 @@ class Company:
         return (*(member.number for member in self.members), 0)
 
     def _all(self, to: Sequence[int], message: Message, body: bytes = b"") -> None:
+        """Tells hosts something: in packets, which losses hold up less than a connection, or what is long by that."""
+        long = len(body) > MOST_BODY
+        content = json.dumps(message | {"long": long}).encode() + b"\n" + (b"" if long else body)
         for member in self.members:
             if member.number in to:
-                member.connection.send(body, **message)
+                if long:
+                    member.connection.send(body, kind="body")
+                self.link.tell(member.number, content)
 
     def ask(self, order: Sequence[int], body: bytes) -> None:
         """Has other hosts read what the next passes are for."""
@@ -271,7 +291,8 @@ class Company:
         self.link.begin(number, seat.order, rehearsing=True)
         silent = self.link.silent(seat.order, UDP_SECONDS)
         result = call()
-        replies = self._wait("rehearsed", number, seat.order, COMPILE_SECONDS)
+        heard = [host for host in seat.order if host not in silent]
+        replies = self._wait("rehearsed", number, heard, COMPILE_SECONDS)
         unheard = {0: silent} | {host: list(reply.get("silent", ())) for host, reply in replies.items()}
         for host, others in unheard.items():
             for other in others:
@@ -285,8 +306,8 @@ class Company:
                 raise AstraError(f"host {host}: {quietly(reply['failed'], 1000)}")
         return result
 
-    def run(self, seat: Seat, call: Callable[[], Result]) -> tuple[Result, list[Taken]]:
-        """A pass of all hosts, which have rehearsed it: what it gives here, and how it was for each."""
+    def run(self, seat: Seat, call: Callable[[], Result]) -> tuple[Result, "Passed"]:
+        """A pass of all hosts, which have rehearsed it: what it gives here, and how it was."""
         self._passes += 1
         number = self._passes
         self._all(seat.order, _told_of(seat, number, "run"))
@@ -298,17 +319,20 @@ class Company:
             self._all(seat.order, {"kind": "skip", "pass": number, "hosts": seat.order})  # nobody waits for anybody
             raise
         seconds = time.perf_counter() - begun
-        taken, gone = [Taken(0, seconds, self.link.tally)], self.link.tally.gone
-        for host in gone & set(self._members):  # what is not heard of any more is not asked again
-            member = self._members[host]
-            if member.number in self.link.lost():
+        here = Taken(0, seconds, self.link.tally)
+        for host in here.tally.gone & self.link.lost():  # what is not heard of any more is not asked again
+            if member := self._members.get(host):
                 self._left(member)
                 member.connection.close()
-        replies = self._wait("done", number, [host for host in seat.order if host not in gone], DONE_SECONDS)
+        return result, Passed(here, lambda: self._taken(number, seat, here))
+
+    def _taken(self, number: int, seat: Seat, here: Taken) -> list[Taken]:
+        taken = [here]
+        replies = self._wait("done", number, [n for n in seat.order if n not in here.tally.gone], DONE_SECONDS)
         for host, reply in sorted(replies.items()):
             tally = Tally(**{name: reply[name] for name in ("sent", "received", "again", "missing", "waited")})
             taken.append(Taken(host, float(reply["seconds"]), tally))
-        return result, taken
+        return taken
 
     def _wait(self, kind: str, number: int, order: Sequence[int], seconds: float) -> dict[int, Message]:
         """What the hosts that are left replied."""
@@ -367,7 +391,8 @@ class Fellow:
             self.link.close()
             raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
         self.number, self.told, self.link.late = int(first["number"]), first["told"], first["late"]
-        self._port = int(first["port"])
+        self._port, self._bodies = int(first["port"]), queue.Queue[bytes]()
+        self.link.told = self._told
         self.link.enter(self.number, first["body"])
         self._meet({})
 
@@ -382,12 +407,22 @@ class Fellow:
     def _heard(self, message: Message) -> None:
         if message.get("kind") == "gone":
             self.link.gone(int(message["number"]))
-        elif message.get("kind") == "skip":
-            self.link.skip(int(message["pass"]), message["hosts"])
+        elif message.get("kind") == "body":
+            self._bodies.put(message["body"])
         else:
             if not message:
                 self.link.gone(0)
             self._messages.put(message)
+
+    def _told(self, number: int, content: bytes) -> None:
+        """What host 0 tells in packets."""
+        if number == 0:
+            line, _, body = content.partition(b"\n")
+            message = json.loads(line) | {"body": body}
+            if message["kind"] == "skip":
+                self.link.skip(int(message["pass"]), message["hosts"])
+            else:
+                self._messages.put(message)
 
     def ready(self) -> None:
         """This host can take part from now on."""
@@ -405,7 +440,8 @@ class Fellow:
             match message.get("kind"):
                 case "read":
                     self._meet(message["peers"])
-                    failed = _tried(lambda: work.read(message["body"]))  # noqa: B023
+                    body = self._bodies.get(timeout=LONG_SECONDS) if message["long"] else message["body"]
+                    failed = _tried(lambda: work.read(body))  # noqa: B023
                 case "rehearse":
                     self._rehearse(message, work, failed)
                 case "run":

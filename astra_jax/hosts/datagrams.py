@@ -19,8 +19,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -34,11 +34,12 @@ Late = Literal["wait", "predict"]  # what becomes of codes that are late: they a
 
 _OUTER = struct.Struct("<BHQ")  # class, sender, counter: in clear, and sealed with the rest
 _NONCE = struct.Struct("<BxxxQ")
-_DATA = struct.Struct("<BIhHHQ")  # kind, pass, channel, packet, packets in all, counter that it had before (+ 1)
+_DATA = struct.Struct("<BIiHHQ")  # kind, pass, channel, packet, packets in all, counter that it had before (+ 1)
 _PING = struct.Struct("<BQQ")  # kind, time, packets sent so far
 _PONG = struct.Struct("<BQ")
 _LIST = struct.Struct("<BH")
 DATA, PING, PONG, ASK, VOID = range(5)
+TOLD = -(1 << 31)  # the channel of messages to one host, which have numbers in the place of passes
 OF_DATA, OF_CONTROL = 0, 1  # classes: each has counters of its own
 OVERHEAD = _OUTER.size + 16 + _DATA.size
 
@@ -46,6 +47,8 @@ WINDOW = 4096  # packets that may overtake each other
 MOST_ASKED = 64  # counters in one packet
 KEPT = 8192  # packets to each host that can be sent again
 MOST_BYTES = 1 << 28  # that wait to be read
+MOST_TOLD = 1 << 22  # bytes of a message: less than is kept to be sent again
+TOLD_BYTES = 1200  # of it in a packet
 BUFFER = 1 << 14  # bytes that wait in the system to be sent: what is behind them can be overtaken
 PROBE_SECONDS = 0.008  # after the last of a burst
 BEAT_SECONDS = 0.25
@@ -138,6 +141,9 @@ class _Peer:
         self.data_at = self.ping_at = 0.0
         self.round_trip: float | None = None
         self.said_gone = False
+        self.telling = self.hearing = 0  # numbers of the next messages
+        self.told: dict[int, dict[int, bytes]] = {}  # number -> packets of it
+        self.lengths: dict[int, int] = {}  # how many these will be
 
     def gone(self, now: float) -> bool:
         return self.said_gone or now - self.heard_at > PATIENCE_SECONDS
@@ -171,6 +177,7 @@ class Datagrams:
 
     Attributes:
       port: the one that is listened at.
+      told: is called with what another host tells this one, in the thread that receives.
       dropped: packets that were not opened: forged, cut, sent twice, or of nobody who is known.
 
     Raises:
@@ -182,6 +189,7 @@ class Datagrams:
         self.port: int = self._socket.getsockname()[1]
         self.late, self.dropped, self.tally = late, 0, Tally()
         self.rehearsing = False
+        self.told: Callable[[int, bytes], Any] = lambda number, message: None
         self._me, self._key = 0, b""
         self._peers: dict[int, _Peer] = {}
         self._order: list[int] = []
@@ -258,6 +266,28 @@ class Datagrams:
         """Seconds to each host and back, as measured lately."""
         with self._news:
             return {number: peer.round_trip for number, peer in self._peers.items()}
+
+    def tell(self, number: int, message: bytes) -> None:
+        """Tells a host something of at most `MOST_TOLD` bytes. It comes, and in order, unless the host is gone."""
+        if (peer := self._peers.get(number)) is None:
+            return
+        parts = [message[at : at + TOLD_BYTES] for at in range(0, len(message), TOLD_BYTES)]
+        with self._to_send:
+            for n, part in enumerate(parts):
+                head = _DATA.pack(DATA, peer.telling, TOLD, n, len(parts), 0)
+                self._queue.append((peer, OF_DATA, head + part))
+            peer.telling += 1
+            self._to_send.notify()
+
+    def _hear(self, peer: _Peer, number: int, part: int, count: int, content: bytes) -> None:
+        if number < peer.hearing:
+            return
+        peer.told.setdefault(number, {})[part] = content
+        peer.lengths[number] = count
+        while (parts := peer.told.get(peer.hearing)) and len(parts) == peer.lengths[peer.hearing]:
+            del peer.told[peer.hearing], peer.lengths[peer.hearing]
+            peer.hearing += 1
+            self.told(peer.number, b"".join(parts[n] for n in range(len(parts))))
 
     # A pass
 
@@ -371,6 +401,9 @@ class Datagrams:
         if before:
             peer.missing.pop(before - 1, None)
         content, key = inner[_DATA.size :], (number, channel, peer.number)
+        if channel == TOLD:
+            self._hear(peer, number, packet, count, content)
+            return
         if number < self._pass or packet >= count or key in self._over:
             return
         if self._held + len(content) <= MOST_BYTES and packet not in self._inbox.setdefault(key, {}):
@@ -402,7 +435,8 @@ class Datagrams:
         void = []
         for counter in counters:
             content = peer.kept.pop(counter, None)  # who asks again gets what comes now, or asks for that
-            if content is None or _DATA.unpack_from(content)[1] < self._pass:
+            fields = _DATA.unpack_from(content) if content else (0, 0, 0)
+            if content is None or (fields[1] < self._pass and fields[2] != TOLD):
                 void.append(counter)
                 continue
             head = _DATA.pack(*_DATA.unpack_from(content)[:5], counter + 1)

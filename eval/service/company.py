@@ -12,7 +12,7 @@ import numpy as np
 import checkpoints
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import settings, versions
-from astra_jax.hosts.company import Company, Seat, Taken
+from astra_jax.hosts.company import Company, Passed, Seat, Taken
 from astra_jax.hosts.datagrams import Datagrams
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.engine import Engine
@@ -41,13 +41,13 @@ class Passes:
     Attributes:
       seat: this host's place in the next pass.
       seconds, compile_seconds: of the last pass, and of its rehearsal (0: there was none).
-      taken: how the last pass was for each host.
+      passed: how the last pass was.
     """
 
     def __init__(self, company: Company):
         self.company, self.seat = company, Seat((0,), 0)
         self.seconds = self.compile_seconds = 0.0
-        self.taken: list[Taken] = []
+        self.passed: Passed | None = None
         self._rehearsed = set[Any]()
 
     def __call__(
@@ -67,8 +67,8 @@ class Passes:
             self.company.rehearse(self.seat, lambda: jax.block_until_ready((compile_all or call)()))
             self.compile_seconds = time.perf_counter() - begun
             self._rehearsed.add(key)
-        result, self.taken = self.company.run(self.seat, lambda: jax.block_until_ready(call()))
-        self.seconds = self.taken[0].seconds
+        result, self.passed = self.company.run(self.seat, lambda: jax.block_until_ready(call()))
+        self.seconds = self.passed.here.seconds
         return result
 
 
@@ -134,15 +134,14 @@ class Host0(_OnOneOfSeveral):
 
     def _preface(self, inputs: Any) -> Iterator[Message]:
         yield from super()._preface(inputs)
-        taken: list[Taken] = self.passes.taken
-        missing, gone = sum(one.tally.missing for one in taken), taken[0].tally.gone
-        if missing or gone:
-            yield Without(missing, [f"host {number}" for number in sorted(gone)])
+        tally = self.passes.passed.here.tally
+        if tally.missing or tally.gone:
+            yield Without(tally.missing, [f"host {number}" for number in sorted(tally.gone)])
 
     def _host_times(self, inputs: Any, B: int) -> Iterator[Message]:
         if self.N == 1:
             return
-        taken: list[Taken] = self.passes.taken
+        taken: list[Taken] = self.passes.passed.all()
         rows = [
             {
                 "host": one.host,

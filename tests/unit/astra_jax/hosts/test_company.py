@@ -1,6 +1,7 @@
 """Hosts that compute together: who takes part, passes of all of them, and what becomes of one that fails or is gone."""
 
 import contextlib
+import secrets
 import threading
 import time
 
@@ -86,7 +87,8 @@ def seat_of(company):
 
 def run(company, seat=None):
     seat = seat or seat_of(company)
-    return company.run(seat, lambda: total(seat, company.link))
+    found, passed = company.run(seat, lambda: total(seat, company.link))
+    return found, passed.all()
 
 
 def test_all_take_part_again_and_again(company):
@@ -102,6 +104,15 @@ def test_all_take_part_again_and_again(company):
     assert [work.read_ for work in works] == [[b"a request"]] * 2
     assert [work.found for work in works] == [[0, *[3 * (1 + 3)] * 3], [0, *[3 * (1 + 2)] * 3]]
     assert [line for line in company.lines if "takes part" in line] and company.fellows.all[0].told == {"x": 1}
+
+
+def test_long_requests_come_as_well(company):
+    work, seat = company.fellows.add(), seat_of(company)
+    bodies = [secrets.token_bytes(size) for size in (0, 1200, 300_000, 6_000_000, 5)]
+    for body in bodies:
+        company.ask(seat.order, body)
+    assert company.rehearse(seat, lambda: total(seat, company.link)) == 0
+    assert work.read_ == bodies
 
 
 def test_a_host_that_differs_is_not_taken(company):

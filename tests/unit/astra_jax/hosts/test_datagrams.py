@@ -168,6 +168,21 @@ def test_codes_that_are_late_are_done_without(two):
     assert len(a.wait(-2, [3], [1])[0]) == 3, "but what is no code is waited for"
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_what_a_host_is_told_comes_in_order(two, rate):
+    draws, heard = np.random.default_rng(4), []
+    a, b, _ = two(lambda packet: [] if draws.random() < rate else [packet])
+    b.told = lambda number, message: heard.append((number, message))
+    messages = [draws.bytes(size) for size in (1, 1200, 1201, 50_000, 3)]
+    for message in messages:
+        a.tell(1, message)
+    deadline = time.monotonic() + 10
+    while len(heard) < len(messages) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert heard == [(0, message) for message in messages]
+    a.tell(7, b"nobody")
+
+
 def test_early_packets_wait_for_their_pass(two):
     a, b, _ = two()
     b.begin(2, [0, 1])
