@@ -6,7 +6,7 @@ from pathlib import Path
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.control import Message as Told
-from astra_jax.hosts.control import connect, quietly
+from astra_jax.hosts.control import connect
 from astra_jax.hosts.invitation import Invitation
 from eval.service.company import digest
 from eval.service.messages import Done, Failed, Message, unpack
@@ -38,7 +38,7 @@ def ask(invitation: Invitation, checkpoint: Path, request: Request) -> Iterator[
                 raise AstraError("the workers are busy, and many wait already: ask again later")
             said = unpack(told.get("kind"), told.get("body", b""))
             if isinstance(said, Failed):
-                raise AstraError(quietly(said.why, 2000))
+                raise AstraError(said.why)
             if isinstance(said, Done):
                 return
             yield said
