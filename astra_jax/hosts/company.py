@@ -187,31 +187,40 @@ class Company:
 
     def _happened(self, event: Event) -> None:
         connection, message, member = event.connection, event.message, event.connection.note
-        if event.kind == "joined" and message.get("role") == "host":
-            self._take_in(connection, message)
-        elif event.kind == "joined" and message.get("role") == "client":
+        if event.kind == "joined":
+            self._joined(connection, message)
+        elif isinstance(member, Member):
+            if event.kind == "said":
+                self._said(member, message)
+            else:
+                self._left(member)
+
+    def _joined(self, connection: Connection, hello: Message) -> None:
+        role = hello.get("role")
+        if role == "host":
+            self._take_in(connection, hello)
+        elif role != "client":
+            connection.close()
+        else:
             try:
-                self.asked.put_nowait(Client(connection, message))
+                self.asked.put_nowait(Client(connection, hello))
             except queue.Full:
                 connection.send(kind="busy")
                 connection.close()
-        elif event.kind == "joined":
-            connection.close()
-        elif isinstance(member, Member):
-            if event.kind == "said" and message["kind"] == "ready":
-                with self._changed:
-                    member.ready = True
-                    self._changed.notify_all()
-                self._told(f"{member} takes part")
-            elif event.kind == "said":
-                if message["kind"] == "done" and message["failed"]:
-                    self._skip(int(message["pass"]), member.number)
-                    self._told(f"{member}: {quietly(message['failed'], 1000)}")
-                with self._changed:
-                    self._replies[str(message["kind"]), int(message["pass"]), member.number] = message
-                    self._changed.notify_all()
-            else:
-                self._left(member)
+
+    def _said(self, member: Member, message: Message) -> None:
+        if message["kind"] == "ready":
+            with self._changed:
+                member.ready = True
+                self._changed.notify_all()
+            self._told(f"{member} takes part")
+            return
+        if message["kind"] == "done" and message["failed"]:
+            self._skip(int(message["pass"]), member.number)
+            self._told(f"{member}: {quietly(message['failed'], 1000)}")
+        with self._changed:
+            self._replies[str(message["kind"]), int(message["pass"]), member.number] = message
+            self._changed.notify_all()
 
     def _take_in(self, connection: Connection, hello: Message) -> None:
         if wrong := differences(self._same, hello.get("same")):
