@@ -44,12 +44,12 @@ class Invitation:
             return cls(*parse_address(match["where"], "--join"), decoded(match["secret"], "the invitation"))
         if "/" in text:
             raise AstraError(f"--join: this is no invitation: copy all of it; it looks like {EXAMPLE}")
-        secret = given_secret(secret_file)
+        where, secret = parse_address(text, "--join"), given_secret(secret_file)
         if secret is None:
             raise AstraError(
                 f"--join {text}: the secret is missing: give the whole invitation, or --secret-file, or set {VARIABLE}"
             )
-        return cls(*parse_address(text, "--join"), secret)
+        return cls(*where, secret)
 
 
 def new_secret() -> bytes:
