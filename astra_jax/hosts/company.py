@@ -5,7 +5,6 @@ pass begin. A host that is gone is not waited for: the pass goes on without its 
 those that are left. A host that comes takes part from the next pass on.
 """
 
-import contextlib
 import dataclasses
 import json
 import queue
@@ -14,20 +13,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
-from astra_jax.errors import AstraError, first_line
+from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import NOT_GIVEN
-from astra_jax.hosts.control import Connection, Event, Host0, Message, connect, quietly
+from astra_jax.hosts.control import Connection, Event, Host0, Message, quietly
 from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Peer, Tally
-from astra_jax.hosts.invitation import Invitation, written
+from astra_jax.hosts.invitation import Invitation
 
 UDP_SECONDS = 15.0  # until two hosts hear each other, or a firewall is between them
 COMPILE_SECONDS = 1800.0
 MOST_BODY = MOST_TOLD - (1 << 16)  # bytes of a request that go in packets
 MOST_ASKED = 256  # who wait for an answer at once
-LONG_SECONDS = 600.0  # that a long request may take to come
-SILENCE_SECONDS = 30.0  # of host 0, after which others end
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
 _MOST_DIFFERENCES = 3
 
@@ -359,141 +356,6 @@ def _told_of(seat: Seat, number: int, kind: str) -> Message:
     return {"kind": kind, "pass": number, "order": seat.order, "shares": seat.shares}
 
 
-@runtime_checkable
-class Work(Protocol):
-    """What a host does for a pass."""
-
-    def read(self, body: bytes) -> None:
-        """Reads what passes are for."""
-
-    def run(self, seat: Seat, link: Datagrams) -> None:
-        """Takes part in one."""
-
-
-class Fellow:
-    """This host as one of those that are with host 0.
-
-    Args:
-      invitation: where host 0 is, and the secret.
-      same: what has to be the same there, by name.
-      address, port: where to get datagrams; by default where host 0 is reached from, at any port.
-
-    Attributes:
-      number: of this host.
-      told: what host 0 tells every host.
-      link: of this host's programs.
-
-    Raises:
-      AstraError: host 0 is not there, or does not take this host.
-    """
-
-    def __init__(self, invitation: Invitation, same: Mapping[str, str], address: str | None = None, port: int = 0):
-        self._invitation, self._messages = invitation, queue.Queue[Message]()
-        self.link = Datagrams(address or own_address(invitation), port)
-        try:
-            self._connection = connect(invitation, about(same, self.link.port), self._heard)
-            first = self._messages.get()
-        except AstraError:
-            self.link.close()
-            raise
-        if first.get("kind") != "welcome":
-            self.link.close()
-            raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
-        self.number, self.told, self.link.late = int(first["number"]), first["told"], first["late"]
-        self._port, self._bodies = int(first["port"]), queue.Queue[bytes]()
-        self.link.told = self._told
-        self.link.enter(self.number, first["body"])
-        self._meet({})
-
-    def _meet(self, peers: Mapping[str, Any]) -> None:
-        """Learns where others are. One that host 0 reaches within itself is reached where host 0 is."""
-        found = {0: Peer(self._connection.address, self._port)}
-        for number, (address, port) in peers.items():
-            local = address.startswith("127.") or address == "::1"
-            found[int(number)] = Peer(self._connection.address if local else str(address), int(port))
-        self.link.meet(found)
-
-    def _heard(self, message: Message) -> None:
-        if message.get("kind") == "gone":
-            self.link.gone(int(message["number"]))
-        elif message.get("kind") == "body":
-            self._bodies.put(message["body"])
-        else:
-            if not message:
-                self.link.gone(0)
-            self._messages.put(message)
-
-    def _told(self, number: int, content: bytes) -> None:
-        """What host 0 tells in packets."""
-        if number == 0:
-            line, _, body = content.partition(b"\n")
-            message = json.loads(line) | {"body": body}
-            if message["kind"] == "skip":
-                self.link.skip(int(message["pass"]), message["hosts"])
-            else:
-                self._messages.put(message)
-
-    def ready(self) -> None:
-        """This host can take part from now on."""
-        self._connection.send(kind="ready")
-
-    def serve(self, work: Work) -> None:
-        """Does what host 0 says, until it is gone.
-
-        Raises:
-          AstraError: it is.
-        """
-        failed = ""
-        while True:
-            message = self._next()
-            match message.get("kind"):
-                case "read":
-                    self._meet(message["peers"])
-                    body = self._bodies.get(timeout=LONG_SECONDS) if message["long"] else message["body"]
-                    failed = _tried(lambda: work.read(body))  # noqa: B023
-                case "rehearse":
-                    self._rehearse(message, work, failed)
-                case "run":
-                    self._run(message, work, failed)
-                case None:
-                    raise AstraError(f"host 0 at {self._where} is gone, or does without this host: start it again")
-
-    def _next(self) -> Message:
-        """The next message of host 0. Raises AstraError where it is silent for long."""
-        heard = time.monotonic()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._messages.get(timeout=1.0)
-            now = time.monotonic()
-            heard = heard if 0 in self.link.lost() else now
-            if now - heard > SILENCE_SECONDS:
-                raise AstraError(f"host 0 at {self._where} gives no sign of life: is its link cut?")
-
-    @property
-    def _where(self) -> str:
-        return written(self._invitation.address, self._invitation.port)
-
-    def _seat(self, message: Message) -> Seat:
-        order, shares = tuple(message["order"]), message["shares"]
-        return Seat(order, order.index(self.number), None if shares is None else tuple(shares))
-
-    def _rehearse(self, message: Message, work: Work, failed: str) -> None:
-        seat = self._seat(message)
-        self.link.begin(message["pass"], seat.order, rehearsing=True)
-        silent = self.link.silent(seat.order, UDP_SECONDS)
-        failed = failed or _tried(lambda: work.run(seat, self.link))
-        self._connection.send(kind="rehearsed", **{"pass": message["pass"]}, silent=silent, failed=failed)
-
-    def _run(self, message: Message, work: Work, failed: str) -> None:
-        seat = self._seat(message)
-        self.link.begin(message["pass"], seat.order)
-        begun = time.perf_counter()
-        failed = failed or _tried(lambda: work.run(seat, self.link))
-        tally = {name: value for name, value in vars(self.link.tally).items() if name != "gone"}
-        seconds = time.perf_counter() - begun
-        self._connection.send(kind="done", **{"pass": message["pass"]}, seconds=seconds, failed=failed, **tally)
-
-
 def _same_port(address: str, port: int, late: Late, any_other: bool) -> Datagrams:
     """The port of this number, or if it is in use maybe another one."""
     try:
@@ -502,27 +364,3 @@ def _same_port(address: str, port: int, late: Late, any_other: bool) -> Datagram
         if not any_other:
             raise
         return Datagrams(address, 0, late)
-
-
-def _tried(call: Callable[[], Any]) -> str:
-    """How it failed, in a line; empty where it did not."""
-    try:
-        call()
-        return ""
-    except AstraError as error:
-        return str(error)
-    except Exception as error:
-        return first_line(error)
-
-
-def own_address(invitation: Invitation) -> str:
-    """The address of this host on the way to host 0. Sends nothing. Raises AstraError where there is no way."""
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(invitation.address, invitation.port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)
-            return str(probe.getsockname()[0])
-    except socket.gaierror:
-        raise AstraError(f"the host {invitation.address!r} is not known here: give its IP address") from None
-    except OSError as error:
-        raise AstraError(f"there is no way to {invitation.address} ({error.strerror}): is the network up?") from None

@@ -20,9 +20,10 @@ from typing import Annotated
 import tyro
 
 from astra_jax.errors import AstraError, first_line
-from astra_jax.hosts.company import Client, Company, Fellow
+from astra_jax.hosts.company import Client, Company
 from astra_jax.hosts.control import Connection
 from astra_jax.hosts.datagrams import Late
+from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, given_secret, new_secret, parse_address, written
 from astra_jax.terminal import complain, one_line, write
 from eval.service.company import Host0, Other, heard, same, told

@@ -65,7 +65,7 @@ FEATURES = {
     "class tokens for every device": r"class_token",
     "noise of training": r"^[nN]oise",
     "relative positions": r"^relative$|relative_positions|RelativePositions|^Bias$",
-    "codes that go only where they are seen": r"^[hH]ops?$|^ways$",
+    "codes that go only where they are seen": r"^[hH]ops?$",
     "runs that outlive a host": r"[lL]ifeline|heartbeat|^_shrink$",
 }
 # Tests of what is no file or room of its own.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.company import Company, Fellow, Seat, differences
+from astra_jax.hosts.company import Company, Seat, differences
+from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, new_secret
 
 SAME = {"jax": "1", "astra": "2"}
@@ -184,7 +185,7 @@ def test_host_0_is_gone(company):
 
 
 def test_host_0_is_silent(company, monkeypatch):
-    monkeypatch.setattr("astra_jax.hosts.company.SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("astra_jax.hosts.fellow.SILENCE_SECONDS", 0.5)
     monkeypatch.setattr("astra_jax.hosts.datagrams.PATIENCE_SECONDS", 0.5)
     company.fellows.add()
     company.link.close()

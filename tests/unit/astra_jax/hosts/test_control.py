@@ -11,7 +11,7 @@ import time
 import pytest
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.control import HANDSHAKE_SECONDS, MOST_STRANGERS_EACH, Host0, connect, quietly
+from astra_jax.hosts.control import HANDSHAKE_SECONDS, Host0, connect, quietly
 from astra_jax.hosts.invitation import Invitation, new_secret
 from astra_jax.hosts.keys import context
 
@@ -97,7 +97,6 @@ def test_silent_connections_hold_nobody_up(listening):
         join(invitation, role="host")
         assert time.monotonic() - begun < 3 * HANDSHAKE_SECONDS
         assert host0.events.get(timeout=5).kind == "joined"
-        assert host0.strangers > MOST_STRANGERS_EACH // 2
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_bytes_to_a_host_that_takes_none_are_no_end():
     """As behind a cut link: the host is silent, and gone after a while, whoever waits to send to it."""
     fellows = Fellows(3, patience=2.0, deaf=1)
     start = time.monotonic()
-    fellows.lines[0].ask(bytes(1 << 24))
+    fellows.lines[0]._send(bytes(1 << 24), told=True)
     assert "host 1 has given no sign of life for 2 s" in fellows.all_told(2)[0]
     assert time.monotonic() - start < 6
 
