@@ -27,6 +27,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from astra_jax.errors import AstraError
+from astra_jax.hosts.counters import WINDOW, Counters, Usual
 from astra_jax.hosts.invitation import written
 from astra_jax.hosts.keys import derived
 
@@ -43,7 +44,6 @@ TOLD = -(1 << 31)  # the channel of messages to one host, which have numbers in 
 OF_DATA, OF_CONTROL = 0, 1  # classes: each has counters of its own
 OVERHEAD = _OUTER.size + 16 + _DATA.size
 
-WINDOW = 4096  # packets that may overtake each other
 MOST_ASKED = 64  # counters in one packet
 KEPT = 8192  # packets to each host that can be sent again
 MOST_BYTES = 1 << 28  # that wait to be read
@@ -83,45 +83,6 @@ class Tally:
     gone: set[int] = dataclasses.field(default_factory=set)
 
 
-class _Counters:
-    """Which counters of a sender came already: all but those of the last `WINDOW` count as such."""
-
-    def __init__(self) -> None:
-        self.next, self._seen = 0, 0  # bit n of _seen: the counter next - 1 - n
-
-    def fresh(self, counter: int) -> bool:
-        """Whether it may still come."""
-        back = self.next - 1 - counter
-        return back < 0 or (back < WINDOW and not self._seen >> back & 1)
-
-    def take(self, counter: int) -> None:
-        """It came."""
-        ahead = counter - (self.next - 1)
-        if ahead > 0:
-            self._seen = ((self._seen << min(ahead, WINDOW)) | 1) & ((1 << WINDOW) - 1)
-            self.next = counter + 1
-        else:
-            self._seen |= 1 << -ahead
-
-
-class _Usual:
-    """How long waiting takes where nothing is lost: mean and deviation, of late ones more than of early ones."""
-
-    def __init__(self) -> None:
-        self._mean, self._deviation, self._count = 0.0, 0.0, 0
-
-    def add(self, seconds: float) -> None:
-        self._count += 1
-        weight = max(0.1, 1 / self._count)
-        away = seconds - self._mean
-        self._mean += weight * away
-        self._deviation += weight * (abs(away) - self._deviation)
-
-    def most(self) -> float:
-        """What it hardly ever takes longer than; a second before anything is known."""
-        return self._mean + 4 * self._deviation if self._count >= 8 else 1.0
-
-
 class _Peer:
     """Another host: keys, counters, and what is missing of what it sent."""
 
@@ -133,7 +94,7 @@ class _Peer:
         )
         self.sending = [0, 0]  # the next counter of each class
         self.kept: dict[int, bytes] = {}  # packets of data by their counters
-        self.heard = (_Counters(), _Counters())
+        self.heard = (Counters(), Counters())
         self.top = 0  # data that was sent up to here, as far as is known
         self.missing: dict[int, list[float]] = {}  # counter -> when it was missed, and asked for
         self.reordered = ORDER_SECONDS
@@ -197,7 +158,7 @@ class Datagrams:
         self._inbox: dict[tuple[int, int, int], dict[int, bytes]] = {}  # (pass, channel, host) -> packets
         self._over = set[tuple[int, int, int]]()
         self._skipped = set[tuple[int, int]]()
-        self._usual = _Usual()
+        self._usual = Usual()
         self._held = 0
         self._news = threading.Condition()
         self._urgent, self._queue = deque[tuple[_Peer, int, bytes]](), deque[tuple[_Peer, int, bytes]]()
