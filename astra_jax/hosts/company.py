@@ -26,6 +26,7 @@ COMPILE_SECONDS = 1800.0
 MOST_BODY = MOST_TOLD - (1 << 16)  # bytes of a request that go in packets
 MOST_ASKED = 256  # who wait for an answer at once
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
+TOLD_OF_TALLY = ("sent", "received", "again", "missing", "waited", "dropped")
 _MOST_DIFFERENCES = 3
 
 Result = TypeVar("Result")
@@ -38,12 +39,10 @@ class Seat:
     Attributes:
       order: numbers of the hosts, in the order of their shards; the last is host 0.
       index: which of these is here.
-      shares: of each, for its share of the tokens; None where all get as many.
     """
 
     order: tuple[int, ...]
     index: int
-    shares: tuple[float, ...] | None = None
 
 
 class Taken(NamedTuple):
@@ -165,12 +164,10 @@ class Company:
         with self._changed:
             return [member for member in self._members.values() if member.ready]
 
-    def wait_for(self, count: int, seconds: float) -> bool:
-        """Whether so many other hosts came in time."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: sum(member.ready for member in self._members.values()) >= count, seconds
-            )
+    @property
+    def strangers(self) -> int:
+        """How many connected, and did not know the secret."""
+        return self._host0.strangers
 
     # Who comes and goes
 
@@ -253,10 +250,16 @@ class Company:
             self._changed.notify_all()
         self._told(f"{member} is gone")
 
+    def _let_go(self, member: Member) -> None:
+        """Does without a host of which nothing is heard any more, and tells it so, for when it hears again."""
+        self._left(member)
+        member.connection.send(kind="let go", why=f"host 0 heard nothing of {member} any more, and does without it")
+        member.connection.close()
+
     def _skip(self, number: int, host: int) -> None:
         """A host takes no part in what is left of a pass."""
         self.link.skip(number, [host])
-        self._all(self.order(), {"kind": "skip", "pass": number, "hosts": [host]})
+        self._all([member.number for member in self.members], {"kind": "skip", "pass": number, "hosts": [host]})
 
     def _where(self) -> dict[int, Peer]:
         return {member.number: member.where for member in self._members.values()}
@@ -264,7 +267,11 @@ class Company:
     # Passes
 
     def order(self) -> tuple[int, ...]:
-        """The hosts of the next pass, in the order of their shards."""
+        """The hosts of the next pass, in the order of their shards. Those of which nothing is heard are let go."""
+        lost = self.link.lost()
+        for member in self.members:
+            if member.number in lost:
+                self._let_go(member)
         return (*(member.number for member in self.members), 0)
 
     def _all(self, to: Sequence[int], message: Message, body: bytes = b"") -> None:
@@ -276,6 +283,10 @@ class Company:
                 if long:
                     member.connection.send(body, kind="body")
                 self.link.tell(member.number, content)
+
+    def forget(self) -> None:
+        """Has other hosts drop the programs that they keep in memory."""
+        self._all([member.number for member in self.members], {"kind": "forget"})
 
     def ask(self, order: Sequence[int], body: bytes) -> None:
         """Has other hosts read what the next passes are for."""
@@ -297,22 +308,22 @@ class Company:
         self.link.begin(number, seat.order, rehearsing=True)
         silent = self.link.silent(seat.order, UDP_SECONDS)
         result = call()
-        heard = [host for host in seat.order if host not in silent]
-        replies = self._wait("rehearsed", number, heard, COMPILE_SECONDS)
-        unheard = {0: silent} | {host: list(reply.get("silent", ())) for host, reply in replies.items()}
-        for host, others in unheard.items():
-            for other in others:
-                if other in self.order():
-                    raise AstraError(
-                        f"UDP packets of host {other} do not come to host {host}: let in the ports that both printed "
-                        "where a firewall is between them"
-                    )
+        if gone := [member for member in self.members if member.number in silent]:
+            for member in gone:
+                self._let_go(member)
+            raise AstraError(f"{' and '.join(map(str, gone))} did not say anything any more: ask again")
+        replies = self._wait("rehearsed", number, seat.order, COMPILE_SECONDS)
         for host, reply in replies.items():
+            if others := set(reply["silent"]) & set(self._members):
+                raise AstraError(
+                    f"UDP packets of host {min(others)} do not come to host {host}: let in the ports that both "
+                    "printed, where a firewall is between them"
+                )
             if reply.get("failed"):
                 raise AstraError(f"host {host}: {quietly(reply['failed'], 1000)}")
         return result
 
-    def run(self, seat: Seat, call: Callable[[], Result]) -> tuple[Result, "Passed"]:
+    def run(self, seat: Seat, call: Callable[[], Result]) -> tuple[Result, Passed]:
         """A pass of all hosts, which have rehearsed it: what it gives here, and how it was."""
         self._passes += 1
         number = self._passes
@@ -328,15 +339,14 @@ class Company:
         here = Taken(0, seconds, self.link.tally)
         for host in here.tally.gone & self.link.lost():  # what is not heard of any more is not asked again
             if member := self._members.get(host):
-                self._left(member)
-                member.connection.close()
+                self._let_go(member)
         return result, Passed(here, lambda: self._taken(number, seat, here))
 
     def _taken(self, number: int, seat: Seat, here: Taken) -> list[Taken]:
         taken = [here]
         replies = self._wait("done", number, [n for n in seat.order if n not in here.tally.gone], DONE_SECONDS)
         for host, reply in sorted(replies.items()):
-            tally = Tally(**{name: reply[name] for name in ("sent", "received", "again", "missing", "waited")})
+            tally = Tally(**{name: reply[name] for name in TOLD_OF_TALLY})
             taken.append(Taken(host, float(reply["seconds"]), tally))
         return taken
 
@@ -353,7 +363,7 @@ class Company:
 
 
 def _told_of(seat: Seat, number: int, kind: str) -> Message:
-    return {"kind": kind, "pass": number, "order": seat.order, "shares": seat.shares}
+    return {"kind": kind, "pass": number, "order": seat.order}
 
 
 def _same_port(address: str, port: int, late: Late, any_other: bool) -> Datagrams:

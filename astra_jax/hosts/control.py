@@ -7,7 +7,6 @@ places: nothing of what he says is read. Messages are a JSON object on a line, a
 import asyncio
 import concurrent.futures
 import contextlib
-import errno
 import json
 import queue
 import random
@@ -22,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from astra_jax.errors import AstraError
 from astra_jax.hosts.invitation import Invitation, written
 from astra_jax.hosts.keys import context
+from astra_jax.hosts.sockets import listening
 
 LONGEST = 1 << 20  # bytes of a line
 MOST_BYTES = 1 << 28  # with a line
@@ -132,7 +132,9 @@ class Host0:
     """
 
     def __init__(self, address: str, port: int, secret: bytes):
-        self._socket = _listening(address, port)
+        self._socket = listening(socket.SOCK_STREAM, address, port)
+        self._socket.listen(128)
+        self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
         self.events = queue.Queue[Event]()
         self.strangers = 0
@@ -243,6 +245,9 @@ def connect(invitation: Invitation, hello: Message, heard: Callable[[Message], N
         except ConnectionError:
             connection._end()
             heard({})
+        with contextlib.suppress(OSError, TimeoutError):
+            await asyncio.wait_for(connection._writer.wait_closed(), CONNECT_SECONDS)  # what was sent last
+        loop.stop()
 
     connection.send(body, **hello)
     connection.note = asyncio.run_coroutine_threadsafe(listen(), loop.loop)
@@ -270,25 +275,6 @@ def _no_way(invitation: Invitation, error: Exception) -> AstraError:
     if isinstance(error, ConnectionRefusedError):
         return AstraError(f"nobody listens at {where}: start `astra worker CHECKPOINT` there first")
     return AstraError(f"{where} does not answer ({error}): is a firewall between, or another network?")
-
-
-def _listening(address: str, port: int) -> socket.socket:
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(place)
-        found.listen(128)
-        found.setblocking(False)
-        return found
-    except socket.gaierror:
-        raise AstraError(f"--listen: the host {address!r} is not known here: give its IP address") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AstraError(f"TCP port {port} is in use on this host: give another one") from None
-        raise AstraError(
-            f"--listen: {address} is no address of this host ({error.strerror}): see `ip address`"
-        ) from None
 
 
 def quietly(text: Any, most: int = 200) -> str:

@@ -23,13 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from astra_jax.errors import AstraError
 from astra_jax.hosts.counters import WINDOW, Counters, Usual
-from astra_jax.hosts.invitation import written
 from astra_jax.hosts.keys import derived
+from astra_jax.hosts.sockets import listening
 
 Late = Literal["wait", "predict"]  # what becomes of codes that are late: they are waited for, or done without
 
@@ -42,7 +40,6 @@ _LIST = struct.Struct("<BH")
 DATA, PING, PONG, ASK, VOID = range(5)
 TOLD = -(1 << 31)  # the channel of messages to one host, which have numbers in the place of passes
 OF_DATA, OF_CONTROL = 0, 1  # classes: each has counters of its own
-OVERHEAD = _OUTER.size + 16 + _DATA.size
 
 MOST_ASKED = 64  # counters in one packet
 KEPT = 8192  # packets to each host that can be sent again
@@ -70,8 +67,9 @@ class Tally:
     Attributes:
       sent, received: bytes on the wire, headers of UDP and IP not counted.
       again: packets that were sent anew.
-      missing: packets of codes that a block went on without.
+      missing: packets that this host went on without.
       waited: seconds that programs waited for others.
+      dropped: packets that came and did not open, or came twice.
       gone: numbers of hosts that were gone.
     """
 
@@ -80,6 +78,7 @@ class Tally:
     again: int = 0
     missing: int = 0
     waited: float = 0.0
+    dropped: int = 0
     gone: set[int] = dataclasses.field(default_factory=set)
 
 
@@ -139,14 +138,16 @@ class Datagrams:
     Attributes:
       port: the one that is listened at.
       told: is called with what another host tells this one, in the thread that receives.
-      dropped: packets that were not opened: forged, cut, sent twice, or of nobody who is known.
+      dropped: packets that did not open, in all: forged, cut, sent twice, or of nobody who is known.
 
     Raises:
       AstraError: the port is in use, or the address is not this host's.
     """
 
     def __init__(self, address: str, port: int = 0, late: Late = "wait"):
-        self._socket = _listening(address, port)
+        self._socket = listening(socket.SOCK_DGRAM, address, port)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self.port: int = self._socket.getsockname()[1]
         self.late, self.dropped, self.tally = late, 0, Tally()
         self.rehearsing = False
@@ -223,10 +224,11 @@ class Datagrams:
     def _unheard(self, numbers: Sequence[int], since: float) -> list[int]:
         return [n for n in numbers if n in self._peers and self._peers[n].heard_at < since]
 
-    def round_trips(self) -> dict[int, float | None]:
-        """Seconds to each host and back, as measured lately."""
+    def round_trip(self, number: int, seconds: float) -> float | None:
+        """Seconds to a host and back, as measured lately; None where nothing comes back within so many seconds."""
         with self._news:
-            return {number: peer.round_trip for number, peer in self._peers.items()}
+            self._news.wait_for(lambda: self._peers[number].round_trip is not None, seconds)
+            return self._peers[number].round_trip
 
     def tell(self, number: int, message: bytes) -> None:
         """Tells a host something of at most `MOST_TOLD` bytes. It comes, and in order, unless the host is gone."""
@@ -331,8 +333,9 @@ class Datagrams:
                 return
             try:
                 self._open(packet, where)
-            except (struct.error, InvalidTag, KeyError, ValueError):
+            except Exception:  # whatever comes, the next packet is read
                 self.dropped += 1
+                self.tally.dropped += 1
 
     def _open(self, packet: bytes, where: tuple[str, int]) -> None:
         kind, sender, counter = _OUTER.unpack_from(packet)
@@ -451,6 +454,8 @@ class Datagrams:
         busy = False
         with self._news:
             for peer in self._peers.values():
+                if peer.said_gone:
+                    continue
                 if asked := peer.due(now):
                     self._say(peer, _LIST.pack(ASK, len(asked)) + struct.pack(f"<{len(asked)}Q", *asked))
                 probe = peer.data_at > peer.ping_at and now - peer.data_at > PROBE_SECONDS
@@ -460,20 +465,3 @@ class Datagrams:
                 busy |= bool(peer.missing) or peer.data_at > peer.ping_at
             self._news.notify_all()  # somebody may be gone
         return now + (0.004 if busy else 0.05)
-
-
-def _listening(address: str, port: int) -> socket.socket:
-    where = written(address, port)
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-        found = socket.socket(family, kind)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        found.bind(place)
-        return found
-    except socket.gaierror:
-        raise AstraError(f"the address {address!r} is not known here: give this host's IP address") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AstraError(f"UDP port {port} is in use on this host: give another one") from None
-        raise AstraError(f"{where} is no address of this host ({error.strerror}): see `ip address`") from None

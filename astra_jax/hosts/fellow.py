@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from astra_jax.errors import AstraError, first_line
-from astra_jax.hosts.company import UDP_SECONDS, Seat, about
+from astra_jax.hosts.company import TOLD_OF_TALLY, UDP_SECONDS, Seat, about
 from astra_jax.hosts.control import Message, connect, quietly
 from astra_jax.hosts.datagrams import Datagrams, Peer
 from astra_jax.hosts.invitation import Invitation, written
@@ -25,8 +25,11 @@ class Work(Protocol):
     def read(self, body: bytes) -> None:
         """Reads what passes are for."""
 
-    def run(self, seat: Seat, link: Datagrams) -> None:
+    def run(self, seat: Seat) -> None:
         """Takes part in one."""
+
+    def forget(self) -> None:
+        """Drops programs that are kept in memory."""
 
 
 class Fellow:
@@ -51,18 +54,26 @@ class Fellow:
         self.link = Datagrams(address or own_address(invitation), port)
         try:
             self._connection = connect(invitation, about(same, self.link.port), self._heard)
-            first = self._messages.get()
+            first = self._messages.get(timeout=SILENCE_SECONDS)
         except AstraError:
             self.link.close()
             raise
+        except queue.Empty:
+            self.close()
+            raise AstraError(f"host 0 at {self._where} says nothing: is it stopped?") from None
         if first.get("kind") != "welcome":
-            self.link.close()
+            self.close()
             raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
         self.number, self.told, self.link.late = int(first["number"]), first["told"], first["late"]
         self._port, self._bodies = int(first["port"]), queue.Queue[bytes]()
         self.link.told = self._told
         self.link.enter(self.number, first["body"])
         self._meet({})
+
+    def close(self) -> None:
+        """Leaves host 0."""
+        self._connection.close()
+        self.link.close()
 
     def _meet(self, peers: Mapping[str, Any]) -> None:
         """Learns where others are. One that host 0 reaches within itself is reached where host 0 is."""
@@ -93,7 +104,13 @@ class Fellow:
                 self._messages.put(message)
 
     def ready(self) -> None:
-        """This host can take part from now on."""
+        """This host can take part from now on. Raises AstraError where no packet goes to host 0 and back."""
+        if self.link.round_trip(0, UDP_SECONDS) is None:
+            self.close()
+            raise AstraError(
+                f"no UDP packet goes to host 0, port {self._port}, and back to port {self.link.port} of this host: let "
+                "both in, where a firewall is between them"
+            )
         self._connection.send(kind="ready")
 
     def serve(self, work: Work) -> None:
@@ -108,14 +125,26 @@ class Fellow:
             match message.get("kind"):
                 case "read":
                     self._meet(message["peers"])
-                    body = self._bodies.get(timeout=LONG_SECONDS) if message["long"] else message["body"]
-                    failed = _tried(lambda: work.read(body))  # noqa: B023
+                    failed = _tried(lambda: work.read(self._body(message)))  # noqa: B023
                 case "rehearse":
                     self._rehearse(message, work, failed)
                 case "run":
                     self._run(message, work, failed)
+                case "forget":
+                    work.forget()
+                case "let go":
+                    raise AstraError(f"{quietly(message['why'], 1000)}: start it again")
                 case None:
-                    raise AstraError(f"host 0 at {self._where} is gone, or does without this host: start it again")
+                    raise AstraError(f"host 0 at {self._where} is gone")
+
+    def _body(self, message: Message) -> bytes:
+        """What comes with a message, or beside it where it is long."""
+        if not message["long"]:
+            return bytes(message["body"])
+        try:
+            return self._bodies.get(timeout=LONG_SECONDS)
+        except queue.Empty:
+            raise AstraError(f"a long request did not come within {LONG_SECONDS:g} s") from None
 
     def _next(self) -> Message:
         """The next message of host 0. Raises AstraError where it is silent for long."""
@@ -133,22 +162,22 @@ class Fellow:
         return written(self._invitation.address, self._invitation.port)
 
     def _seat(self, message: Message) -> Seat:
-        order, shares = tuple(message["order"]), message["shares"]
-        return Seat(order, order.index(self.number), None if shares is None else tuple(shares))
+        order = tuple(message["order"])
+        return Seat(order, order.index(self.number))
 
     def _rehearse(self, message: Message, work: Work, failed: str) -> None:
         seat = self._seat(message)
         self.link.begin(message["pass"], seat.order, rehearsing=True)
         silent = self.link.silent(seat.order, UDP_SECONDS)
-        failed = failed or _tried(lambda: work.run(seat, self.link))
+        failed = failed or _tried(lambda: work.run(seat))
         self._connection.send(kind="rehearsed", **{"pass": message["pass"]}, silent=silent, failed=failed)
 
     def _run(self, message: Message, work: Work, failed: str) -> None:
         seat = self._seat(message)
         self.link.begin(message["pass"], seat.order)
         begun = time.perf_counter()
-        failed = failed or _tried(lambda: work.run(seat, self.link))
-        tally = {name: value for name, value in vars(self.link.tally).items() if name != "gone"}
+        failed = failed or _tried(lambda: work.run(seat))
+        tally = {name: getattr(self.link.tally, name) for name in TOLD_OF_TALLY}
         seconds = time.perf_counter() - begun
         self._connection.send(kind="done", **{"pass": message["pass"]}, seconds=seconds, failed=failed, **tally)
 

@@ -92,14 +92,14 @@ def given_secret(file: Path | None) -> bytes | None:
 
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
-    """`"10.0.0.1:7777"`, `"pi.local:7777"` or `"[fe80::1]:7777"` -> address and port.
+    """`"10.0.0.1:7777"`, `"pi.local:7777"` or `"[fd00::1]:7777"` -> address and port.
 
     Raises:
       AstraError: it is none of these.
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})", text.strip())
     if not match or not 0 < int(match[3]) < 65536 or ".." in text:
-        raise AstraError(f"{option} is {text!r}; write an address and a port, such as 10.0.0.1:7777 or [fe80::1]:7777")
+        raise AstraError(f"{option} is {text!r}; write an address and a port, such as 10.0.0.1:7777 or [fd00::1]:7777")
     return match[1] or match[2], int(match[3])
 
 

@@ -97,6 +97,7 @@ class Datagrams:
         unpack: Callable[[Array, int], Array] | None = None,
         hops: Sequence[Hop] | None = None,
     ) -> Shaped[Array, "N B slots F"]:
+        """As it is and to all: token ids, which nothing packs and no window spares."""
         _, B, S, F = x.shape
         longest = S + self.unused[self.index]
         shapes = [(B, longest - unused, F) for unused in self.unused]
@@ -194,10 +195,10 @@ def _receive(
     firsts = dict(zip(others, np.cumsum([0, *(count for count, _ in shapes)]).tolist(), strict=False))
     of = dict(zip(others, shapes, strict=True))
     for n, found in zip(said, link.wait(at, [of[n][0] for n in said], said), strict=True):
-        for number_, content in found.items():
-            if len(content) == of[n][1] and number_ < of[n][0]:
-                packets[firsts[n] + number_, : len(content)] = np.frombuffer(content, np.uint8)
-                there[firsts[n] + number_] = True
+        for p, content in found.items():
+            if len(content) == of[n][1] and p < of[n][0]:
+                packets[firsts[n] + p, : len(content)] = np.frombuffer(content, np.uint8)
+                there[firsts[n] + p] = True
     return packets, there
 
 

@@ -61,6 +61,7 @@ class Passes:
         key, self.compile_seconds = (str(jax.tree.map(np.shape, inputs)), programs, self.seat), 0.0
         if key not in self._rehearsed:
             if len(self._rehearsed) >= MOST_PROGRAMS:
+                self.company.forget()
                 jax.clear_caches()
                 self._rehearsed.clear()
             begun = time.perf_counter()
@@ -80,16 +81,16 @@ class _OnOneOfSeveral(Service):
         mesh, make = make_mesh(1), OnHosts(link, 2, 1)
         self.checkpoint = self._load(checkpoint, how, mesh, Astra.of)
         self.engine = self._first = Engine(self.checkpoint, mesh, make=make, passing=passing)
-        self.link, self._engines = link, dict[Seat, Engine]()
+        self.link, self._engines = link, dict[tuple[int, int], Engine]()
 
     def sit(self, seat: Seat) -> Engine:
-        """The engine for a place; it is the service's from now on."""
-        if seat not in self._engines:
+        """The engine for a place, whoever has the others; it is the service's from now on."""
+        key = (len(seat.order), seat.index)
+        if key not in self._engines:
             if len(self._engines) >= MOST_PROGRAMS:
                 self._engines.clear()
-            make = OnHosts(self.link, len(seat.order), seat.index, seat.shares)
-            self._engines[seat] = self._first.like(make)
-        self.engine = self._engines[seat]
+            self._engines[key] = self._first.like(OnHosts(self.link, *key))
+        self.engine = self._engines[key]
         return self.engine
 
 
@@ -150,6 +151,7 @@ class Host0(_OnOneOfSeveral):
                 "sent bytes": one.tally.sent,
                 "sent again": one.tally.again,
                 "missing": one.tally.missing,
+                "dropped": one.tally.dropped,
             }
             for one in sorted(taken, key=lambda one: one.host)
         ]
@@ -170,7 +172,7 @@ class Host0(_OnOneOfSeveral):
 
 
 class Other(_OnOneOfSeveral):
-    """A host that is with host 0 (`astra_jax.hosts.company.Work`)."""
+    """A host that is with host 0 (`astra_jax.hosts.fellow.Work`)."""
 
     def __init__(self, checkpoint: Path, how: Loading, link: Datagrams):
         super().__init__(checkpoint, how, link, lambda inputs, call, compile_all=None, programs=None: call())
@@ -180,9 +182,13 @@ class Other(_OnOneOfSeveral):
         """Reads what passes are for."""
         self._inputs = self.encode(unpacked(body))
 
-    def run(self, seat: Seat, link: Datagrams) -> None:
+    def run(self, seat: Seat) -> None:
         """Takes part in one."""
         self.sit(seat).take_part(self._inputs)
+
+    def forget(self) -> None:
+        """Drops programs that are kept in memory."""
+        jax.clear_caches()
 
 
 def digest(checkpoint: Path) -> str:
@@ -205,5 +211,5 @@ def heard(told: dict[str, Any], checkpoint: Path) -> Loading:
       AstraError: it is another one than is here.
     """
     if digest(checkpoint) != told["digest"]:
-        raise AstraError(f"{checkpoint} is not the checkpoint that host 0 has: copy that one here")
+        raise AstraError(f"{checkpoint} is not what host 0 has at {told['checkpoint']}: copy that one here")
     return Loading(**told["how"])

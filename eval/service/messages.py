@@ -138,7 +138,7 @@ class Without(Message):
     """The answer is without some codes.
 
     Attributes:
-      packets: of codes that did not come to host 0.
+      packets: that did not come to host 0.
       hosts: that were gone while it was computed.
     """
 

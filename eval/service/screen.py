@@ -155,8 +155,8 @@ class Screen:
         self._report.say(f"where the time went is not known: {message.why}")
 
     def _without(self, message: Without) -> None:
-        gone = f"; {', '.join(message.hosts)} was gone" if message.hosts else ""
+        gone = f"; gone: {', '.join(message.hosts)}" if message.hosts else ""
         self._report.say(
-            f"{message.packets:,} packets of codes did not come, and were done without{gone}",
+            f"{message.packets:,} packets did not come to host 0, and were done without{gone}",
             without=dataclasses.asdict(message),
         )

@@ -25,6 +25,7 @@ from astra_jax.hosts.control import Connection
 from astra_jax.hosts.datagrams import Late
 from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, given_secret, new_secret, parse_address, written
+from astra_jax.report import Report
 from astra_jax.terminal import complain, one_line, write
 from eval.service.company import Host0, Other, heard, same, told
 from eval.service.messages import Done, Failed, Message, pack
@@ -43,8 +44,8 @@ class Args:
     join: str | None = None
     """What the worker on the first host printed; or its address and port, where the secret is given otherwise."""
     listen: str | None = None
-    """An address of this host, and on the first one maybe a port: where others reach it. By default the one on the way
-    out, or to the first host, and 7777."""
+    """An address of this host and maybe a port: where others reach it. By default the one on the way out, or to the
+    first host; port 7777 on the first host, any that is free on others."""
     secret_file: Path | None = None
     """A file with the secret of the invitation; by default ASTRA_SECRET has it, or the first host makes one."""
     late: Late = "wait"
@@ -90,16 +91,18 @@ def main(args: Args) -> None:
 
 
 def _first(args: Args) -> None:
-    welcome, secret = told(args.checkpoint, args.loading), given_secret(args.secret_file) or new_secret()
+    welcome, given = told(args.checkpoint, args.loading), given_secret(args.secret_file)
     address, port = place(args.listen, way_out(), PORT)
-    company = Company(address, port, secret, same(), welcome, args.late, _say)
+    company = Company(address, port, given or new_secret(), same(), welcome, args.late, _say)
     try:
         service = Host0(args.checkpoint, args.loading, company)
+        screen, where = Screen(Report("worker"), ()), written(address, company.invitation.port)
         for note in service.notes:
-            _say_note(note)
-        _say(f"this host: {written(address, company.invitation.port)} by TCP, {company.link.port} by UDP")
-        _say(f"others take part with: astra worker {args.checkpoint} --join {company.invitation}")
-        _say(f"ready: astra run {args.checkpoint} --join {company.invitation}")
+            screen.print(note)
+        join = where if given else company.invitation  # a secret that was given is not shown
+        _say(f"this host: {where} by TCP, {company.link.port} by UDP")
+        _say(f"others take part with: astra worker {args.checkpoint} --join {join}")
+        _say(f"ready: astra run {args.checkpoint} --join {join}")
         serve(service, company)
     finally:
         company.close()
@@ -107,18 +110,22 @@ def _first(args: Args) -> None:
 
 def serve(service: Host0, company: Company) -> None:
     """Answers who asks, one after the other, without end."""
+    strangers = 0
     while True:
         client = company.asked.get()
         if client.connection.open:
             _answer(service, client)
+        if company.strangers > strangers:
+            strangers = company.strangers
+            _say(f"{strangers:,} connections so far were of strangers, who do not know the secret")
 
 
 def _other(args: Args, join: str) -> None:
     if (args.late, args.loading) != ("wait", Loading()):
         raise AstraError("--join: the first host says for all what is loaded, and how: leave other options out")
     invitation = Invitation.read(join, args.secret_file)
-    address = None if args.listen is None else place(args.listen, "", 0)[0]
-    fellow = Fellow(invitation, same(), address)
+    address, port = (None, 0) if args.listen is None else place(args.listen, "", 0)
+    fellow = Fellow(invitation, same(), address, port)
     work = Other(args.checkpoint, heard(fellow.told, args.checkpoint), fellow.link)
     fellow.ready()
     _say(f"host {fellow.number}: ready; UDP port {fellow.link.port}")
@@ -127,12 +134,6 @@ def _other(args: Args, join: str) -> None:
 
 def _say(line: str) -> None:
     write(f"{one_line(line)}\n")
-
-
-def _say_note(message: Message) -> None:
-    from astra_jax.report import Report
-
-    Screen(Report("worker"), ()).print(message)
 
 
 def _tell(connection: Connection, message: Message) -> None:

@@ -103,8 +103,10 @@ STEPS = 6
 
 
 @nnx.jit(static_argnums=3)
-def recompute(model, text, new, N):
+def recompute(model, text, new, N, arrived=None):
     """Logits [B,STEPS,V] at the end of the prompts and behind every new token [B,STEPS] but the last.
+
+    `arrived` says of every block which receiver has the codes of which sender [L,N,N]; None for all.
 
     The prompts are split as ever, and every new token is one more of the last shard. A token sees none that follows,
     so that one run over the whole sequences is a run at every step.
@@ -114,7 +116,10 @@ def recompute(model, text, new, N):
     ids = jnp.pad(text.ids, [(0, 0), (0, STEPS)]).at[rows, places].set(new)
     lengths = Shards.ragged(text.lengths, T, N).lengths.at[:, -1].add(STEPS)
     shards = Shards(lengths, slots=-(-T // N) + STEPS, causal=True)
-    out = model(shards.scatter(ids), Astra.virtual(shards) if N > 1 else Single(shards))[0]
+    if arrived is not None:
+        arrived = jnp.broadcast_to(arrived[:, None, :, :, None], (len(arrived), len(ids), N, N, shards.S))
+        arrived = arrived.reshape(*arrived.shape[:3], -1)
+    out = model(shards.scatter(ids), Astra.virtual(shards, arrived) if N > 1 else Single(shards))[0]
     return shards.gather(out, T + STEPS)[rows, places - 1]
 
 

@@ -165,6 +165,32 @@ def test_codes_that_do_not_arrive(request, rank_coded, astra):
     assert np.abs(found - run_virtual(model, images, 3)).max() > 1e-3
 
 
+@pytest.mark.parametrize("astra", [PLAIN, NESTED], ids=["vq", "nested"])
+def test_a_text_goes_on_without_codes_that_did_not_arrive(tiny_llama, random_text, astra):
+    """Block by block: what did not come in one is seen in the others, also after the prompt."""
+    model, text = tiny_llama(astra), random_text(23, 1, 2, 7)
+    lost = {(0, 0, 2), (1, 1, 2), (1, 0, 1)}  # block, sender, receiver
+
+    def of_host(mesh, make):
+        generator = Generator(model, mesh, make)
+        if not generator.here:
+            generator.prefill(text)
+            make.link.passes += 1
+            return generator.prefill(text)
+        new = tokens(generator, text, Sampling(temperature=3.0))
+        make.link.passes += 1
+        return new, decode(generator, text, new)
+
+    found, _ = on_hosts(3, of_host, lost=lambda channel, n, m, packet: (channel, n, m) in lost)
+    arrived = np.ones((2, 3, 3), bool)
+    for block, sender, receiver in lost:
+        arrived[block, receiver, sender] = False
+    new, logits = found[-1]
+    expected = recompute(model, text, new, 3, jax.numpy.asarray(arrived))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(logits - recompute(model, text, new, 3)).max() > 1e-3
+
+
 def test_groups_that_do_not_arrive(tiny_vit, rank_coded, monkeypatch):
     """Of nested codes the first ones say something by themselves: it is as if all had sent no more."""
     monkeypatch.setattr("astra_jax.codecs.packets.PAYLOAD", 6)  # a group of all tokens in each

@@ -66,6 +66,7 @@ FEATURES = {
     "noise of training": r"^[nN]oise",
     "relative positions": r"^relative$|relative_positions|RelativePositions|^Bias$",
     "codes that go only where they are seen": r"^[hH]ops?$",
+    "hosts with programs of their own": r"^OnHosts$",
     "runs that outlive a host": r"[lL]ifeline|heartbeat|^_shrink$",
 }
 # Tests of what is no file or room of its own.

@@ -10,6 +10,7 @@ import pytest
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.company import Company, Seat, differences
+from astra_jax.hosts.datagrams import Peer
 from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, new_secret
 
@@ -30,8 +31,11 @@ class Sum:
             raise AstraError("this cannot be read")
         self.read_.append(body)
 
-    def run(self, seat, link):
-        self.found.append(total(seat, link, self))
+    def run(self, seat):
+        self.found.append(total(seat, self.link, self))
+
+    def forget(self):
+        self.forgot = True
 
 
 def total(seat, link, work=None):
@@ -46,17 +50,25 @@ def total(seat, link, work=None):
     return found
 
 
+def until(true):
+    """Waits until it is."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 class Fellows:
     def __init__(self, company):
         self.company, self.all, self.ended = company, [], []
 
     def add(self, work=None, same=SAME):
         fellow, work = Fellow(self.company.invitation, same), work or Sum()
-        work.die = lambda: self.leave(fellow)
+        work.die, work.link = lambda: self.leave(fellow), fellow.link
         fellow.ready()
         self.all.append(fellow)
         threading.Thread(target=self._serve, args=(fellow, work), daemon=True).start()
-        assert self.company.wait_for(len(self.all), 10.0)
+        until(lambda: fellow.number in self.company.order())
         return work
 
     def _serve(self, fellow, work):
@@ -165,13 +177,43 @@ def test_a_pass_that_fails_here_leaves_nobody_waiting(company):
     assert time.monotonic() - begun < 1 and work.found == [0, 3]
 
 
-def test_hosts_that_do_not_hear_each_other(company, monkeypatch):
-    monkeypatch.setattr("astra_jax.hosts.company.UDP_SECONDS", 0.5)
-    company.fellows.add()
+def test_a_host_of_which_nothing_is_heard_is_let_go(company, monkeypatch):
+    """As one that is stopped: its connection stays, and it is told for when it goes on."""
+    monkeypatch.setattr("astra_jax.hosts.datagrams.PATIENCE_SECONDS", 0.5)
+    company.fellows.add(), company.fellows.add()
     company.fellows.all[0].link._socket.close()
+    until(lambda: company.order() == (2, 0))
+    assert run(company)[0] == 3 * 3
+    until(lambda: company.fellows.ended)
+    assert "heard nothing of host 1" in company.fellows.ended[0] and "start it again" in company.fellows.ended[0]
+
+
+def test_hosts_that_do_not_hear_each_other(company, monkeypatch):
+    """Though host 0 hears both."""
+    monkeypatch.setattr("astra_jax.hosts.fellow.UDP_SECONDS", 1.0)
+    company.fellows.add(), company.fellows.add()
+    nowhere = Peer("127.0.0.1", 9)
+    for member in company.members:
+        member.where = nowhere
     seat = seat_of(company)
-    with pytest.raises(AstraError, match=r"UDP packets of host \d do not come to host \d: let in the ports"):
+    company.ask(seat.order, b"")
+    with pytest.raises(AstraError, match=r"UDP packets of host 2 do not come to host 1: let in the ports"):
         company.rehearse(seat, lambda: total(seat, company.link))
+
+
+def test_packets_that_do_not_go_to_host_0_and_back(company, monkeypatch):
+    monkeypatch.setattr("astra_jax.hosts.fellow.UDP_SECONDS", 0.5)
+    fellow = Fellow(company.invitation, SAME)
+    company.link._socket.close()
+    with pytest.raises(AstraError, match=rf"no UDP packet goes to host 0, port {company.link.port}, and back to port"):
+        fellow.ready()
+    assert company.order() == (0,)
+
+
+def test_all_forget_their_programs(company):
+    works = [company.fellows.add() for _ in range(2)]
+    company.forget()
+    until(lambda: all(hasattr(work, "forgot") for work in works))
 
 
 def test_host_0_is_gone(company):
@@ -181,7 +223,7 @@ def test_host_0_is_gone(company):
     while not company.fellows.ended and time.monotonic() < deadline:
         time.sleep(0.05)
     where = f"127.0.0.1:{company.invitation.port}"
-    assert company.fellows.ended == [f"host 0 at {where} is gone, or does without this host: start it again"]
+    assert company.fellows.ended == [f"host 0 at {where} is gone"]
 
 
 def test_host_0_is_silent(company, monkeypatch):
