@@ -248,7 +248,8 @@ class Company:
             for other in self._members.values():
                 other.connection.send(kind="gone", number=member.number)
             self._changed.notify_all()
-        self._told(f"{member} is gone")
+        if member.ready:
+            self._told(f"{member} is gone")
 
     def _let_go(self, member: Member) -> None:
         """Does without a host of which nothing is heard any more, and tells it so, for when it hears again."""
