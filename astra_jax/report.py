@@ -98,12 +98,6 @@ class Report:
             write_output(self.path, json.dumps(self.data, indent=2) + "\n")
 
 
-def print_table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Prints rows as a table beside the answer: on stderr."""
-    if not _quiet:
-        terminal.complain(f"{visible(title)}\n{_rendered(_table(rows), _aside)}")
-
-
 def _rendered(table: RenderableType, console: Console) -> str:
     with console.capture() as capture:
         console.print(table)

@@ -20,7 +20,6 @@ VERBS = {
     "worker": ("eval.verbs.worker", "stay up with a checkpoint on several hosts, for `astra run --join`"),
     "bench": ("eval.verbs.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
     "plan": ("eval.verbs.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
-    "net": ("eval.verbs.net", "check, before a run, that several hosts reach each other, and how fast"),
     "lab": ("eval.verbs.lab", "run a command on several hosts with slow links, made of one Linux machine"),
     "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
     "info": ("checkpoints.info", "what a checkpoint holds"),
@@ -68,16 +67,16 @@ def guarded(work: Callable[[], object], debug: bool | None = None) -> int:
     _set_up_jax()
     try:
         work()
-        _of("hosts.runtime", "leave")
+        _of("hosts.distributed", "leave")
         _of("report", "say_status")  # only now, when host 0 has its answer
         if fault := terminal.fault():
             raise AstraError(f"not all could be written to stdout: {fault.strerror or fault}")
         return 0
     except (AstraError, OSError) as error:  # OSError: permissions, a full disk
-        return _failed(str(error), "abandon", str(error), debug=bool(debug))
+        return _failed(str(error), debug=bool(debug))
     except KeyboardInterrupt:
-        _of("hosts.runtime", "abandon", "stopped by Ctrl-C")
         terminal.complain("astra: stopped")
+        _of("hosts.distributed", "abandon", 130)
         return 130
     except Exception as error:
         explained = _explained(error)
@@ -85,17 +84,17 @@ def guarded(work: Callable[[], object], debug: bool | None = None) -> int:
         mistake = f"{first_line(error)}: this is a mistake in astra: please report it with " + (
             "the lines above" if shown else "what --debug shows"
         )
-        return _failed(explained or mistake, "lost", error, debug=shown, code=2 if explained else 1)
+        return _failed(explained or mistake, debug=shown, code=2 if explained else 1)
     finally:
         terminal.write("")  # what was printed otherwise, such as help: nothing is left for Python's own end
 
 
-def _failed(message: str, tell: str, told: object, *, debug: bool, code: int = 2) -> int:
-    """Tells the other hosts and the user, who has `message`, and perhaps a traceback, on stderr."""
+def _failed(message: str, *, debug: bool, code: int = 2) -> int:
+    """Tells the user, who has `message`, and perhaps a traceback, on stderr; one of several hosts does not wait."""
     if debug:
         terminal.complain(traceback.format_exc().rstrip())
-    _of("hosts.runtime", tell, told)
     terminal.complain(f"astra: error: {one_line(message)}")
+    _of("hosts.distributed", "abandon", code)
     return code
 
 

@@ -20,12 +20,14 @@ import jax
 import numpy as np
 
 from astra_jax import __version__
+from astra_jax.terminal import visible
 
 Same = Callable[[], Mapping[str, str]]  # what a host has, found out when it meets the others; may raise AstraError
 
 NOT_GIVEN = "not given"
 SOURCE = "astra's source code"
 MOST_INPUTS = 100  # that are compared one by one
+_MOST_DIFFERENCES = 3  # that are said
 
 _ROOMS = ("astra_jax", "checkpoints", "eval", "train")
 # What computes, and what makes numbers of texts, pictures and files.
@@ -43,7 +45,7 @@ _OTHER_SETTINGS = re.compile(
 _OTHER_XLA_FLAGS = re.compile(r"--xla_(dump_|force_host_platform_device_count|cpu_collective_)\S*")
 
 # Options that may be others on every host: of the host itself, or of files that host 0 alone writes.
-_OF_A_HOST = {"coordinator", "hosts", "host", "start_seconds", "patience", "insecure_public"}
+_OF_A_HOST = {"coordinator", "hosts", "host"}
 _WRITTEN = {"json", "plot", "csv", "save_profile"}
 # Paths and names of what is read: its contents are compared, wherever it lies.
 _READ = {"checkpoint", "checkpoints", "model", "image", "prompt", "data", "device_profile", "trace"}
@@ -119,6 +121,20 @@ def shown(value: Any) -> str:
     return f"{beginning}... ({len(text):,} characters, hash {_hash(text.encode(errors='surrogatepass'))})"
 
 
+def differences(mine: Mapping[str, str], theirs: Any) -> str:
+    """What another host has that is not as here, in a sentence; empty where there is nothing."""
+    if not isinstance(theirs, Mapping):
+        return "it does not say what it has"
+    names = [name for name in {**mine, **theirs} if theirs.get(name) != mine.get(name)]
+    found = [
+        f"{visible(str(name)[:200])} is {visible(str(theirs.get(name, NOT_GIVEN))[:200])} there and "
+        f"{mine.get(name, NOT_GIVEN)} here"
+        for name in names
+    ]
+    more = len(found) - _MOST_DIFFERENCES
+    return "; ".join(found[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+
+
 def fingerprint(arrays: Any) -> str:
     """A short hash of a tree of arrays: of types, shapes and contents."""
     parts = [
@@ -131,9 +147,9 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def digest(folders: Sequence[Path]) -> str | None:
-    """SHA-256 in hexadecimal of all files in these folders: of their names, relative to it and sorted, lengths and
-    contents; None of no folder. Hidden files, as some systems leave behind, are no part of it.
+def contents(folders: Sequence[Path]) -> dict[str, str]:
+    """What is in these folders, as a hash of all files: of their names, relative to it and sorted, lengths and
+    contents. Hidden files, as some systems leave behind, are no part of it.
 
     Raises:
       OSError: one cannot be read, or is no folder.
@@ -148,4 +164,4 @@ def digest(folders: Sequence[Path]) -> str | None:
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     found.update(block)
-    return found.hexdigest() if folders else None
+    return {"the checkpoint's hash": found.hexdigest()[:12]}

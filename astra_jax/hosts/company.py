@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.agreement import NOT_GIVEN
+from astra_jax.hosts.agreement import differences
 from astra_jax.hosts.control import Connection, Event, Host0, Message, quietly
 from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Peer, Tally
 from astra_jax.hosts.invitation import Invitation
@@ -27,7 +27,6 @@ MOST_BODY = MOST_TOLD - (1 << 16)  # bytes of a request that go in packets
 MOST_ASKED = 256  # who wait for an answer at once
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
 TOLD_OF_TALLY = ("sent", "received", "again", "missing", "waited", "dropped")
-_MOST_DIFFERENCES = 3
 
 Result = TypeVar("Result")
 
@@ -95,16 +94,6 @@ def about(same: Mapping[str, str], port: int = 0) -> Message:
       port: where it gets datagrams.
     """
     return {"role": "host", "name": socket.gethostname(), "same": dict(same), "port": port}
-
-
-def differences(mine: Mapping[str, str], theirs: Any) -> str:
-    """What another host has that is not as here, in a sentence; empty where there is nothing."""
-    if not isinstance(theirs, Mapping):
-        return "it does not say what it has"
-    names = [name for name in mine if theirs.get(name) != mine[name]]
-    found = [f"{name} is {quietly(theirs.get(name, NOT_GIVEN))} there and {mine[name]} here" for name in names]
-    more = len(found) - _MOST_DIFFERENCES
-    return "; ".join(found[:_MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Company:

@@ -80,11 +80,6 @@ def make_mesh(seq: int, data: int = 1, *, to_run: bool = True) -> Mesh:
     return jax.make_mesh((data, seq), (DATA, SEQ), devices=devices[:wanted], axis_types=(AxisType.Auto,) * 2)
 
 
-def hosts_of(mesh: Mesh) -> Int[np.ndarray, "data seq"]:
-    """On which host every device of a mesh is."""
-    return np.asarray([[device.process_index for device in row] for row in mesh.devices])
-
-
 def put(array: Any, sharding: Any) -> Array:
     """An array that this host has as a whole, on the devices of a sharding. Each host fills its own; nothing moves."""
     if sharding.is_fully_addressable:

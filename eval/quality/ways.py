@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool
 
 from astra_jax.codecs.config import AstraConfig
-from astra_jax.hosts.runtime import say_read
+from astra_jax.hosts.distributed import have_read
 from astra_jax.mesh.sharding import Shards, make_mesh
 from astra_jax.serving.compile import STRATEGIES, parallelize
 from astra_jax.strategies.base import Single
@@ -59,7 +59,7 @@ class OnMesh:
         program, batch = parallelize(model, mesh, make), itertools.count(1)
 
         def together(inputs: Any) -> Array:
-            say_read(f"batch {next(batch)} of the data", inputs)
+            have_read(f"batch {next(batch)} of the data", inputs)
             return program(inputs)
 
         yield "", together

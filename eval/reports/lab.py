@@ -28,7 +28,6 @@ from eval.reports.tables import insert, markdown
 HOSTS, CPU = 4, 0.4  # of a core each, which leaves a fifth of two cores to the links between them
 STRATEGIES, GROUPS = "single,astra,sp,tp", "1,16,32"
 AGREE = 0.2  # how far from the prediction a measurement may be
-WAIT = "120"  # seconds that so slow a host may take to start, and to give a sign of life
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +78,6 @@ def measurement(path: Path, hosts: int, cpu: float, rate: str, model: str, optio
             "coordinator": "{coordinator}",
             "hosts": "{hosts}",
             "host": "{host}",
-            "start-seconds": WAIT,
-            "patience": WAIT,
             "json": path,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

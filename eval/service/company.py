@@ -77,7 +77,7 @@ class _OnOneOfSeveral(Service):
     """A checkpoint on one device of a host, with a strategy for every place that it may have among others."""
 
     def __init__(self, checkpoint: Path, how: Loading, link: Datagrams, passing: Any):
-        self.name, self.codes, self.here, self.notes = str(checkpoint), True, None, list[Message]()
+        self.name, self.codes, self.notes = str(checkpoint), True, list[Message]()
         mesh, make = make_mesh(1), OnHosts(link, 2, 1)
         self.checkpoint = self._load(checkpoint, how, mesh, Astra.of)
         self.engine = self._first = Engine(self.checkpoint, mesh, make=make, passing=passing)
@@ -131,7 +131,9 @@ class Host0(_OnOneOfSeveral):
         inputs = self.encode(request)
         self.passes.seat = Seat(order, len(order) - 1)
         self.sit(self.passes.seat)
-        yield from self.answer(lambda: (request, inputs))
+        yield from self.answer(request, inputs)
+        if self.N > 1:
+            yield self._host_times(inputs)
 
     def _preface(self, inputs: Any) -> Iterator[Message]:
         yield from super()._preface(inputs)
@@ -139,9 +141,8 @@ class Host0(_OnOneOfSeveral):
         if tally.missing or tally.gone:
             yield Without(tally.missing, [f"host {number}" for number in sorted(tally.gone)])
 
-    def _host_times(self, inputs: Any, B: int) -> Iterator[Message]:
-        if self.N == 1:
-            return
+    def _host_times(self, inputs: Any) -> Message:
+        """Where the time of the last pass went."""
         taken: list[Taken] = self.passes.passed.all()
         rows = [
             {
@@ -159,9 +160,9 @@ class Host0(_OnOneOfSeveral):
             here = taken[0]
             of_all, of_one = (self._operations(inputs, n) for n in (1, self.N))
             alone = 1e3 * (here.seconds - here.tally.waited) * of_all / of_one
-            yield HostTimes(rows, alone, alone / (1e3 * here.seconds))
+            return HostTimes(rows, alone, alone / (1e3 * here.seconds))
         except Exception as error:  # the answer is there already
-            yield NoHostTimes(f"{type(error).__name__}: {error}")
+            return NoHostTimes(f"{type(error).__name__}: {error}")
 
     def _operations(self, inputs: Any, N: int) -> int:
         key = (str(jax.tree.map(np.shape, inputs)), N)

@@ -16,29 +16,11 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(Message):
-    """What hosts measured between each other before they began."""
-
-    rows: list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Quantized(Message):
     """Bytes of the weights as integers, and of what they were."""
 
     weight_bytes: int
     full_weight_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class BeganAnew(Message):
-    """The answer is from those hosts that are left; see `astra_jax.hosts.runtime.Again`."""
-
-    coordinator: str
-    hosts: int
-    host: int
-    were: int
-    why: str
 
 
 @dataclasses.dataclass(frozen=True)

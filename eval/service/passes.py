@@ -1,4 +1,4 @@
-"""The passes of an engine on several hosts: what had to be compiled first, what all agree on, and how long it took."""
+"""The passes of an engine: what had to be compiled first, and how long they took."""
 
 import time
 from collections.abc import Callable
@@ -6,9 +6,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-
-from astra_jax.hosts import runtime
-from eval.network.pass_profile import Pass, heard, observe, told
 
 MOST_PROGRAMS = 64  # that are kept in memory, our choice; the compiled ones are on a disk, too
 
@@ -20,13 +17,10 @@ class Passes:
 
     Attributes:
       seconds, compile_seconds: of the last pass, and of the one before it that had to compile (0: none had to).
-      hosts: the last pass as each host saw it; empty where there is one.
     """
 
     def __init__(self) -> None:
-        self.here = runtime.membership()
         self.seconds = self.compile_seconds = 0.0
-        self.hosts: list[Pass] = []
         self._compiled = set[Any]()  # shapes of inputs, and what else needs a program of its own
 
     def __call__(
@@ -36,27 +30,18 @@ class Passes:
         compile_all: Callable[[], Any] | None = None,
         programs: Any = None,
     ) -> Result:
-        """What `call` gives. After it host 0 needs no other host to answer.
-
-        Raises:
-          AstraError: on all hosts, where one of them cannot compute it. They can take another pass.
-          Torn: see `astra_jax.hosts.runtime.agreed`.
-        """
+        """What `call` gives."""
         key, self.compile_seconds = (str(jax.tree.map(np.shape, inputs)), programs), 0.0
         if key not in self._compiled:
             if len(self._compiled) >= MOST_PROGRAMS:  # the same on all hosts
                 jax.clear_caches()
                 self._compiled.clear()
-            start = time.perf_counter()
-            runtime.agreed(lambda: jax.block_until_ready((compile_all or call)()), exchanges=True)
-            self.compile_seconds = time.perf_counter() - start
+            _, self.compile_seconds = _timed(compile_all or call)
             self._compiled.add(key)
-        if not self.here:
-            start = time.perf_counter()
-            result = jax.block_until_ready(call())
-            self.seconds = time.perf_counter() - start
-            return result
-        (result, passed), all_told = runtime.agreed(lambda: observe(call), True, lambda found: told(found[1]))
-        self.hosts, self.seconds = list(map(heard, all_told)), passed.seconds
-        runtime.need(False)
+        result, self.seconds = _timed(call)
         return result
+
+
+def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    begun = time.perf_counter()
+    return jax.block_until_ready(call()), time.perf_counter() - begun

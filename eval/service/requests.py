@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.connection import MOST_BYTES
+from astra_jax.hosts.control import MOST_BYTES
 from astra_jax.inputs.token_batches import check_text
 from astra_jax.serving.continuation import check_stop
 from astra_jax.serving.engine import TextOptions

@@ -8,11 +8,9 @@ from typing import Any
 
 from astra_jax.report import Report, progress
 from eval.service.messages import (
-    BeganAnew,
     HostTimes,
     Message,
     NoHostTimes,
-    Pairs,
     PassTime,
     Piece,
     Quantized,
@@ -38,9 +36,7 @@ class Screen:
         self._bar = contextlib.ExitStack()
         self._advance: Callable[[], Any] = lambda: None
         self._printers: dict[type, Callable[[Any], None]] = {
-            Pairs: self._pairs,
             Quantized: self._quantized,
-            BeganAnew: self._began_anew,
             ShortText: self._short_text,
             Table: self._table,
             PassTime: self._pass_time,
@@ -62,19 +58,10 @@ class Screen:
         """Prints a message."""
         self._printers[type(message)](message)
 
-    def _pairs(self, message: Pairs) -> None:
-        self._report.data["pairs"] = message.rows
-
     def _quantized(self, message: Quantized) -> None:
         self._report.say(
             f"the weights take {message.weight_bytes:,} bytes instead of {message.full_weight_bytes:,}",
             **dataclasses.asdict(message),
-        )
-
-    def _began_anew(self, message: BeganAnew) -> None:
-        self._report.say(
-            f"answered by {message.hosts} of {message.were} hosts: {message.why}",
-            began_anew=dataclasses.asdict(message),
         )
 
     def _short_text(self, message: ShortText) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,10 +22,8 @@ from PIL import Image
 import checkpoints
 from astra_jax.codecs.config import Similarity
 from astra_jax.errors import AstraError
-from astra_jax.hosts import runtime
-from astra_jax.hosts.agreement import Same, options
-from astra_jax.hosts.findings import pair_rows
-from astra_jax.hosts.options import Hosts, Policy
+from astra_jax.hosts.agreement import Same, contents, options
+from astra_jax.hosts.distributed import Hosts, open_mesh
 from astra_jax.inputs.images import decode_image
 from astra_jax.inputs.token_batches import Text
 from astra_jax.mesh.sharding import SEQ
@@ -35,11 +33,8 @@ from astra_jax.serving.engine import Classes, Engine
 from astra_jax.serving.generate import ends_of
 from checkpoints.tensor_maps import embeds
 from eval.quality.similarity import similarities
-from eval.service.host_times import TimeTable, sent_bytes
 from eval.service.messages import (
-    BeganAnew,
     Message,
-    Pairs,
     PassTime,
     Piece,
     Quantized,
@@ -72,9 +67,7 @@ class Setup:
     """A checkpoint; with codebooks for more than one device."""
     devices: str | None = None
     """The mesh: N devices over the tokens, or DxN for D batches at once; by default 1, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
-    on_failure: Policy = "fail"
-    """When another host is gone: fail, or host 0 answers alone (single), or all that are left do (shrink)."""
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts as one mesh"), tyro.conf.OmitArgPrefixes] = Hosts()
     strategy: Literal["astra", "sp", "tp"] = "astra"
     """How several devices share the work: sp and tp are exact and need no codebooks, but send far more."""
     loading: Annotated[Loading, tyro.conf.arg(name="")] = Loading()
@@ -117,37 +110,28 @@ class Service:
       same: finds out what else has to be the same on all hosts.
 
     Attributes:
-      here: this process as one of several hosts; None where it is not.
       notes: what there is to say about loading.
 
     Raises:
-      AstraError: see `astra_jax.hosts.runtime.open_mesh`, `checkpoints.load` and `Engine`.
+      AstraError: see `astra_jax.hosts.distributed.open_mesh`, `checkpoints.load` and `Engine`.
     """
 
     passes: Any  # runs the passes of the engine, and knows how long the last one took
-    here: Any
 
     def __init__(self, setup: Setup, same: Same = dict):
         self.name, self.codes = str(setup.checkpoint), setup.strategy == "astra"
-        mesh = runtime.open_mesh(
-            setup.devices,
-            setup.several,
-            checkpoints=[setup.checkpoint],
-            policy=setup.on_failure,
-            same=lambda: options(setup) | dict(same()),
+        mesh = open_mesh(
+            setup.devices, setup.several, same=lambda: options(setup) | contents([setup.checkpoint]) | dict(same())
         )
         if getattr(checkpoints.read_meta(setup.checkpoint).config, "task", None) == "causal-lm":
             ends_of(mesh)  # before anything is loaded
             if not self.codes:
                 raise AstraError(f"--strategy {setup.strategy}: texts go on from codes only: leave the option out")
         make = STRATEGIES[setup.strategy].of
-        self.here, self.notes = runtime.membership(), list[Message]()
-        if self.here:
-            self.notes.append(Pairs(pair_rows(self.here.findings.pairs)))
+        self.notes = list[Message]()
         self.checkpoint = self._load(setup.checkpoint, setup.loading, mesh, make)
         self.passes = Passes()
         self.engine = Engine(self.checkpoint, mesh, make=make, passing=self.passes)
-        self.times = TimeTable(self.engine)
 
     def _load(self, checkpoint: Path, how: Loading, mesh: Mesh, make: Make) -> checkpoints.Checkpoint:
         """The checkpoint, on the devices of a mesh."""
@@ -177,8 +161,9 @@ class Service:
         return int(self.engine.mesh.size)
 
     def sent_bytes(self, inputs: Any) -> int:
-        """Bytes that every device sends in all blocks, for one image or text of this batch."""
-        return sent_bytes(self.engine, inputs)
+        """Bytes that every device gives to the collectives of all blocks, for one image or text of this batch."""
+        engine, N = self.engine, self.N
+        return engine.make(engine.model, N, inputs).wire_bits(engine.model) // 8 if N > 1 else 0
 
     def smaller(self, request: Request) -> Request:
         """The same request in fewer bytes, where pictures are larger than what the model reads of them.
@@ -224,22 +209,18 @@ class Service:
         lengths = np.asarray(text.lengths).tolist()
         return max(map(self.engine.new_tokens, lengths, request.wishes.of_texts(len(lengths))))
 
-    def answer(self, read: Callable[[], tuple[Request, Any]]) -> Iterator[Message]:
+    def answer(self, request: Request, inputs: Any) -> Iterator[Message]:
         """Answers a request; on several hosts all of them have to, to the end, and only host 0 says something.
 
         Args:
-          read: gives the request and what `encode` makes of it.
+          inputs: what `encode` makes of it.
 
         Raises:
-          AstraError: on all hosts, where one of them cannot read or compute it. They can answer another request.
-          Torn: see `astra_jax.hosts.runtime.agreed`.
+          AstraError: it cannot be computed. Another one can be answered.
         """
-        (request, inputs), _ = runtime.agreed(read, exchanges=False)
         yield from (self._texts if self.engine.task == "causal-lm" else self._table)(request, inputs)
 
     def _preface(self, inputs: Any) -> Iterator[Message]:
-        if again := runtime.again():
-            yield BeganAnew(**dataclasses.asdict(again))
         if isinstance(inputs, Text) and (shortest := int(np.min(inputs.lengths))) < self.N:
             yield ShortText(shortest, self.N)
 
@@ -256,7 +237,6 @@ class Service:
         yield Table(kind, self.name, self.devices, rows)
         sent = self.sent_bytes(inputs)
         yield PassTime(self.passes.seconds, self.passes.compile_seconds, len(names), sent, self.codes)
-        yield from self._host_times(inputs, len(names))
 
     def _texts(self, request: Request, text: Text) -> Iterator[Message]:
         B = len(request.prompts)
@@ -282,8 +262,3 @@ class Service:
             cache_full_bytes=memory.key_value,
             devices=self.N,
         )
-        yield from self._host_times(text, B)
-
-    def _host_times(self, inputs: Any, B: int) -> Iterator[Message]:
-        if self.here and not jax.process_index():
-            yield self.times.of(self.passes.hosts, inputs, B)

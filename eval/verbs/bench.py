@@ -33,9 +33,8 @@ from astra_jax.cli.arguments import Integers, Texts
 from astra_jax.codecs.config import Site
 from astra_jax.errors import AstraError
 from astra_jax.files import check_output, write_output
-from astra_jax.hosts.agreement import inputs, options
-from astra_jax.hosts.options import Hosts
-from astra_jax.hosts.runtime import open_mesh
+from astra_jax.hosts.agreement import contents, inputs, options
+from astra_jax.hosts.distributed import Hosts, open_mesh
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
 from astra_jax.report import Report, progress
@@ -58,7 +57,7 @@ class Args:
     """A checkpoint, or vit-base, vit-large, bert-base, gpt2-s, gpt2-m, llama-s, llama-3-8b."""
     devices: int | None = None
     """N; by default 4, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts as one mesh"), tyro.conf.OmitArgPrefixes] = Hosts()
     tokens: int | None = None
     """T; by default 1,024, or what the model takes."""
     strategies: Texts = ("single", "astra", "sp", "tp", "bp-ag", "bp-sp")
@@ -215,7 +214,7 @@ def check(args: Args) -> None:
 
 def brought(args: Args, work: Workload, profile: DeviceProfile | None, trace: Trace | None) -> dict[str, str]:
     """What has to be the same on all hosts; of files it is what is in them."""
-    named = {"MODEL": "a checkpoint" if work.checkpoint else work.name}
+    named = contents([work.checkpoint]) if work.checkpoint else {"MODEL": work.name}
     return options(args) | named | inputs("device profile", [repr(profile)]) | inputs("trace", [repr(trace)])
 
 
@@ -265,17 +264,14 @@ def main(args: Args) -> None:
     rates = args.rates
     for rate in rates:
         parse_rate(rate)
-    N = args.devices or args.several.hosts or 4
+    N = args.devices or args.several.devices(4)
     latency, devices = parse_seconds(args.latency), args.unequal.of(N)
     trace = read_trace(args.trace) if args.trace else None
     profile = read_profile(args.device_profile) if args.device_profile else None
     ways = settings(args.strategies, N, args.groups, args.exchanges, args.codecs)
     work = open_workload(args.model, args.tokens, args.site, args.dtype)
     # Before JAX starts, so that it makes enough CPU devices. On one host only shares are run.
-    checkpoints = [work.checkpoint] if work.checkpoint else []
-    mesh = open_mesh(
-        str(N), args.several, checkpoints=checkpoints, to_run=False, same=lambda: brought(args, work, profile, trace)
-    )
+    mesh = open_mesh(str(N), args.several, to_run=False, same=lambda: brought(args, work, profile, trace))
     for way in ways:
         check_split(work.of(way), [way], devices)
     L = work.config.num_hidden_layers

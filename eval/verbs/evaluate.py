@@ -25,9 +25,8 @@ from astra_jax.cli.arguments import Integers, Texts
 from astra_jax.codecs.bitpacking import tokens_per_packet
 from astra_jax.codecs.config import AstraConfig
 from astra_jax.errors import AstraError
-from astra_jax.hosts.agreement import options
-from astra_jax.hosts.options import Hosts
-from astra_jax.hosts.runtime import open_mesh, say_read
+from astra_jax.hosts.agreement import contents, options
+from astra_jax.hosts.distributed import Hosts, have_read, open_mesh
 from astra_jax.inputs.token_batches import Text, most_tokens
 from astra_jax.mesh.sharding import Shards, parse_devices
 from astra_jax.models.weight_quantization import Weights, quantize_weights, weight_bytes
@@ -97,7 +96,7 @@ class Args(DataArgs):
     """Which part of the data; a slice such as test[:1000] goes too."""
     devices: str | None = None
     """The mesh: N devices over the tokens, or DxN for D batches at once; by default 4, or one on each host."""
-    several: Annotated[Hosts, tyro.conf.arg(name="several hosts"), tyro.conf.OmitArgPrefixes] = Hosts()
+    several: Annotated[Hosts, tyro.conf.arg(name="several hosts as one mesh"), tyro.conf.OmitArgPrefixes] = Hosts()
     virtual: bool = False
     """Run the N shards on one device: the same numbers, no mesh needed."""
     strategy: Literal["auto", "single", "astra", "sp", "tp", "bp-ag", "bp-sp"] = "auto"
@@ -137,7 +136,7 @@ class Args(DataArgs):
     @property
     def mesh(self) -> tuple[int, int]:
         """D and N: batches at once, and devices over the tokens."""
-        return parse_devices(self.devices or str(self.several.hosts or 4))
+        return parse_devices(self.devices or str(self.several.devices(4)))
 
 
 def check(args: Args) -> None:
@@ -288,7 +287,7 @@ def measure(
         windows,
     )
     found = reached(trial)
-    say_read("all data", ())
+    have_read("all data", ())
     astra, lossy = checkpoint.astra if way.strategy == "astra" else None, args.losses.packet_loss is not None
     bits = astra.mean_bits(config.num_hidden_layers) if astra else None
     return {
@@ -342,7 +341,7 @@ def main(args: Args) -> None:
     if not args.simulated:
         D, N = args.mesh
         # Before JAX starts, so that it makes enough CPU devices.
-        open_mesh(f"{D}x{N}", args.several, checkpoints=args.checkpoints, same=lambda: options(args))
+        open_mesh(f"{D}x{N}", args.several, same=lambda: options(args) | contents(args.checkpoints))
     task = check_task(args)
     notes: list[str] = []
 

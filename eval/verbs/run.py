@@ -90,4 +90,4 @@ def answer(args: Args, request: Callable[[], Request]) -> Iterator[Message]:
         return
     service = Service(args.setup, lambda: brought(request()))
     yield from service.notes
-    yield from service.answer(lambda: (request(), service.encode(request())))
+    yield from service.answer(request(), service.encode(request()))

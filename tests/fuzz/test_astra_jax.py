@@ -1,13 +1,15 @@
 """Mutations of what `astra_jax` reads: lists and addresses of options, pictures and their preprocessing, tokenizers,
 messages between processes and hosts."""
 
-import dataclasses
+import asyncio
 import io
+import ipaddress
 import json
 import math
 import re
 import shutil
 import socket
+import types
 import typing
 
 import numpy as np
@@ -18,9 +20,9 @@ from PIL import Image
 
 from astra_jax.cli.arguments import Integers, Numbers, Texts
 from astra_jax.codecs.config import codec_and_predictor
-from astra_jax.hosts import rendezvous
-from astra_jax.hosts.connection import Line
-from astra_jax.hosts.options import Hosts, parse_address
+from astra_jax.hosts.agreement import differences
+from astra_jax.hosts.control import LONGEST, Connection
+from astra_jax.hosts.distributed import parse_address
 from astra_jax.inputs.images import MAX_PIXELS, ImageProcessor, decode_image
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.mesh.sharding import parse_devices
@@ -86,10 +88,10 @@ def test_addresses(text):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", look_up)
-        found = attempt("--coordinator", parse_address, text, False)
+        found = attempt("--coordinator", parse_address, text)
     if found is not REFUSED:
-        assert text.strip().isascii() and 0 < found[1] < 65535 and asked
-        assert not rendezvous.ipaddress.ip_address(found[0]).is_global
+        assert text.strip().isascii() and 0 < found[1] < 65536 and asked
+        assert not ipaddress.ip_address(found[0]).is_global
 
 
 @fuzz
@@ -231,30 +233,27 @@ def test_tokenizers(folder, files):
         assert type(text) is str and all(type(step) is str for step in steps)
 
 
-# Messages between processes and hosts
+# Messages of hosts
 
 
-def received(content):
-    """All messages that a connection gives that sends these bytes and ends. Raises OSError at its end."""
-    ours, theirs = socket.socketpair()
-    messages = []
-    theirs.sendall(content)
-    theirs.close()
-    line = Line(ours)
-    try:
-        while True:
-            messages.append(line.receive(5.0, 1000))
-    except OSError:
-        return messages
-    finally:
-        line.close()
+async def received(content):
+    """All messages of a connection that says these bytes and ends."""
+    reader, messages = asyncio.StreamReader(limit=LONGEST), []
+    reader.feed_data(content)
+    reader.feed_eof()
+    writer = types.SimpleNamespace(get_extra_info=lambda name: ("127.0.0.1", 1))
+    connection = Connection(None, reader, writer)
+    while True:
+        message = await connection.receive()
+        messages.append(message)
+        if not reader._buffer:
+            return messages
 
 
 MESSAGES = (
-    {"do": "wait"},
-    {"alive": True},
-    {"request": True, "bytes": 3},
-    {"do": "listen", "token": "a", "seconds": 1},
+    {"kind": "run", "pass": 1, "order": [0, 1]},
+    {"kind": "read", "bytes": 3, "long": False, "peers": {"1": ["127.0.0.1", 7777, "aa"]}},
+    {"role": "host", "name": "pi", "same": {"jax": "1"}, "port": 7},
 )
 
 
@@ -262,27 +261,15 @@ MESSAGES = (
 @given(st.lists(trees(*MESSAGES).map(written) | json_files(*MESSAGES), min_size=1, max_size=3), st.binary(max_size=5))
 def test_messages(parts, body):
     content = b"".join(part + b"\n" + body for part in parts)
-    for message in attempt("a line of a message", received, content):
-        assert type(message) is dict and "bytes" not in message and len(message.get("body", b"")) <= 1000
-
-
-def hello():
-    told = dataclasses.asdict(rendezvous.about_this(Hosts("10.0.0.1:7777", 4, 1), "10.0.0.2"))
-    return told | {"versions": dict(told["versions"])}
+    found = attempt("messages of a host", lambda: asyncio.run(received(content)), refusals=(ConnectionError,))
+    if found is not REFUSED:
+        assert all(type(message) is dict and "bytes" not in message for message in found)
+        assert sum(len(message["body"]) for message in found) <= len(content)
 
 
 @fuzz
-@given(trees(hello()).map(written))
-def test_what_hosts_say_of_themselves(content):
-    try:
-        message = json.loads(content)
-    except RecursionError:
-        return  # ends at the line already
-    if not isinstance(message, dict):
-        return
-    about = attempt("a host's first message", rendezvous._about, message, refusals=(OSError,))
-    if about is not REFUSED:
-        assert type(about.host) is int and 0 <= about.host < about.hosts <= 1e6
-        assert all(word.isprintable() and len(word) <= 64 for word in (about.name, about.resolves, about.address))
-        assert all(type(word) is str and len(word) <= 64 for word in about.versions.values())
-        assert str(about).isprintable()
+@given(trees({"jax": "0.10.2", "JAX_ENABLE_X64": "False"}))
+def test_what_hosts_say_that_they_have(theirs):
+    mine = {"jax": "0.10.2", "JAX_ENABLE_X64": "False"}
+    found = attempt("what a host has", differences, mine, theirs)
+    assert bool(found) == (theirs != mine) and found.isprintable() and len(found) < 3000

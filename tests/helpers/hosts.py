@@ -1,26 +1,13 @@
-"""Hosts as processes of this machine, as threads of one process, and workers."""
+"""Hosts as processes of this machine, and workers."""
 
 import contextlib
 import os
-import queue
 import random
 import socket
 import subprocess
 import threading
 
-from astra_jax.hosts import rendezvous
-from astra_jax.hosts.connection import Line
-from astra_jax.hosts.heartbeat import Lifeline
 from tests.helpers import ASTRA, ROOT
-
-HELLO = {
-    "host": 1,
-    "hosts": 3,
-    "address": "10.0.0.2",
-    "name": "pi1",
-    "resolves": "127.0.1.1",
-    "versions": rendezvous.versions(),
-}
 
 
 def free_port() -> int:
@@ -93,44 +80,3 @@ def workers(checkpoint, *options, hosts=3, **environment):
         for _ in range(hosts - 1):
             found.add()
         yield found
-
-
-class Fellows:
-    """Lifelines of several hosts, and what each was told when another failed: to end, or to begin anew as which.
-
-    A host that is `deaf` reads nothing and says nothing, as behind a cut link.
-    """
-
-    def __init__(self, hosts, patience=30.0, policy="fail", deaf=None):
-        self.told, self.lines = queue.Queue(), {}
-        pairs = {host: socket.socketpair() for host in range(1, hosts)}
-        ends = {0: {host: Line(pair[0]) for host, pair in pairs.items()}}
-        ends |= {host: {0: Line(pair[1])} for host, pair in pairs.items()}
-        self.kept = ends.pop(deaf, None)
-        for host, lines in ends.items():
-            end = lambda message, host=host: self.told.put((host, message))  # noqa: E731
-            again = lambda message, hosts, new, host=host: self.told.put((host, (message, hosts, new)))  # noqa: E731
-            self.lines[host] = Lifeline(lines, host, patience, policy, end, again)
-
-    def cut_off(self, host):
-        """Ends a host's connections, as a killed process does."""
-        self.lines[host]._over.set()
-        for line in self.lines[host]._lines.values():
-            line.close()
-
-    def all_told(self, n):
-        return dict(self.told.get(timeout=5) for _ in range(n))
-
-
-def each(fellows, call):
-    """What `call` gives on every host, at once."""
-    found = {}
-    threads = [
-        threading.Thread(target=lambda host=host, line=line: found.update({host: call(host, line)}), daemon=True)
-        for host, line in fellows.lines.items()
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    return found

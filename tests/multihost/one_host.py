@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from astra_jax.hosts.options import Hosts
-from astra_jax.hosts.runtime import open_mesh
+from astra_jax.hosts.distributed import Hosts, open_mesh
 from astra_jax.inputs.token_batches import Text
 from astra_jax.serving.batch import tokens
 from astra_jax.serving.compile import parallelize, shardings

@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 from astra_jax.hosts import agreement
-from astra_jax.hosts.agreement import MOST_INPUTS, digest, fingerprint, inputs, options, settings, shown, versions
-from astra_jax.hosts.options import Hosts
+from astra_jax.hosts.agreement import (
+    MOST_INPUTS,
+    contents,
+    differences,
+    fingerprint,
+    inputs,
+    options,
+    settings,
+    shown,
+    versions,
+)
+from astra_jax.hosts.distributed import Hosts
 from eval.service.service import Setup
 from eval.verbs import bench, evaluate, run
 
@@ -69,7 +79,7 @@ def test_settings_of_what_is_kept_and_said_are_each_hosts_own(monkeypatch):
 
 
 def test_options_of_a_host_and_what_host_0_writes_may_be_others():
-    setup = Setup(Path("a"), several=Hosts("10.0.0.1:7777", 2, 1, 5.0, 9.0, True))
+    setup = Setup(Path("a"), several=Hosts("10.0.0.1:7777", 2, 1))
     assert options(setup) == options(Setup(Path("elsewhere")))
     first = run.Args(setup, (Path("x.png"),), ("text",), json=Path("a.json"))
     assert options(first) == options(run.Args(Setup(Path("b"))))
@@ -83,7 +93,6 @@ def test_options_of_a_host_and_what_host_0_writes_may_be_others():
     [
         {"dtype": "bfloat16"}, {"weights": "int8"}, {"strategy": "tp"}, {"groups": 8},
         {"devices": "2"},
-        {"on_failure": "single"},
     ],
     ids=str,
 )  # fmt: skip
@@ -123,8 +132,16 @@ def test_arrays_that_differ_have_other_fingerprints():
 
 def test_files_that_systems_leave_behind_are_no_part_of_a_checkpoint(tmp_path):
     (tmp_path / "a").write_text("1")
-    before = digest([tmp_path])
+    before = contents([tmp_path])
     (tmp_path / ".DS_Store").write_text("1")
-    assert digest([tmp_path]) == before
+    assert contents([tmp_path]) == before
     (tmp_path / os.fsdecode(b"\xff")).write_text("1")  # a name that is no UTF-8
-    assert digest([tmp_path]) != before
+    assert contents([tmp_path]) != before
+
+
+def test_differences_are_named_and_counted():
+    assert differences({"jax": "1"}, {"jax": "0"}) == "jax is 0 there and 1 here"
+    assert differences({"jax": "1"}, {"jax": "1", "picture 2": "x"}) == "picture 2 is x there and not given here"
+    assert differences({str(n): "1" for n in range(9)}, {}).endswith("; and 6 more")
+    assert differences({"jax": "1"}, None) and not differences({"jax": "1"}, {"jax": "1"})
+    assert differences({}, {"\x1b[2J": "\n" * 999}).isprintable()

@@ -41,9 +41,7 @@ def asked(monkeypatch):
 
 
 EVERY = [
-    messages.Pairs([{"hosts": "0-1", "rate": 1e6}]),
     messages.Quantized(5, 20),
-    messages.BeganAnew("10.0.0.1:7777", 2, 0, 3, "host 1 is gone"),
     messages.ShortText(1, 4),
     messages.Table("classes", "vit", 4, [{"input": "a [b].png", "class": "cat", "probability": 0.5}]),
     messages.PassTime(0.012, 1.5, 2, 40, True),

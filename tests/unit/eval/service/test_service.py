@@ -11,7 +11,6 @@ from astra_jax.codecs.config import VQConfig
 from astra_jax.errors import AstraError
 from astra_jax.report import Report
 from eval.service import passes, service
-from eval.service.host_times import ways_out
 from eval.service.requests import Request, Wishes
 from eval.service.screen import Screen
 from eval.service.service import Service, Setup
@@ -20,7 +19,7 @@ from eval.service.service import Service, Setup
 def told(service, request):
     report = Report("run")
     screen = Screen(report, request.prompts)
-    for message in service.answer(lambda: (request, service.encode(request))):
+    for message in service.answer(request, service.encode(request)):
         screen.print(message)
     return report.data
 
@@ -89,17 +88,3 @@ def test_wishes_out_of_range(unchecked, values, message):
     with pytest.raises(AstraError) as raised:
         Wishes(**values)
     assert message in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("hosts", "ways"),
-    [
-        ([[1, 2, 0]], [1, 1, 1]),
-        ([[1, 1, 0, 0]], [1, 1]),  # a host's first device sends to its second
-        ([[1, 0], [1, 0]], [2, 2]),
-        ([[1, 3], [2, 0]], [1, 1, 1, 1]),
-        ([[1], [0]], [0, 0]),  # each has a batch of its own
-    ],
-)
-def test_from_how_many_devices_a_host_sends_to_others(hosts, ways):
-    assert ways_out(np.array(hosts)) == ways

@@ -12,10 +12,8 @@ from astra_jax.cli.main import main
 from astra_jax.codecs.config import VQConfig
 from astra_jax.models.key_value_tables import fold
 from astra_jax.serving.compile import STRATEGIES
-from astra_jax.serving.engine import Engine
 from astra_jax.strategies.coded import Astra, AstraPlain
 from eval.cost.traffic import messages
-from eval.service.host_times import TimeTable
 from eval.service.service import Service, Setup
 
 ASTRA = VQConfig(groups=1, codewords=4)  # fewer than there are remote tokens: they are counted
@@ -108,19 +106,6 @@ def test_virtual_shards_have_the_plain_form_alone(place, both):
     """Tables are then for the time of one device's share, and for nothing else."""
     fast, plain = both("eval", place / "gpt2", "--data", place / "text.txt", "--length", 32, "--virtual")
     assert fast["rows"][0]["perplexity"] == plain["rows"][0]["perplexity"]
-
-
-def test_what_one_device_would_do_is_counted_of_the_same_form(place):
-    """Of 2 devices with 13 slots: 4 R D^2 in each of 2 blocks for 13 remote tokens, and 14 queries that meet 4
-    codewords instead of 13 tokens, for 4 D each."""
-    images = jnp.zeros((1, 20, 20, 3))
-    engine = Service(Setup(place / "vit", devices="2")).engine
-    fast, plain = (
-        TimeTable(Engine(engine.checkpoint, engine.mesh, make=strategy.of)) for strategy in (Astra, AstraPlain)
-    )
-    assert plain.operations(images, 1) == fast.operations(images, 1)
-    saved = 2 * (4 * 13 * 32**2 + 14 * (13 - 4) * 4 * 32)
-    assert plain.operations(images, 2) - fast.operations(images, 2) == saved
 
 
 def test_bits_are_those_of_the_form_that_is_compiled(place, made):
