@@ -1,11 +1,11 @@
-# make demo | docs | models | lab | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv.
+# make demo | docs | models | lab | network | bench | accelerators | test | test-all | multidevice | fuzz | lint | venv | clean: all of it lives in .venv.
 # PYTHON=python3.12 picks another Python for it, once `make clean` has removed it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo docs paper models results lab bench accelerators test test-all multidevice fuzz lint venv clean
+.PHONY: demo docs paper models results lab network bench accelerators test test-all multidevice fuzz lint venv clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -26,6 +26,10 @@ results: demo
 
 lab: .venv/installed
 	@$(BIN)/python -m eval.reports.lab --markdown docs/lab.md
+
+# As root, a quarter of an hour on a machine that does nothing else.
+network: .venv/installed
+	@$(BIN)/python -m eval.reports.network --markdown docs/network.md
 
 # As root, half an hour on a machine that does nothing else. torch, which is timed beside us, comes with what tests need.
 bench: .venv/installed-test

@@ -121,6 +121,31 @@ def measured_and_predicted(rows: Sequence[dict[str, Any]], rates: Sequence[str],
     _save(figure, path)
 
 
+def changing_rates(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Two panels over the requests of `make network` while the rate of links changes: seconds of each, beside the
+    median at a steady rate, and packets of codes that were left out."""
+    asked = [row for row in rows if row["request"] is not None]
+    steady = [row for row in rows if row["request"] is None]
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    numbers = [row["request"] for row in asked]
+    above.plot(numbers, [row["s"] for row in asked], marker=".")
+    middle = float(np.median([row["s"] for row in steady]))
+    above.axhline(middle, color="black", linestyle="--", label=f"median at a steady {steady[0]['rate']}")
+    above.set_ylim(bottom=0)
+    above.set_ylabel("time of the pass (s)")
+    above.legend()
+    below.plot(numbers, [row["left out"] for row in asked], marker=".")
+    below.set_ylabel("packets left out, all hosts")
+    below.set_xlabel("request")
+    for row, before in zip(asked[1:], asked, strict=False):
+        if row["rate"] != before["rate"]:
+            for axes in (above, below):
+                axes.axvline(row["request"] - 0.5, color="C3", linestyle=":")
+            above.annotate(row["rate"], (row["request"], 0), color="C3")
+    _save(figure, path)
+
+
 def times_faster(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:
     """A bar for every measured strategy: how many times faster than one device. From the tables of `make bench` that
     have this column, each with a label; one device itself is the line at 1."""

@@ -55,6 +55,11 @@ class Packets:
         tokens, groups = self.each
         return self.grid[0] * self.grid[1], bitpacking.packed_bytes(tokens * groups, self.bits)
 
+    @property
+    def least(self) -> int:
+        """How many of the first packets are needed for a code of every token."""
+        return self.grid[1] if self.nested else self.shape[0]
+
     def pack(self, z: UInt16[Array, "M G"]) -> UInt8[Array, "P bytes"]:
         """Codes as packets."""
         (tokens, groups), (of_groups, of_tokens) = self.each, self.grid

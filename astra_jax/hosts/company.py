@@ -18,15 +18,17 @@ from typing import Any, NamedTuple, TypeVar
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import differences
 from astra_jax.hosts.control import Connection, Event, Host0, Message, quietly
-from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Peer, Tally
+from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Tally
 from astra_jax.hosts.invitation import Invitation
+from astra_jax.hosts.remote import Peer
+from astra_jax.hosts.split import Parts, Split
 
 UDP_SECONDS = 15.0  # until two hosts hear each other, or a firewall is between them
 COMPILE_SECONDS = 1800.0
 MOST_BODY = MOST_TOLD - (1 << 16)  # bytes of a request that go in packets
 MOST_ASKED = 256  # who wait for an answer at once
 DONE_SECONDS = 1.0  # that others may take to say how a pass was for them
-TOLD_OF_TALLY = ("sent", "received", "again", "missing", "waited", "dropped")
+TOLD_OF_TALLY = ("sent", "received", "again", "missing", "left_out", "waited", "dropped")
 
 Result = TypeVar("Result")
 
@@ -38,10 +40,12 @@ class Seat:
     Attributes:
       order: numbers of the hosts, in the order of their shards; the last is host 0.
       index: which of these is here.
+      parts: of the tokens, that each has; None where all get as many.
     """
 
     order: tuple[int, ...]
     index: int
+    parts: Parts | None = None
 
 
 class Taken(NamedTuple):
@@ -105,6 +109,7 @@ class Company:
       same: what has to be the same on all of them, by name.
       welcome: what every host is told when it comes.
       late: what becomes of codes that are late.
+      adapts: whether fewer groups of codes are sent where more would be late.
       told: is told in a line who comes and goes.
 
     Attributes:
@@ -123,6 +128,7 @@ class Company:
         same: Mapping[str, str],
         welcome: Message,
         late: Late = "wait",
+        adapts: bool = False,
         told: Callable[[str], Any] = lambda line: None,
     ):
         self._host0 = Host0(address, port, secret)
@@ -133,6 +139,7 @@ class Company:
             raise
         self._same, self._welcome, self._told, self._late = dict(same), welcome, told, late
         self._key = secrets.token_bytes(32)
+        self.link.adapts = adapts
         self.link.enter(0, self._key)
         self.invitation = Invitation(address, self._host0.port, secret)
         self.asked = queue.Queue[Client](MOST_ASKED)
@@ -140,6 +147,7 @@ class Company:
         self._changed = threading.Condition()
         self._replies: dict[tuple[str, int, int], Message] = {}  # (kind, pass, host)
         self._count = self._passes = 0
+        self._split = Split()
         threading.Thread(target=self._listen, daemon=True, name="company").start()
 
     def close(self) -> None:
@@ -223,6 +231,7 @@ class Company:
                 kind="welcome",
                 number=member.number,
                 late=self._late,
+                adapts=self.link.adapts,
                 told=self._welcome,
                 port=self.link.port,
             )
@@ -264,6 +273,17 @@ class Company:
                 self._let_go(member)
         return (*(member.number for member in self.members), 0)
 
+    def seat(self) -> Seat:
+        """This host's place in the next pass."""
+        order = self.order()
+        return Seat(order, len(order) - 1, self._split.of(order))
+
+    def learn(self, seat: Seat, taken: Sequence[Taken]) -> None:
+        """What a pass says of how fast hosts are; the next ones may be split otherwise."""
+        computed = {one.host: one.seconds - one.tally.waited for one in taken}
+        if set(computed) == set(seat.order):
+            self._split.learn(seat.order, seat.parts, [computed[number] for number in seat.order])
+
     def _all(self, to: Sequence[int], message: Message, body: bytes = b"") -> None:
         """Tells hosts something: in packets, which losses hold up less than a connection, or what is long by that."""
         long = len(body) > MOST_BODY
@@ -303,7 +323,7 @@ class Company:
                 self._let_go(member)
             raise AstraError(f"{' and '.join(map(str, gone))} did not say anything any more: ask again")
         replies = self._wait("rehearsed", number, seat.order, COMPILE_SECONDS)
-        for host, reply in replies.items():
+        for host, reply in sorted(replies.items()):
             if others := set(reply["silent"]) & set(self._members):
                 raise AstraError(
                     f"UDP packets of host {min(others)} do not come to host {host}: let in the ports that both "
@@ -353,7 +373,7 @@ class Company:
 
 
 def _told_of(seat: Seat, number: int, kind: str) -> Message:
-    return {"kind": kind, "pass": number, "order": seat.order}
+    return {"kind": kind, "pass": number, "order": seat.order, "parts": seat.parts}
 
 
 def _same_port(address: str, port: int, late: Late, any_other: bool) -> Datagrams:

@@ -20,13 +20,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from astra_jax.hosts.counters import WINDOW, Counters, Usual
-from astra_jax.hosts.keys import derived
+from astra_jax.hosts.counters import Usual
+from astra_jax.hosts.remote import OF_CONTROL, OF_DATA, Peer, Remote
+from astra_jax.hosts.room import in_time
 from astra_jax.hosts.sockets import listening
 
 Late = Literal["wait", "predict"]  # what becomes of codes that are late: they are waited for, or done without
@@ -37,11 +37,10 @@ _DATA = struct.Struct("<BIiHHQ")  # kind, pass, channel, packet, packets in all,
 _PING = struct.Struct("<BQQ")  # kind, time, packets sent so far
 _PONG = struct.Struct("<BQ")
 _LIST = struct.Struct("<BH")
-DATA, PING, PONG, ASK, VOID = range(5)
+_LATE = struct.Struct("<BHHH")  # kind, packets of a block that were in time, that were sent, and that there are
+DATA, PING, PONG, ASK, VOID, LATE = range(6)
 TOLD = -(1 << 31)  # the channel of messages to one host, which have numbers in the place of passes
-OF_DATA, OF_CONTROL = 0, 1  # classes: each has counters of its own
 
-MOST_ASKED = 64  # counters in one packet
 KEPT = 8192  # packets to each host that can be sent again
 MOST_BYTES = 1 << 28  # that wait to be read
 MOST_TOLD = 1 << 22  # bytes of a message: less than is kept to be sent again
@@ -49,15 +48,6 @@ TOLD_BYTES = 1200  # of it in a packet
 BUFFER = 1 << 14  # bytes that wait in the system to be sent: what is behind them can be overtaken
 PROBE_SECONDS = 0.008  # after the last of a burst
 BEAT_SECONDS = 0.25
-ORDER_SECONDS = 0.003  # that networks reorder at least
-PATIENCE_SECONDS = 1.75  # without any sign of life, after which a host is gone
-
-
-class Peer(NamedTuple):
-    """Where another host is."""
-
-    address: str
-    port: int
 
 
 @dataclasses.dataclass
@@ -68,6 +58,7 @@ class Tally:
       sent, received: bytes on the wire, headers of UDP and IP not counted.
       again: packets that were sent anew.
       missing: packets that this host went on without.
+      left_out: packets that were not sent to it, as they would have been late.
       waited: seconds that programs waited for others.
       dropped: packets that came and did not open, or came twice.
       gone: numbers of hosts that were gone.
@@ -77,55 +68,24 @@ class Tally:
     received: int = 0
     again: int = 0
     missing: int = 0
+    left_out: int = 0
     waited: float = 0.0
     dropped: int = 0
     gone: set[int] = dataclasses.field(default_factory=set)
 
 
-class _Peer:
-    """Another host: keys, counters, and what is missing of what it sent."""
+@dataclasses.dataclass
+class _Burst:
+    """What came of one host in a block: packets by their numbers, of how many, and when the first and last came."""
 
-    def __init__(self, number: int, me: int, key: bytes, where: Peer):
-        self.number, self.where = number, where
-        self.to, self.of = (
-            ChaCha20Poly1305(derived(key, f"datagrams from {sender} to {receiver}"))
-            for sender, receiver in ((me, number), (number, me))
-        )
-        self.sending = [0, 0]  # the next counter of each class
-        self.kept: dict[int, bytes] = {}  # packets of data by their counters
-        self.heard = (Counters(), Counters())
-        self.top = 0  # data that was sent up to here, as far as is known
-        self.missing: dict[int, list[float]] = {}  # counter -> when it was missed, and asked for
-        self.reordered = ORDER_SECONDS
-        self.heard_at = time.monotonic()
-        self.data_at = self.ping_at = 0.0
-        self.round_trip: float | None = None
-        self.said_gone = False
-        self.telling = self.hearing = 0  # numbers of the next messages
-        self.told: dict[int, dict[int, bytes]] = {}  # number -> packets of it
-        self.lengths: dict[int, int] = {}  # how many these will be
+    count: int
+    first: float
+    last: float
+    packets: dict[int, bytes] = dataclasses.field(default_factory=dict)
 
-    def gone(self, now: float) -> bool:
-        return self.said_gone or now - self.heard_at > PATIENCE_SECONDS
-
-    def miss(self, top: int, now: float) -> None:
-        """All up to `top` was sent; what did not come is missing."""
-        for counter in range(max(self.top, top - WINDOW), top):
-            if self.heard[OF_DATA].fresh(counter):
-                self.missing[counter] = [now, 0.0]
-        self.top = max(self.top, top)
-
-    def due(self, now: float) -> list[int]:
-        """What is to be asked for now."""
-        again = 1.5 * (self.round_trip or 0.05) + 0.01
-        found = [
-            counter
-            for counter, (missed, asked) in self.missing.items()
-            if now - missed > self.reordered and now - asked > again
-        ][:MOST_ASKED]
-        for counter in found:
-            self.missing[counter][1] = now
-        return found
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.packets.values()))
 
 
 class Datagrams:
@@ -137,6 +97,7 @@ class Datagrams:
 
     Attributes:
       port: the one that is listened at.
+      adapts: whether fewer groups of codes are sent where more would be late (`astra_jax.hosts.room`).
       told: is called with what another host tells this one, in the thread that receives.
       dropped: packets that did not open, in all: forged, cut, sent twice, or of nobody who is known.
 
@@ -149,20 +110,20 @@ class Datagrams:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         self.port: int = self._socket.getsockname()[1]
-        self.late, self.dropped, self.tally = late, 0, Tally()
+        self.late, self.dropped, self.tally, self.adapts = late, 0, Tally(), False
         self.rehearsing = False
         self.told: Callable[[int, bytes], Any] = lambda number, message: None
         self._me, self._key = 0, b""
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Remote] = {}
         self._order: list[int] = []
         self._pass = 0
-        self._inbox: dict[tuple[int, int, int], dict[int, bytes]] = {}  # (pass, channel, host) -> packets
+        self._inbox: dict[tuple[int, int, int], _Burst] = {}  # of (pass, channel, host)
         self._over = set[tuple[int, int, int]]()
         self._skipped = set[tuple[int, int]]()
         self._usual = Usual()
         self._held = 0
         self._news = threading.Condition()
-        self._urgent, self._queue = deque[tuple[_Peer, int, bytes]](), deque[tuple[_Peer, int, bytes]]()
+        self._urgent, self._queue = deque[tuple[Remote, int, bytes]](), deque[tuple[Remote, int, bytes]]()
         self._to_send = threading.Condition()
         self._closed = False
         for work in (self._receive, self._send):
@@ -192,7 +153,7 @@ class Datagrams:
                 del self._peers[number]
             for number, peer in where.items():
                 if number != self._me and number not in self._peers:
-                    self._peers[number] = _Peer(number, self._me, self._key, peer)
+                    self._peers[number] = Remote(number, self._me, self._key, peer)
         self._wake()
 
     def gone(self, number: int) -> None:
@@ -242,7 +203,7 @@ class Datagrams:
             peer.telling += 1
             self._to_send.notify()
 
-    def _hear(self, peer: _Peer, number: int, part: int, count: int, content: bytes) -> None:
+    def _hear(self, peer: Remote, number: int, part: int, count: int, content: bytes) -> None:
         if number < peer.hearing:
             return
         peer.told.setdefault(number, {})[part] = content
@@ -267,22 +228,27 @@ class Datagrams:
             if not rehearsing:
                 self._pass = number
                 for key in [key for key in self._inbox if key[0] < number]:
-                    self._held -= sum(map(len, self._inbox.pop(key).values()))
+                    self._held -= self._inbox.pop(key).size
                 self._over.clear()
                 self._skipped = {one for one in self._skipped if one[0] >= number}
 
-    def post(self, channel: int, packets: np.ndarray, receivers: Sequence[int]) -> None:
+    def post(self, channel: int, packets: np.ndarray, receivers: Sequence[int], least: int) -> None:
         """See `Link.post`."""
         if self.rehearsing:
             return
         contents = [bytes(row) for row in packets]
         with self._to_send:
+            to = [peer for shard in receivers if (peer := self._peers.get(self._order[shard]))]
+            counts = [self._count(peer, least, len(contents)) for peer in to]
             for n, content in enumerate(contents):
-                head = _DATA.pack(DATA, self._pass, channel, n, len(contents), 0)
-                for shard in receivers:
-                    if peer := self._peers.get(self._order[shard]):
+                for peer, count in zip(to, counts, strict=True):
+                    if n < count:
+                        head = _DATA.pack(DATA, self._pass, channel, n, count, 0)
                         self._queue.append((peer, OF_DATA, head + content))
             self._to_send.notify()
+
+    def _count(self, peer: Remote, least: int, count: int) -> int:
+        return peer.room.packets(least, count) if self.adapts and least < count else count
 
     def wait(self, channel: int, packets: Sequence[int], senders: Sequence[int]) -> list[dict[int, bytes]]:
         """See `Link.wait`."""
@@ -293,7 +259,7 @@ class Datagrams:
         with self._news:
             while True:
                 now = time.monotonic()
-                due = [n for n, key in enumerate(keys) if len(self._inbox.get(key, ())) < packets[n]]
+                due = [n for n, key in enumerate(keys) if self._due(key, packets[n])]
                 waited_for = [n for n in due if not self._absent(hosts[n], now)]
                 left = begun + self._patience(channel) - now
                 if not waited_for or left <= 0:
@@ -302,12 +268,26 @@ class Datagrams:
             self.tally.gone |= {hosts[n] for n in due if self._absent(hosts[n], now)}
             if not due:
                 self._usual.add(now - begun)
-            found = [self._inbox.pop(key, {}) for key in keys]
-            self._held -= sum(len(content) for one in found for content in one.values())
+            nothing = [_Burst(all_of_it, 0.0, 0.0) for all_of_it in packets]
+            found = [self._inbox.pop(key, none) for key, none in zip(keys, nothing, strict=True)]
             self._over.update(keys)
-            self.tally.missing += sum(packets) - sum(map(len, found))
+            for host, burst, all_of_it in zip(hosts, found, packets, strict=True):
+                self._held -= burst.size
+                self.tally.missing += min(burst.count, all_of_it) - len(burst.packets)
+                self.tally.left_out += max(all_of_it - burst.count, 0)
+                self._complain(host, burst, all_of_it, begun)
             self.tally.waited += time.monotonic() - begun
-        return found
+        return [burst.packets for burst in found]
+
+    def _due(self, key: tuple[int, int, int], all_of_it: int) -> bool:
+        burst = self._inbox.get(key)
+        return burst is None or len(burst.packets) < min(burst.count, all_of_it)
+
+    def _complain(self, host: int, burst: _Burst, all_of_it: int, begun: float) -> None:
+        """Tells the sender where there is no room for so many packets."""
+        fit = in_time(len(burst.packets), burst.first, burst.last, begun)
+        if fit is not None and (peer := self._peers.get(host)):
+            self._say(peer, _LATE.pack(LATE, fit, len(burst.packets), all_of_it))
 
     def _absent(self, host: int, now: float) -> bool:
         return host not in self._peers or (self._pass, host) in self._skipped or self._peers[host].gone(now)
@@ -356,7 +336,7 @@ class Datagrams:
                 self._control(peer, inner, now)
             self._news.notify_all()
 
-    def _data(self, peer: _Peer, counter: int, inner: bytes, now: float) -> None:
+    def _data(self, peer: Remote, counter: int, inner: bytes, now: float) -> None:
         _, number, channel, packet, count, before = _DATA.unpack_from(inner)
         if noticed := peer.missing.pop(counter, None):  # it was only overtaken
             peer.reordered = min(max(peer.reordered, 1.25 * (now - noticed[0])), 0.5)
@@ -370,11 +350,13 @@ class Datagrams:
             return
         if number < self._pass or packet >= count or key in self._over:
             return
-        if self._held + len(content) <= MOST_BYTES and packet not in self._inbox.setdefault(key, {}):
-            self._inbox[key][packet] = content
+        burst = self._inbox.setdefault(key, _Burst(count, now, now))
+        if self._held + len(content) <= MOST_BYTES and packet not in burst.packets:
+            burst.packets[packet] = content
+            burst.last = burst.last if before else now  # what was lost on the way is not the sender's haste
             self._held += len(content)
 
-    def _control(self, peer: _Peer, inner: bytes, now: float) -> None:
+    def _control(self, peer: Remote, inner: bytes, now: float) -> None:
         kind = inner[0]
         if kind == PING:
             _, when, sent = _PING.unpack(inner)
@@ -385,6 +367,8 @@ class Datagrams:
             if seconds >= 0:
                 before = peer.round_trip
                 peer.round_trip = seconds if before is None else 0.8 * before + 0.2 * seconds
+        elif kind == LATE:
+            peer.room.late(*_LATE.unpack(inner)[1:])
         elif kind in (ASK, VOID):
             _, count = _LIST.unpack_from(inner)
             counters = struct.unpack_from(f"<{count}Q", inner, _LIST.size)
@@ -394,7 +378,7 @@ class Datagrams:
             else:
                 self._again(peer, counters)
 
-    def _again(self, peer: _Peer, counters: Sequence[int]) -> None:
+    def _again(self, peer: Remote, counters: Sequence[int]) -> None:
         """Sends anew what was lost; of what nobody waits for any more it says so."""
         void = []
         for counter in counters:
@@ -413,7 +397,7 @@ class Datagrams:
 
     # What goes
 
-    def _say(self, peer: _Peer, inner: bytes) -> None:
+    def _say(self, peer: Remote, inner: bytes) -> None:
         with self._to_send:
             self._urgent.append((peer, OF_CONTROL, inner))
             self._to_send.notify()
@@ -434,7 +418,7 @@ class Datagrams:
             if (now := time.monotonic()) >= due:
                 due = self._tick(now)
 
-    def _seal(self, peer: _Peer, kind: int, inner: bytes) -> None:
+    def _seal(self, peer: Remote, kind: int, inner: bytes) -> None:
         counter = peer.sending[kind]
         peer.sending[kind] += 1
         if kind == OF_DATA:

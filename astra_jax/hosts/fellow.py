@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 from astra_jax.errors import AstraError, first_line
 from astra_jax.hosts.company import TOLD_OF_TALLY, UDP_SECONDS, Seat, about
 from astra_jax.hosts.control import Message, connect, quietly
-from astra_jax.hosts.datagrams import Datagrams, Peer
+from astra_jax.hosts.datagrams import Datagrams
 from astra_jax.hosts.invitation import Invitation, written
+from astra_jax.hosts.remote import Peer
 
 LONG_SECONDS = 600.0  # that a long request may take to come
 SILENCE_SECONDS = 30.0  # of host 0, after which others end
@@ -64,7 +65,8 @@ class Fellow:
         if first.get("kind") != "welcome":
             self.close()
             raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
-        self.number, self.told, self.link.late = int(first["number"]), first["told"], first["late"]
+        self.number, self.told = int(first["number"]), first["told"]
+        self.link.late, self.link.adapts = first["late"], bool(first["adapts"])
         self._port, self._bodies = int(first["port"]), queue.Queue[bytes]()
         self.link.told = self._told
         self.link.enter(self.number, first["body"])
@@ -162,8 +164,8 @@ class Fellow:
         return written(self._invitation.address, self._invitation.port)
 
     def _seat(self, message: Message) -> Seat:
-        order = tuple(message["order"])
-        return Seat(order, order.index(self.number))
+        order, parts = tuple(message["order"]), message["parts"]
+        return Seat(order, order.index(self.number), parts and tuple(parts))
 
     def _rehearse(self, message: Message, work: Work, failed: str) -> None:
         seat = self._seat(message)

@@ -4,6 +4,7 @@ The exchange is written once. How codes travel is the transport's (`strategies/t
 codec's (`astra_jax/codecs`), and what training does to them is injected by it (`train/navq.py`).
 """
 
+import contextlib
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
@@ -201,7 +202,8 @@ class OnHosts:
     Attributes:
       link: to the other hosts.
       N, index: how many hosts there are, and whose shard is here. The last shard, where prompts end, is the user's.
-      shares: of every host, for its share of the tokens; None where all get as many.
+      shares: of every host, for its share of the tokens; None where all get as many, and so they do where one would get
+        none.
     """
 
     link: Link
@@ -223,7 +225,8 @@ class OnHosts:
         need_codec(model.codec)
         shards = model.shards(self.N, inputs)
         if self.shares is not None:
-            shards = shards.in_proportion(self.shares)
+            with contextlib.suppress(AstraError):  # the same on all hosts
+                shards = shards.in_proportion(self.shares)
         return Astra(shards, Datagrams(self.link, self.N, self.index, shards.unused))
 
 

@@ -29,11 +29,12 @@ IDS, STATES, WHOLE = -1, -2, -3  # what travels besides the codes of blocks, in 
 class Link(Protocol):
     """What sends packets to other hosts and waits for theirs, called by a program that runs: no JAX within."""
 
-    def post(self, channel: int, packets: np.ndarray, receivers: Sequence[int]) -> None:
+    def post(self, channel: int, packets: np.ndarray, receivers: Sequence[int], least: int) -> None:
         """Sends the rows [P,bytes] of a block's codes, or of something else, to these shards' hosts. Waits for nothing.
 
         Args:
           channel: number of the block, or `IDS`, `STATES` or `WHOLE`.
+          least: how many of the packets have to go; those behind them are of use, but need not.
         """
 
     def wait(self, channel: int, packets: Sequence[int], senders: Sequence[int]) -> list[dict[int, bytes]]:
@@ -111,7 +112,9 @@ class Datagrams:
         slots = [S + self.unused[self.index] - unused for unused in self.unused]
         cuts = [Packets(B * one, G, codec.bits, codec.nested) for one in slots]
         left = io_callback(
-            partial(_send, self.link, [np.flatnonzero(to[:, self.index]).tolist() for to in heard]),
+            partial(
+                _send, self.link, [np.flatnonzero(to[:, self.index]).tolist() for to in heard], cuts[self.index].least
+            ),
             jax.ShapeDtypeStruct((), jnp.float32),
             block.number,
             cuts[self.index].pack(z[0].reshape(B * S, G)),
@@ -174,9 +177,9 @@ class Datagrams:
         return [*found[: self.index], x, *found[self.index :]]
 
 
-def _send(link: Link, receivers: Sequence[Sequence[int]], number: Any, packets: Any) -> np.ndarray:
+def _send(link: Link, receivers: Sequence[Sequence[int]], least: int, number: Any, packets: Any) -> np.ndarray:
     at = int(number)
-    link.post(at, np.asarray(packets), receivers[min(at, len(receivers) - 1)])
+    link.post(at, np.asarray(packets), receivers[min(at, len(receivers) - 1)], least)
     return np.zeros((), np.float32)
 
 
@@ -212,7 +215,8 @@ def _rows(array: np.ndarray) -> np.ndarray:
 
 def _send_array(link: Link, channel: int, receivers: Sequence[int], x: Any) -> np.ndarray:
     if receivers:
-        link.post(channel, _rows(np.asarray(x)), receivers)
+        rows = _rows(np.asarray(x))
+        link.post(channel, rows, receivers, len(rows))
     return np.zeros((), np.float32)
 
 

@@ -122,6 +122,7 @@ class Lab:
         self._machines: list[subprocess.Popen[str]] = []  # of every host its first process, then that of the switch
         self._started: list[subprocess.Popen[Any]] = []
         self._enter_cgroup: list[str] = []  # of every host, a line of shell
+        self._cgroups: Cgroups | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> "Lab":
@@ -137,7 +138,7 @@ class Lab:
             self._pin = [["taskset", "-c", str(core)] for core in own]
         with ExitStack() as stack:
             stack.enter_context(_only_one())
-            cgroups = Cgroups.find()
+            self._cgroups = cgroups = Cgroups.find()
             if cgroups:
                 cgroups.remove()
                 stack.callback(cgroups.remove)
@@ -249,6 +250,16 @@ class Lab:
         for machine, device in ((host, "eth0"), (self.hosts, f"host{host}")):
             self._within(machine, "tc", "qdisc", "replace", "dev", device, "root", "tbf", *token_bucket(rate))
 
+    def set_cpu(self, host: int, cpu: float) -> None:
+        """Changes how much of a core a host may use: below a fifth it is counted anew every 1 ms / cpu.
+
+        Raises:
+          AstraError: no host of this lab has a share, or this one would get none.
+        """
+        if self._cgroups is None or self.cpu is None or not 0 < cpu <= 1:
+            raise AstraError(f"a host cannot get {cpu:g} of a core here: give a share to all of the lab first")
+        self._cgroups.set(host, cpu)
+
     def counters(self, host: int) -> tuple[int, int]:
         """Bytes that a host has (sent, received) so far: frames on its link, headers included."""
         text = Path(f"/proc/{self._machines[host].pid}/net/dev").read_text()
@@ -330,12 +341,19 @@ class Cgroups(NamedTuple):
             for parent in (self.root, top):
                 (parent / "cgroup.subtree_control").write_text("+cpu")
             (top / "cpu.weight").write_text(f"{WEIGHT}")
-            (group / "cpu.max").write_text(f"{round(cpu * PERIOD)} {PERIOD}")
         else:
             (top / "cpu.shares").write_text(f"{WEIGHT * 1024 // 100}")
-            (group / "cpu.cfs_period_us").write_text(f"{PERIOD}")
-            (group / "cpu.cfs_quota_us").write_text(f"{round(cpu * PERIOD)}")
+        self.set(host, cpu)
         return f"echo $$ > '{group}/cgroup.procs'"
+
+    def set(self, host: int, cpu: float) -> None:
+        """Gives a host another share."""
+        group, period = self.root / NAME / f"host{host}", max(PERIOD, math.ceil(LEAST_QUOTA / cpu))
+        if self.unified:
+            (group / "cpu.max").write_text(f"{round(cpu * period)} {period}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(f"{period}")
+            (group / "cpu.cfs_quota_us").write_text(f"{round(cpu * period)}")
 
     def remove(self, seconds: float = 5) -> None:
         """Removes the cgroups, also those of a lab that was killed, whose last processes may be ending just now.

@@ -12,7 +12,7 @@ import numpy as np
 import checkpoints
 from astra_jax.errors import AstraError
 from astra_jax.hosts.agreement import settings, versions
-from astra_jax.hosts.company import Company, Passed, Seat, Taken
+from astra_jax.hosts.company import Company, Passed, Seat
 from astra_jax.hosts.datagrams import Datagrams
 from astra_jax.mesh.sharding import make_mesh
 from astra_jax.serving.engine import Engine
@@ -81,11 +81,11 @@ class _OnOneOfSeveral(Service):
         mesh, make = make_mesh(1), OnHosts(link, 2, 1)
         self.checkpoint = self._load(checkpoint, how, mesh, Astra.of)
         self.engine = self._first = Engine(self.checkpoint, mesh, make=make, passing=passing)
-        self.link, self._engines = link, dict[tuple[int, int], Engine]()
+        self.link, self._engines = link, dict[Any, Engine]()
 
     def sit(self, seat: Seat) -> Engine:
         """The engine for a place, whoever has the others; it is the service's from now on."""
-        key = (len(seat.order), seat.index)
+        key = (len(seat.order), seat.index, seat.parts)
         if key not in self._engines:
             if len(self._engines) >= MOST_PROGRAMS:
                 self._engines.clear()
@@ -125,12 +125,12 @@ class Host0(_OnOneOfSeveral):
           AstraError: it is none, or cannot be answered.
         """
         request = self.smaller(unpacked(body))
-        order = self.company.order()
-        if len(order) > 1:  # they read it while this host does
-            self.company.ask(order, packed(request))
+        seat = self.company.seat()
+        if len(seat.order) > 1:  # they read it while this host does
+            self.company.ask(seat.order, packed(request))
         inputs = self.encode(request)
-        self.passes.seat = Seat(order, len(order) - 1)
-        self.sit(self.passes.seat)
+        self.passes.seat = seat
+        self.sit(seat)
         yield from self.answer(request, inputs)
         if self.N > 1:
             yield self._host_times(inputs)
@@ -138,20 +138,24 @@ class Host0(_OnOneOfSeveral):
     def _preface(self, inputs: Any) -> Iterator[Message]:
         yield from super()._preface(inputs)
         tally = self.passes.passed.here.tally
-        if tally.missing or tally.gone:
-            yield Without(tally.missing, [f"host {number}" for number in sorted(tally.gone)])
+        if tally.missing or tally.gone or tally.left_out:
+            yield Without(tally.missing, [f"host {number}" for number in sorted(tally.gone)], tally.left_out)
 
     def _host_times(self, inputs: Any) -> Message:
         """Where the time of the last pass went."""
-        taken: list[Taken] = self.passes.passed.all()
+        seat, taken = self.passes.seat, self.passes.passed.all()
+        self.company.learn(seat, taken)
+        part = dict(zip(seat.order, seat.parts or [1] * len(seat.order), strict=True))
         rows = [
             {
                 "host": one.host,
+                "tokens %": 100 * part[one.host] / sum(part.values()),
                 "total ms": 1e3 * one.seconds,
                 "waited ms": 1e3 * one.tally.waited,
                 "sent bytes": one.tally.sent,
                 "sent again": one.tally.again,
                 "missing": one.tally.missing,
+                "left out": one.tally.left_out,
                 "dropped": one.tally.dropped,
             }
             for one in sorted(taken, key=lambda one: one.host)
@@ -159,7 +163,9 @@ class Host0(_OnOneOfSeveral):
         try:
             here = taken[0]
             of_all, of_one = (self._operations(inputs, n) for n in (1, self.N))
-            alone = 1e3 * (here.seconds - here.tally.waited) * of_all / of_one
+            # Of this host's share, which may be larger or smaller than that of one of N, as between one of N and all.
+            more = (part[0] / sum(part.values()) - 1 / self.N) / (1 - 1 / self.N)
+            alone = 1e3 * (here.seconds - here.tally.waited) * of_all / (of_one + more * (of_all - of_one))
             return HostTimes(rows, alone, alone / (1e3 * here.seconds))
         except Exception as error:  # the answer is there already
             return NoHostTimes(f"{type(error).__name__}: {error}")

@@ -122,10 +122,12 @@ class Without(Message):
     Attributes:
       packets: that did not come to host 0.
       hosts: that were gone while it was computed.
+      left_out: packets that were not sent to host 0, as they would have been late.
     """
 
     packets: int
     hosts: list[str]
+    left_out: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,7 +143,11 @@ class Screen:
 
     def _without(self, message: Without) -> None:
         gone = f"; gone: {', '.join(message.hosts)}" if message.hosts else ""
-        self._report.say(
-            f"{message.packets:,} packets did not come to host 0, and were done without{gone}",
-            without=dataclasses.asdict(message),
-        )
+        if message.packets or message.hosts:
+            self._report.say(f"{message.packets:,} packets did not come to host 0, and were done without{gone}")
+        if message.left_out:
+            self._report.say(
+                f"{message.left_out:,} packets were not sent to host 0, as they would have been late: fewer groups of "
+                "some codes (astra worker --groups G sends so many to all)"
+            )
+        self._report.data["without"] = dataclasses.asdict(message)

@@ -93,7 +93,8 @@ def main(args: Args) -> None:
 def _first(args: Args) -> None:
     welcome, given = told(args.checkpoint, args.loading), given_secret(args.secret_file)
     address, port = place(args.listen, way_out(), PORT)
-    company = Company(address, port, given or new_secret(), same(), welcome, args.late, _say)
+    adapts = args.loading.groups is None
+    company = Company(address, port, given or new_secret(), same(), welcome, args.late, adapts, _say)
     try:
         service = Host0(args.checkpoint, args.loading, company)
         screen, where = Screen(Report("worker"), ()), written(address, company.invitation.port)

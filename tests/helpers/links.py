@@ -28,7 +28,7 @@ class InMemory:
     def __init__(self, air, index):
         self.air, self.index, self.passes = air, index, 0
 
-    def post(self, channel, packets, receivers):
+    def post(self, channel, packets, receivers, least):
         with self.air.heard:
             for receiver in receivers:
                 key = (self.passes, channel, self.index, receiver)

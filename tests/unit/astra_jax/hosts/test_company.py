@@ -10,9 +10,10 @@ import pytest
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts.company import Company, Seat
-from astra_jax.hosts.datagrams import Peer
 from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, new_secret
+from astra_jax.hosts.remote import Peer
+from astra_jax.hosts.split import LOOKS, PARTS
 
 SAME = {"jax": "1", "astra": "2"}
 
@@ -45,7 +46,7 @@ def total(seat, link, work=None):
             raise RuntimeError("a bug\nof two lines")
         if work and not link.rehearsing and block == work.dies:
             work.die()
-        link.post(block, np.full((1, 4), me + 1, np.uint8), others)
+        link.post(block, np.full((1, 4), me + 1, np.uint8), others, 1)
         found += sum(packets[0][0] for packets in link.wait(block, [1] * len(others), others) if packets)
     return found
 
@@ -119,6 +120,29 @@ def test_all_take_part_again_and_again(company):
     assert [line for line in company.lines if "takes part" in line] and company.fellows.all[0].told == {"x": 1}
 
 
+def test_a_slow_host_gets_fewer_tokens(company):
+    """And is told so."""
+
+    class Slow(Sum):
+        def run(self, seat):
+            self.parts = seat.parts
+            time.sleep(0 if self.link.rehearsing else 0.15)
+            super().run(seat)
+
+    slow, fast = company.fellows.add(Slow()), company.fellows.add()
+    assert company.seat().parts is None
+    for _ in range(LOOKS):
+        _, taken = run(company, company.seat())
+        company.learn(company.seat(), taken)
+    seat = company.seat()
+    assert seat.parts[0] < seat.parts[1] / 4 and sum(seat.parts) == PARTS
+    company.rehearse(seat, lambda: total(seat, company.link))
+    assert slow.parts == seat.parts and fast.found[-1] == 0
+    company.fellows.leave(company.fellows.all[0])
+    until(lambda: company.order() == (2, 0))
+    assert company.seat().parts is None, "of those that are as fast as each other"
+
+
 def test_long_requests_come_as_well(company):
     work, seat = company.fellows.add(), seat_of(company)
     bodies = [secrets.token_bytes(size) for size in (0, 1200, 300_000, 6_000_000, 5)]
@@ -177,7 +201,7 @@ def test_a_pass_that_fails_here_leaves_nobody_waiting(company):
 
 def test_a_host_of_which_nothing_is_heard_is_let_go(company, monkeypatch):
     """As one that is stopped: its connection stays, and it is told for when it goes on."""
-    monkeypatch.setattr("astra_jax.hosts.datagrams.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("astra_jax.hosts.remote.PATIENCE_SECONDS", 0.5)
     company.fellows.add(), company.fellows.add()
     company.fellows.all[0].link._socket.close()
     until(lambda: company.order() == (2, 0))
@@ -226,7 +250,7 @@ def test_host_0_is_gone(company):
 
 def test_host_0_is_silent(company, monkeypatch):
     monkeypatch.setattr("astra_jax.hosts.fellow.SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr("astra_jax.hosts.datagrams.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("astra_jax.hosts.remote.PATIENCE_SECONDS", 0.5)
     company.fellows.add()
     company.link.close()
     deadline = time.monotonic() + 10

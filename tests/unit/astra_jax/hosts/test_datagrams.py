@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from astra_jax.errors import AstraError
-from astra_jax.hosts.datagrams import BEAT_SECONDS, Datagrams, Peer
+from astra_jax.hosts.datagrams import BEAT_SECONDS, Datagrams
+from astra_jax.hosts.remote import Peer
 
 KEY = secrets.token_bytes(32)
 
@@ -71,7 +72,7 @@ def exchange(a, b, blocks=5, count=7):
     def run(link, me):
         found = []
         for block in range(blocks):
-            link.post(block, rows(count, seed=10 * block + me), [1 - me])
+            link.post(block, rows(count, seed=10 * block + me), [1 - me], count)
             found += link.wait(block, [count], [1 - me])
         return found
 
@@ -143,7 +144,7 @@ def test_nothing_is_taken_twice(two):
 
 def test_a_host_that_is_gone_is_not_waited_for(two):
     a, b, _ = two()
-    a.post(0, rows(2), [1])
+    a.post(0, rows(2), [1], 2)
     b.close()
     begun = time.monotonic()
     assert a.wait(0, [3], [1]) == [{}]
@@ -164,8 +165,36 @@ def test_codes_that_are_late_are_done_without(two):
     begun = time.monotonic()
     assert a.wait(30, [3], [1]) == [{}]
     assert time.monotonic() - begun < 1 and a.tally.missing == 3
-    threading.Timer(1.2, b.post, [-2, rows(3), [0]]).start()
+    threading.Timer(1.2, b.post, [-2, rows(3), [0], 3]).start()
     assert len(a.wait(-2, [3], [1])[0]) == 3, "but what is no code is waited for"
+
+
+def test_fewer_packets_go_where_more_would_be_late_and_more_again_later(two):
+    """Blocks of 12 packets, over a link that takes 10 ms for each, while 40 ms of work are done. Two have to go."""
+    slow, count = [True], 12
+
+    def change(packet):
+        if slow[0] and len(packet) > 500:
+            time.sleep(0.01)
+        return [packet]
+
+    a, b, _ = two(change)
+    a.adapts = True
+
+    def blocks(begin, end):
+        found = []
+        for block in range(begin, end):
+            a.post(block, rows(count, 1000, seed=block), [1], 2)
+            time.sleep(0.04)
+            found += b.wait(block, [count], [0])
+        return found
+
+    found = blocks(0, 12)
+    assert len(found[0]) == count and all(2 <= len(packets) <= 8 for packets in found[3:])
+    assert all(sorted(packets) == list(range(len(packets))) for packets in found), "the first ones"
+    assert b.tally.left_out == sum(count - len(packets) for packets in found) and b.tally.missing == 0
+    slow[0] = False
+    assert len(blocks(12, 80)[-1]) == count
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -186,7 +215,7 @@ def test_what_a_host_is_told_comes_in_order(two, rate):
 def test_early_packets_wait_for_their_pass(two):
     a, b, _ = two()
     b.begin(2, [0, 1])
-    b.post(0, rows(2), [0])
+    b.post(0, rows(2), [0], 2)
     time.sleep(0.1)
     a.begin(2, [0, 1])
     assert len(a.wait(0, [2], [1])[0]) == 2

@@ -110,3 +110,5 @@ def test_a_share_of_the_cpu_is_a_quota_of_5_ms(tmp_path):
     Cgroups(tmp_path / "False", False).add(1, 0.4)
     group = tmp_path / "False/astralab/host1"
     assert [(group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")] == ["2000", "5000"]
+    Cgroups(tmp_path / "True", True).set(1, 0.1)
+    assert (tmp_path / "True/astralab/host1/cpu.max").read_text() == "1000 10000", "the kernel counts no shorter times"

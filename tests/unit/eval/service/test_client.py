@@ -51,7 +51,7 @@ EVERY = [
     messages.TextTime([3], 0.01, 0.0, 80.5, 12, 100, 800, 4),
     messages.HostTimes([{"host": 0, "compute ms": None}], None, 1.5),
     messages.NoHostTimes("why"),
-    messages.Without(3, ["host 2"]),
+    messages.Without(3, ["host 2"], 9),
 ]
 
 
