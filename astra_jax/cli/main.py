@@ -20,6 +20,7 @@ VERBS = {
     "worker": ("eval.verbs.worker", "stay up with a checkpoint on several hosts, for `astra run --join`"),
     "bench": ("eval.verbs.bench", "compare strategies on one model: compute, bits, latency over the link's rate"),
     "plan": ("eval.verbs.plan", "which strategy, how many devices and which G for your link, or to stay on one device"),
+    "net": ("eval.verbs.net", "how fast the links between workers are, and what that means for a model"),
     "lab": ("eval.verbs.lab", "run a command on several hosts with slow links, made of one Linux machine"),
     "export": ("checkpoints.export", "checkpoint -> Hugging Face folder"),
     "info": ("checkpoints.info", "what a checkpoint holds"),

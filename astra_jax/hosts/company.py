@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from astra_jax.errors import AstraError
+from astra_jax.hosts import ways
 from astra_jax.hosts.agreement import differences
 from astra_jax.hosts.control import Connection, Event, Host0, Message, quietly
 from astra_jax.hosts.datagrams import MOST_TOLD, Datagrams, Late, Tally
@@ -294,14 +295,39 @@ class Company:
                     member.connection.send(body, kind="body")
                 self.link.tell(member.number, content)
 
+    def measure(self) -> list[ways.Way]:
+        """How fast every host's packets get to every other one, one way after the other."""
+        order, found = self.order(), list[ways.Way]()
+        self._meet(order)
+        pairs = [(a, b) for a in range(len(order)) for b in range(len(order)) if a != b]
+        for sender, receiver in pairs:
+            self._passes += 1
+            number, me = self._passes, len(order) - 1
+            self._all(order, {"kind": "measure", "pass": number, "order": order, "way": (sender, receiver)})
+            self.link.begin(number, order)
+            if sender == me:
+                ways.send(self.link, receiver)
+            if receiver == me:
+                found.append(ways.hear(self.link, order, sender, receiver))
+                continue
+            reply = self._wait("measured", number, [order[receiver]], ways.SECONDS + 1).get(order[receiver])
+            if reply:
+                found.append(ways.Way(*reply["way"]))
+        return found
+
     def forget(self) -> None:
         """Has other hosts drop the programs that they keep in memory."""
         self._all([member.number for member in self.members], {"kind": "forget"})
 
     def ask(self, order: Sequence[int], body: bytes) -> None:
         """Has other hosts read what the next passes are for."""
+        self._meet(order)
+        self._all(order, {"kind": "read"}, body)
+
+    def _meet(self, order: Sequence[int]) -> None:
+        """Tells hosts where the others are."""
         peers = {str(member.number): list(member.where) for member in self.members if member.number in order}
-        self._all(order, {"kind": "read", "peers": peers}, body)
+        self._all(order, {"kind": "meet", "peers": peers})
 
     def rehearse(self, seat: Seat, call: Callable[[], Result]) -> Result:
         """Has all hosts compile what a pass needs, and hear each other.

@@ -39,6 +39,7 @@ _PONG = struct.Struct("<BQ")
 _LIST = struct.Struct("<BH")
 _LATE = struct.Struct("<BHHH")  # kind, packets of a block that were in time, that were sent, and that there are
 DATA, PING, PONG, ASK, VOID, LATE = range(6)
+TRAIN = -(1 << 30)  # the channel of packets that measure a link
 TOLD = -(1 << 31)  # the channel of messages to one host, which have numbers in the place of passes
 
 KEPT = 8192  # packets to each host that can be sent again
@@ -76,11 +77,13 @@ class Tally:
 
 @dataclasses.dataclass
 class _Burst:
-    """What came of one host in a block: packets by their numbers, of how many, and when the first and last came."""
+    """What came of one host in a block: packets by their numbers, of how many; how many of them were not sent again,
+    and when the first and the last of these came."""
 
     count: int
     first: float
     last: float
+    fresh: int = 0
     packets: dict[int, bytes] = dataclasses.field(default_factory=dict)
 
     @property
@@ -275,9 +278,21 @@ class Datagrams:
                 self._held -= burst.size
                 self.tally.missing += min(burst.count, all_of_it) - len(burst.packets)
                 self.tally.left_out += max(all_of_it - burst.count, 0)
-                self._complain(host, burst, all_of_it, begun)
+                if self.adapts and channel >= 0:
+                    self._complain(host, burst, all_of_it, begun)
             self.tally.waited += time.monotonic() - begun
         return [burst.packets for burst in found]
+
+    def train(self, count: int, sender: int, seconds: float) -> tuple[int, float]:
+        """Of so many packets that a shard's host posts on channel `TRAIN` one after the other: how many came without
+        being sent again, within so many seconds, and the seconds between the first and the last of these."""
+        key = (self._pass, TRAIN, self._order[sender])
+        with self._news:
+            self._news.wait_for(lambda: not self._due(key, count), seconds)
+            burst = self._inbox.pop(key, _Burst(count, 0.0, 0.0))
+            self._held -= burst.size
+            self._over.add(key)
+        return burst.fresh, burst.last - burst.first
 
     def _due(self, key: tuple[int, int, int], all_of_it: int) -> bool:
         burst = self._inbox.get(key)
@@ -353,7 +368,8 @@ class Datagrams:
         burst = self._inbox.setdefault(key, _Burst(count, now, now))
         if self._held + len(content) <= MOST_BYTES and packet not in burst.packets:
             burst.packets[packet] = content
-            burst.last = burst.last if before else now  # what was lost on the way is not the sender's haste
+            if not before:  # what was lost on the way is not the sender's haste
+                burst.last, burst.fresh = now, burst.fresh + 1
             self._held += len(content)
 
     def _control(self, peer: Remote, inner: bytes, now: float) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from astra_jax.errors import AstraError, first_line
+from astra_jax.hosts import ways
 from astra_jax.hosts.company import TOLD_OF_TALLY, UDP_SECONDS, Seat, about
 from astra_jax.hosts.control import Message, connect, quietly
 from astra_jax.hosts.datagrams import Datagrams
@@ -125,8 +126,11 @@ class Fellow:
         while True:
             message = self._next()
             match message.get("kind"):
-                case "read":
+                case "meet":
                     self._meet(message["peers"])
+                case "measure":
+                    self._measure(message)
+                case "read":
                     failed = _tried(lambda: work.read(self._body(message)))  # noqa: B023
                 case "rehearse":
                     self._rehearse(message, work, failed)
@@ -166,6 +170,15 @@ class Fellow:
     def _seat(self, message: Message) -> Seat:
         order, parts = tuple(message["order"]), message["parts"]
         return Seat(order, order.index(self.number), parts and tuple(parts))
+
+    def _measure(self, message: Message) -> None:
+        order, (sender, receiver) = tuple(message["order"]), message["way"]
+        self.link.begin(message["pass"], order)
+        if order[sender] == self.number:
+            ways.send(self.link, receiver)
+        elif order[receiver] == self.number:
+            found = ways.hear(self.link, order, sender, receiver)
+            self._connection.send(kind="measured", **{"pass": message["pass"]}, way=found)
 
     def _rehearse(self, message: Message, work: Work, failed: str) -> None:
         seat = self._seat(message)

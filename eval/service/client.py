@@ -9,7 +9,7 @@ from astra_jax.hosts.control import Message as Told
 from astra_jax.hosts.control import connect
 from astra_jax.hosts.invitation import Invitation
 from eval.service.company import digest
-from eval.service.messages import Done, Failed, Message, unpack
+from eval.service.messages import Done, Failed, Message, Ways, unpack
 from eval.service.requests import Request, packed
 
 SILENCE_SECONDS = 600.0  # of workers that compile, or answer others first
@@ -21,9 +21,23 @@ def ask(invitation: Invitation, checkpoint: Path, request: Request) -> Iterator[
     Raises:
       AstraError: there are none, they have another checkpoint, cannot answer this, or ended.
     """
+    yield from _asked(invitation, {"digest": digest(checkpoint)}, packed(request))
+
+
+def check(invitation: Invitation) -> Ways:
+    """How fast the links between workers are.
+
+    Raises:
+      AstraError: there are none, or they ended.
+    """
+    (found,) = _asked(invitation, {"check": True})
+    assert isinstance(found, Ways)
+    return found
+
+
+def _asked(invitation: Invitation, hello: Told, body: bytes = b"") -> Iterator[Message]:
     messages = queue.Queue[Told]()
-    hello = {"role": "client", "digest": digest(checkpoint)}
-    connection = connect(invitation, hello, messages.put, packed(request))
+    connection = connect(invitation, {"role": "client"} | hello, messages.put, body)
     try:
         while True:
             try:

@@ -11,6 +11,7 @@ import numpy as np
 
 import checkpoints
 from astra_jax.errors import AstraError
+from astra_jax.hosts import ways
 from astra_jax.hosts.agreement import settings, versions
 from astra_jax.hosts.company import Company, Passed, Seat
 from astra_jax.hosts.datagrams import Datagrams
@@ -20,7 +21,7 @@ from astra_jax.strategies.coded import Astra, OnHosts
 from eval.cost.flops import flops
 from eval.cost.timing import share
 from eval.cost.traffic import abstract
-from eval.service.messages import HostTimes, Message, NoHostTimes, Without
+from eval.service.messages import HostTimes, Message, NoHostTimes, Ways, Without
 from eval.service.requests import packed, unpacked
 from eval.service.service import Loading, Service
 
@@ -134,6 +135,13 @@ class Host0(_OnOneOfSeveral):
         yield from self.answer(request, inputs)
         if self.N > 1:
             yield self._host_times(inputs)
+
+    def check(self) -> Ways:
+        """How fast the links between the hosts that are there are."""
+        found = self.company.measure()
+        slowest, trips = ways.slowest(found), [way.round_trip for way in found if way.round_trip]
+        hosts = len(self.company.order())
+        return Ways(ways.rows(found), hosts, slowest and slowest.rate, max(trips, default=None))
 
     def _preface(self, inputs: Any) -> Iterator[Message]:
         yield from super()._preface(inputs)

@@ -116,6 +116,22 @@ class NoHostTimes(Message):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ways(Message):
+    """How fast the links between hosts are.
+
+    Attributes:
+      rows: of the table.
+      hosts: how many there are.
+      rate, round_trip: bits per second of the slowest way, and seconds of the longest; None where none was measured.
+    """
+
+    rows: list[dict[str, Any]]
+    hosts: int
+    rate: float | None
+    round_trip: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Without(Message):
     """The answer is without some codes.
 

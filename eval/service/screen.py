@@ -18,6 +18,7 @@ from eval.service.messages import (
     Table,
     TextBegins,
     TextTime,
+    Ways,
     Without,
 )
 
@@ -46,6 +47,7 @@ class Screen:
             HostTimes: self._host_times,
             NoHostTimes: self._no_host_times,
             Without: self._without,
+            Ways: self._ways,
         }
 
     def __enter__(self) -> "Screen":
@@ -151,3 +153,13 @@ class Screen:
                 "some codes (astra worker --groups G sends so many to all)"
             )
         self._report.data["without"] = dataclasses.asdict(message)
+
+    def _ways(self, message: Ways) -> None:
+        self._report.table("ways", f"{message.hosts} hosts, and the links between them", message.rows)
+        if message.rate is not None:
+            trip = f"; longest round trip: {1e3 * message.round_trip:,.4g} ms" if message.round_trip else ""
+            self._report.say(
+                f"slowest link: {message.rate / 1e6:,.4g} Mbps{trip}",
+                slowest_mbps=message.rate / 1e6,
+                round_trip_ms=1e3 * (message.round_trip or 0.0),
+            )

@@ -146,6 +146,10 @@ def _answer(service: Host0, client: Client) -> None:
     """Answers one request. Whatever fails is the answer, and the next one is taken."""
     connection = client.connection
     try:
+        if client.message.get("check"):
+            _tell(connection, service.check())
+            _tell(connection, Done())
+            return
         if client.message.get("digest") != service.checkpoint.digest:
             raise AstraError(f"the workers have loaded {service.name}, another checkpoint: ask for it, or start others")
         for message in service.answer_one(client.message["body"]):

@@ -58,6 +58,12 @@ def test_workers_answer_over_links_that_lose_packets(llama, tmp_path):
             user = lab.start(0, [ASTRA, "run", llama, *asked, str(out), "--join", invitation], **pipes)
             assert user.wait(120) == 0
             answers.append(json.loads(out.read_text()))
+        links = tmp_path / "links.json"
+        check = lab.start(0, [ASTRA, "net", "check", "--join", invitation, "--json", str(links)], **pipes)
+        assert check.wait(60) == 0
+    measured = json.loads(links.read_text())
+    assert 2 < measured["slowest_mbps"] < 11 and 0 < measured["round_trip_ms"] < 200
+    assert len(measured["ways"]) == 3 and all(5 < row["lost %"] < 60 for row in measured["ways"])
     alone = tmp_path / "alone.json"
     subprocess.run([ASTRA, "run", llama, *asked, str(alone), "--devices", "3"], check=True, capture_output=True)
     for found in answers:

@@ -62,7 +62,7 @@ def test_an_unknown_option_exits_with_2(capsys):
 
 def test_a_verb_like_no_other_lists_all(capsys):
     assert main.main(["xyz"]) == 2
-    verbs = "convert, calibrate, finetune, eval, run, worker, bench, plan, lab, export, info"
+    verbs = "convert, calibrate, finetune, eval, run, worker, bench, plan, net, lab, export, info"
     assert f"verbs are {verbs}" in capsys.readouterr().err
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from astra_jax.errors import AstraError
+from astra_jax.hosts import ways
 from astra_jax.hosts.company import Company, Seat
 from astra_jax.hosts.fellow import Fellow
 from astra_jax.hosts.invitation import Invitation, new_secret
 from astra_jax.hosts.remote import Peer
 from astra_jax.hosts.split import LOOKS, PARTS
+from astra_jax.hosts.ways import Way
 
 SAME = {"jax": "1", "astra": "2"}
 
@@ -141,6 +143,24 @@ def test_a_slow_host_gets_fewer_tokens(company):
     company.fellows.leave(company.fellows.all[0])
     until(lambda: company.order() == (2, 0))
     assert company.seat().parts is None, "of those that are as fast as each other"
+
+
+def test_ways_between_hosts_are_measured(company):
+    company.fellows.add(), company.fellows.add()
+    found = company.measure()
+    assert sorted((way.sender, way.receiver) for way in found) == [(a, b) for a in range(3) for b in range(3) if a != b]
+    assert all(way.rate > 1e6 and way.lost < 0.5 for way in found)
+    table = ways.rows(found)
+    assert [row["hosts"] for row in table] == ["0 - 1", "0 - 2", "1 - 2"]
+    assert ways.slowest(found).rate == min(way.rate for way in found)
+    assert run(company)[0] == 3 * (2 + 3), "and passes go on"
+
+
+def test_a_way_on_which_nothing_comes():
+    none, slow = Way(0, 1, None, None, 1.0), Way(1, 0, 2e6, 0.003, 0.0)
+    (row,) = ways.rows([none, slow, Way(0, 2, 1e6, 0.1, 0.0)])
+    assert row == {"hosts": "0 - 1", "round trip ms": 3.0, "Mbps there": None, "Mbps back": 2.0, "lost %": 100.0}
+    assert ways.slowest([none]) is None and ways.slowest([none, slow]) == slow
 
 
 def test_long_requests_come_as_well(company):

@@ -51,6 +51,7 @@ EVERY = [
     messages.TextTime([3], 0.01, 0.0, 80.5, 12, 100, 800, 4),
     messages.HostTimes([{"host": 0, "compute ms": None}], None, 1.5),
     messages.NoHostTimes("why"),
+    messages.Ways([{"hosts": "0 - 1", "Mbps there": None}], 2, 9.5e6, None),
     messages.Without(3, ["host 2"], 9),
 ]
 

@@ -13,9 +13,9 @@ from astra_jax.hosts.company import Company
 from astra_jax.hosts.control import connect
 from astra_jax.hosts.invitation import Invitation, new_secret
 from eval.service import client
-from eval.service.messages import NoHostTimes, Piece
+from eval.service.messages import NoHostTimes, Piece, Ways
 from eval.service.requests import Request, packed, unpacked
-from eval.verbs import worker
+from eval.verbs import net, worker
 
 FINE = [*(Piece(0, token, "fine", None) for token in range(3)), NoHostTimes("done")]
 
@@ -28,6 +28,9 @@ class Loaded:
     def __init__(self):
         self.go, self.answered, self.said = threading.Event(), [], 0
         self.go.set()
+
+    def check(self):
+        return Ways([], 3, 1e7, 0.002)
 
     def answer_one(self, body):
         (prompt,) = unpacked(body).prompts
@@ -69,6 +72,16 @@ def test_whatever_fails_is_the_answer_and_the_next_is_answered(serving, capfd):
         assert str(raised.value) == message
         assert serving.ask() == FINE
     assert "a bug" in capfd.readouterr().err, "who keeps the workers sees where it failed"
+
+
+def test_who_wants_to_know_how_fast_links_are_needs_no_checkpoint(serving, monkeypatch, capsys):
+    invitation = serving.company.invitation
+    assert client.check(invitation) == Ways([], 3, 1e7, 0.002)
+    monkeypatch.setattr(net, "reached_here", lambda work, ways: {(way.strategy, way.groups): 1e10 for way in ways})
+    net.main(net.Args("check", "vit-base", join=str(invitation)))
+    said = capsys.readouterr().out
+    assert "slowest link: 10 Mbps; longest round trip: 2 ms" in said and "use astra with G=" in said
+    assert serving.ask() == FINE
 
 
 def test_another_checkpoint_and_another_secret(serving):
