@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +272,7 @@ def main(args: Args) -> None:
     for name, (title, measure) in SECTIONS.items():
         kept = folder / f"{name}-{args.model}-{args.tokens}-{args.repeats}-{args.requests}.json"
         if not kept.exists():
-            with tempfile.TemporaryDirectory(prefix="astra") as scratch, ExitStack():
+            with tempfile.TemporaryDirectory(prefix="astra") as scratch:
                 write_atomically(kept, json.dumps(measure(args, Path(scratch)), indent=1))
         found[name] = list(json.loads(kept.read_text(encoding="utf8")))
         rows = by_rate(found[name], args.requests) if name == "rates" else found[name]

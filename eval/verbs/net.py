@@ -3,7 +3,7 @@
     astra net check [MODEL] --join INVITATION
 
 `astra worker` has to run on the hosts already, with any checkpoint. Every host sends every other one a train of
-packets, one way after the other; a table says at which rate they came, how long a round trip is, and how many were lost.
+packets, one way after the other; a table says at which rate they came, how long a round trip is, how many were lost.
 
 With a MODEL, a checkpoint or a known architecture, the advice is that of `astra plan` for the slowest link and as many
 hosts: compute is measured here, every host gets its messages by itself (counting each), and an exchange takes half of
