@@ -266,6 +266,10 @@ async def _connect(loop: _Loop, invitation: Invitation) -> Connection:
     return Connection(loop, reader, writer)
 
 
+class Unreachable(AstraError):
+    """Nothing answers: the link may be cut."""
+
+
 def _no_way(invitation: Invitation, error: Exception) -> AstraError:
     where = written(invitation.address, invitation.port)
     if isinstance(error, ssl.SSLError):
@@ -274,7 +278,7 @@ def _no_way(invitation: Invitation, error: Exception) -> AstraError:
         return AstraError(f"the host {invitation.address!r} is not known here: give its IP address")
     if isinstance(error, ConnectionRefusedError):
         return AstraError(f"nobody listens at {where}: start `astra worker CHECKPOINT` there first")
-    return AstraError(f"{where} does not answer ({error}): is a firewall between, or another network?")
+    return Unreachable(f"{where} does not answer ({error}): is a firewall between, or another network?")
 
 
 def quietly(text: Any, most: int = 200) -> str:

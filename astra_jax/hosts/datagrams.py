@@ -144,10 +144,11 @@ class Datagrams:
     # Who is there
 
     def enter(self, me: int, key: bytes) -> None:
-        """This host's number, and the key that all hosts have of this run."""
-        with self._news:
-            self._me, self._key = me, key
-            self._peers.clear()
+        """This host's number, and the key that all hosts have of this run. Nothing is left of an earlier one."""
+        with self._news, self._to_send:
+            self._me, self._key, self._pass, self._held = me, key, 0, 0
+            for left in (self._peers, self._inbox, self._over, self._skipped, self._urgent, self._queue):
+                left.clear()
 
     def meet(self, where: Mapping[int, Peer]) -> None:
         """Who else is there, by their numbers; a number is never another host's."""

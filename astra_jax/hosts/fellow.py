@@ -6,18 +6,20 @@ import queue
 import socket
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from astra_jax.errors import AstraError, first_line
 from astra_jax.hosts import ways
 from astra_jax.hosts.company import TOLD_OF_TALLY, UDP_SECONDS, Seat, about
-from astra_jax.hosts.control import Message, connect, quietly
+from astra_jax.hosts.control import Connection, Message, Unreachable, connect, quietly
 from astra_jax.hosts.datagrams import Datagrams
 from astra_jax.hosts.invitation import Invitation, written
 from astra_jax.hosts.remote import Peer
 
 LONG_SECONDS = 600.0  # that a long request may take to come
-SILENCE_SECONDS = 30.0  # of host 0, after which others end
+SILENCE_SECONDS = 30.0  # of host 0, after which others come again
+AGAIN_SECONDS = 600.0  # for which they try, while nothing answers
 
 
 @runtime_checkable
@@ -51,24 +53,36 @@ class Fellow:
       AstraError: host 0 is not there, or does not take this host.
     """
 
+    _connection: Connection
+
     def __init__(self, invitation: Invitation, same: Mapping[str, str], address: str | None = None, port: int = 0):
-        self._invitation, self._messages = invitation, queue.Queue[Message]()
+        self._invitation, self._same = invitation, same
         self.link = Datagrams(address or own_address(invitation), port)
         try:
-            self._connection = connect(invitation, about(same, self.link.port), self._heard)
-            first = self._messages.get(timeout=SILENCE_SECONDS)
+            self._join()
         except AstraError:
             self.link.close()
             raise
+
+    def _join(self) -> None:
+        """Comes to host 0, for the first time or again, with nothing left of the time before."""
+        messages, bodies = queue.Queue[Message](), queue.Queue[bytes]()
+        self._messages, self._bodies = messages, bodies
+        heard = partial(self._heard, messages, bodies)
+        self._connection = connect(self._invitation, about(self._same, self.link.port), heard)
+        try:
+            first = messages.get(timeout=SILENCE_SECONDS)
+            if first.get("kind") != "welcome":
+                raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
         except queue.Empty:
-            self.close()
+            self._connection.close()
             raise AstraError(f"host 0 at {self._where} says nothing: is it stopped?") from None
-        if first.get("kind") != "welcome":
-            self.close()
-            raise AstraError(quietly(first.get("why", "host 0 ended the connection: start it again"), 1000))
+        except AstraError:
+            self._connection.close()
+            raise
         self.number, self.told = int(first["number"]), first["told"]
         self.link.late, self.link.adapts = first["late"], bool(first["adapts"])
-        self._port, self._bodies = int(first["port"]), queue.Queue[bytes]()
+        self._port = int(first["port"])
         self.link.told = self._told
         self.link.enter(self.number, first["body"])
         self._meet({})
@@ -78,6 +92,42 @@ class Fellow:
         self._connection.close()
         self.link.close()
 
+    def stay(self, work: Work, say: Callable[[str], Any]) -> None:
+        """Does what host 0 says, as `serve` does, and comes again where it was let go or its link was cut.
+
+        Args:
+          say: is told in a line that this happens.
+
+        Raises:
+          AstraError: host 0 is gone, or has another checkpoint now.
+        """
+        while True:
+            try:
+                self.serve(work)
+            except AstraError as error:
+                why = str(error)
+            say(f"{why}; this host tries to take part again")
+            self._connection.close()
+            self._come_again(why)
+            say(f"host {self.number}: ready again")
+
+    def _come_again(self, why: str) -> None:
+        """Raises AstraError with the reason for which this host has to, where it cannot."""
+        told, deadline = self.told, time.monotonic() + AGAIN_SECONDS
+        while True:
+            try:
+                self._join()
+                self.ready()
+                break
+            except Unreachable as error:
+                if time.monotonic() > deadline:
+                    raise AstraError(why) from error
+                time.sleep(2.0)
+            except AstraError as error:
+                raise AstraError(why) from error
+        if self.told != told:
+            raise AstraError("host 0 has loaded something else now: start this host again")
+
     def _meet(self, peers: Mapping[str, Any]) -> None:
         """Learns where others are. One that host 0 reaches within itself is reached where host 0 is."""
         found = {0: Peer(self._connection.address, self._port)}
@@ -86,15 +136,17 @@ class Fellow:
             found[int(number)] = Peer(self._connection.address if local else str(address), int(port))
         self.link.meet(found)
 
-    def _heard(self, message: Message) -> None:
+    def _heard(self, messages: queue.Queue[Message], bodies: queue.Queue[bytes], message: Message) -> None:
+        if messages is not self._messages:
+            return  # of a connection before this one
         if message.get("kind") == "gone":
             self.link.gone(int(message["number"]))
         elif message.get("kind") == "body":
-            self._bodies.put(message["body"])
+            bodies.put(message["body"])
         else:
             if not message:
                 self.link.gone(0)
-            self._messages.put(message)
+            messages.put(message)
 
     def _told(self, number: int, content: bytes) -> None:
         """What host 0 tells in packets."""
@@ -109,8 +161,8 @@ class Fellow:
     def ready(self) -> None:
         """This host can take part from now on. Raises AstraError where no packet goes to host 0 and back."""
         if self.link.round_trip(0, UDP_SECONDS) is None:
-            self.close()
-            raise AstraError(
+            self._connection.close()
+            raise Unreachable(
                 f"no UDP packet goes to host 0, port {self._port}, and back to port {self.link.port} of this host: let "
                 "both in, where a firewall is between them"
             )
@@ -139,7 +191,7 @@ class Fellow:
                 case "forget":
                     work.forget()
                 case "let go":
-                    raise AstraError(f"{quietly(message['why'], 1000)}: start it again")
+                    raise AstraError(quietly(message["why"], 1000))
                 case None:
                     raise AstraError(f"host 0 at {self._where} is gone")
 

@@ -130,7 +130,7 @@ def _other(args: Args, join: str) -> None:
     work = Other(args.checkpoint, heard(fellow.told, args.checkpoint), fellow.link)
     fellow.ready()
     _say(f"host {fellow.number}: ready; UDP port {fellow.link.port}")
-    fellow.serve(work)
+    fellow.stay(work, _say)
 
 
 def _say(line: str) -> None:
