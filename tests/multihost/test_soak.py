@@ -98,6 +98,11 @@ def send_nonsense(invitation, rng):
     connect(invitation, hello, lambda message: None, nonsense[rng.integers(len(nonsense))]).close()
 
 
+def alone(engine, request):
+    """What one process says."""
+    yield from engine.answer(request, engine.encode(request))
+
+
 def memory(process):
     """Bytes of a process that are its own."""
     for row in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -116,7 +121,7 @@ def test_varied_requests_are_answered_as_by_one_process(place, capsys, name, mad
         for number in range(REQUESTS):
             request = next(requests)
             found = answered(client.ask(invitation, checkpoint, request), request)
-            expected = answered(engine.answer(lambda r=request: (r, engine.encode(r))), request)
+            expected = answered(alone(engine, request), request)
             assert found.get("error") == expected.get("error"), request
             assert found.get("texts") == expected.get("texts"), request
             assert ("hosts" in found) == ("error" not in found)
