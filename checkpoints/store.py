@@ -162,6 +162,19 @@ def read_meta(path: Path | str) -> Checkpoint:
     return read_description(Path(path))[0]
 
 
+def files(path: Path | str) -> dict[str, Path]:
+    """All files of a checkpoint, by their names below its folder: what another folder needs to be the same checkpoint.
+
+    Raises:
+      AstraError: the folder is missing, something else, damaged, or written by a newer version.
+    """
+    folder = Path(path)
+    meta, stored = read_description(folder)
+    parts = [found for found in (stored.weights, meta.tokenizer_files) if found is not None]
+    found = [folder / META, *sorted(file for part in parts for file in part.rglob("*") if file.is_file())]
+    return {file.relative_to(folder).as_posix(): file for file in found}
+
+
 def with_codebooks(checkpoint: Checkpoint, astra: AstraConfig, dtype: Any = jnp.float32) -> Checkpoint:
     """The same weights in a model that has codebooks for `astra` and computes in `dtype`.
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from astra_jax.errors import AstraError
 from astra_jax.hosts import ways
@@ -84,6 +84,17 @@ class Member:
         return f"host {self.number} ({self.name}, {self.where.address})"
 
 
+@runtime_checkable
+class Offer(Protocol):
+    """What is given to hosts that come for a copy. What cannot be given ends the connection of who asked."""
+
+    def listing(self) -> bytes:
+        """What there is."""
+
+    def piece(self, asked: Message) -> bytes:
+        """A part of it."""
+
+
 class Client(NamedTuple):
     """Who asks for an answer, and what it said."""
 
@@ -111,6 +122,7 @@ class Company:
       welcome: what every host is told when it comes.
       late: what becomes of codes that are late.
       adapts: whether fewer groups of codes are sent where more would be late.
+      offer: what is given to hosts that come for a copy; None for nothing.
       told: is told in a line who comes and goes.
 
     Attributes:
@@ -130,6 +142,7 @@ class Company:
         welcome: Message,
         late: Late = "wait",
         adapts: bool = False,
+        offer: Offer | None = None,
         told: Callable[[str], Any] = lambda line: None,
     ):
         self._host0 = Host0(address, port, secret)
@@ -138,7 +151,7 @@ class Company:
         except AstraError:
             self._host0.close()
             raise
-        self._same, self._welcome, self._told, self._late = dict(same), welcome, told, late
+        self._same, self._welcome, self._told, self._late, self._offer = dict(same), welcome, told, late, offer
         self._key = secrets.token_bytes(32)
         self.link.adapts = adapts
         self.link.enter(0, self._key)
@@ -174,7 +187,7 @@ class Company:
             event = self._host0.events.get()
             try:
                 self._happened(event)
-            except (KeyError, TypeError, ValueError):  # an odd message ends its own connection alone
+            except (KeyError, TypeError, ValueError, OSError):  # an odd message ends its own connection alone
                 event.connection.close()
 
     def _happened(self, event: Event) -> None:
@@ -186,11 +199,16 @@ class Company:
                 self._said(member, message)
             else:
                 self._left(member)
+        elif connection.note is self._offer and self._offer and event.kind == "said":
+            connection.send(self._offer.piece(message), kind="piece")
 
     def _joined(self, connection: Connection, hello: Message) -> None:
         role = hello.get("role")
         if role == "host":
             self._take_in(connection, hello)
+        elif role == "copy" and self._offer:
+            connection.note = self._offer
+            connection.send(self._offer.listing(), kind="files")
         elif role != "client":
             connection.close()
         else:

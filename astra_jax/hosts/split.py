@@ -13,7 +13,7 @@ import numpy as np
 PARTS = 64  # that the tokens are split into
 LOOKS = 3  # passes before a split is changed
 GAIN = 0.1  # of the slowest host's time above the mean, for which it is changed
-LEAST_SECONDS = 0.05  # of a pass: what is shorter is noise
+LEAST_SECONDS = 0.2  # of a pass: what is shorter is noise, and fast enough
 MOST_CHANGES = 4
 
 Parts = tuple[int, ...]  # of every host

@@ -8,7 +8,7 @@ from astra_jax.errors import AstraError
 from astra_jax.hosts.control import Message as Told
 from astra_jax.hosts.control import connect
 from astra_jax.hosts.invitation import Invitation
-from eval.service.company import digest
+from eval.service.copying import digest
 from eval.service.messages import Done, Failed, Message, Ways, unpack
 from eval.service.requests import Request, packed
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-import checkpoints
 from astra_jax.errors import AstraError
 from astra_jax.hosts import ways
 from astra_jax.hosts.agreement import settings, versions
@@ -21,6 +20,7 @@ from astra_jax.strategies.coded import Astra, OnHosts
 from eval.cost.flops import flops
 from eval.cost.timing import share
 from eval.cost.traffic import abstract
+from eval.service.copying import digest
 from eval.service.messages import HostTimes, Message, NoHostTimes, Ways, Without
 from eval.service.requests import packed, unpacked
 from eval.service.service import Loading, Service
@@ -206,14 +206,6 @@ class Other(_OnOneOfSeveral):
         jax.clear_caches()
 
 
-def digest(checkpoint: Path) -> str:
-    """What a checkpoint is known by."""
-    found = checkpoints.read_meta(checkpoint).digest
-    if found is None:
-        raise AstraError(f"{checkpoint}: has no checksums, so that hosts cannot compare it: convert it again")
-    return str(found)
-
-
 def told(checkpoint: Path, how: Loading) -> dict[str, Any]:
     """What other hosts have to know of what is loaded."""
     return {"checkpoint": str(checkpoint.resolve()), "digest": digest(checkpoint), "how": dataclasses.asdict(how)}
@@ -226,5 +218,7 @@ def heard(told: dict[str, Any], checkpoint: Path) -> Loading:
       AstraError: it is another one than is here.
     """
     if digest(checkpoint) != told["digest"]:
-        raise AstraError(f"{checkpoint} is not what host 0 has at {told['checkpoint']}: copy that one here")
+        raise AstraError(
+            f"{checkpoint} is not what host 0 has at {told['checkpoint']}: leave it out, and that one is copied here"
+        )
     return Loading(**told["how"])

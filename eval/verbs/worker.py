@@ -1,7 +1,7 @@
 """Keep a checkpoint loaded on several hosts, and answer any number of requests with it.
 
     astra worker CHECKPOINT                      on the first host: prints an invitation
-    astra worker CHECKPOINT --join INVITATION    on every other one
+    astra worker --join INVITATION               on every other one: copies the checkpoint from there
     astra run CHECKPOINT --join INVITATION --image cat.png
 
 Hosts may come and go: a request is answered by those that are there. The tokens are split over them, and in every block
@@ -28,6 +28,7 @@ from astra_jax.hosts.invitation import Invitation, given_secret, new_secret, par
 from astra_jax.report import Report
 from astra_jax.terminal import complain, one_line, write
 from eval.service.company import Host0, Other, heard, same, told
+from eval.service.copying import Offer, fetch
 from eval.service.messages import Done, Failed, Message, pack
 from eval.service.screen import Screen
 from eval.service.service import Loading
@@ -39,8 +40,9 @@ PORT = 7777  # by default, of host 0
 class Args:
     """Arguments of `astra worker`."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A checkpoint with codebooks; the same on every host."""
+    checkpoint: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    """A checkpoint with codebooks; the same on every host. With --join it may be left out: it is then copied from the
+    first host and kept in the user's cache."""
     join: str | None = None
     """What the worker on the first host printed; or its address and port, where the secret is given otherwise."""
     listen: str | None = None
@@ -84,26 +86,29 @@ def place(listen: str | None, default: str, port: int) -> tuple[str, int]:
 
 def main(args: Args) -> None:
     """Runs `astra worker`."""
-    if args.join is None:
-        _first(args)
-    else:
+    if args.join is not None:
         _other(args, args.join)
+    elif args.checkpoint is not None:
+        _first(args, args.checkpoint)
+    else:
+        raise AstraError("give a CHECKPOINT, or --join with the invitation of a host that has one")
 
 
-def _first(args: Args) -> None:
-    welcome, given = told(args.checkpoint, args.loading), given_secret(args.secret_file)
+def _first(args: Args, checkpoint: Path) -> None:
+    welcome, given = told(checkpoint, args.loading), given_secret(args.secret_file)
     address, port = place(args.listen, way_out(), PORT)
     adapts = args.loading.groups is None
-    company = Company(address, port, given or new_secret(), same(), welcome, args.late, adapts, _say)
+    secret, offer = given or new_secret(), Offer(checkpoint)
+    company = Company(address, port, secret, same(), welcome, args.late, adapts, offer, _say)
     try:
-        service = Host0(args.checkpoint, args.loading, company)
+        service = Host0(checkpoint, args.loading, company)
         screen, where = Screen(Report("worker"), ()), written(address, company.invitation.port)
         for note in service.notes:
             screen.print(note)
         join = where if given else company.invitation  # a secret that was given is not shown
         _say(f"this host: {where} by TCP, {company.link.port} by UDP")
-        _say(f"others take part with: astra worker {args.checkpoint} --join {join}")
-        _say(f"ready: astra run {args.checkpoint} --join {join}")
+        _say(f"others take part with: astra worker --join {join}")
+        _say(f"ready: astra run {checkpoint} --join {join}")
         serve(service, company)
     finally:
         company.close()
@@ -126,8 +131,9 @@ def _other(args: Args, join: str) -> None:
         raise AstraError("--join: the first host says for all what is loaded, and how: leave other options out")
     invitation = Invitation.read(join, args.secret_file)
     address, port = (None, 0) if args.listen is None else place(args.listen, "", 0)
+    checkpoint = args.checkpoint or fetch(invitation, _say)
     fellow = Fellow(invitation, same(), address, port)
-    work = Other(args.checkpoint, heard(fellow.told, args.checkpoint), fellow.link)
+    work = Other(checkpoint, heard(fellow.told, checkpoint), fellow.link)
     fellow.ready()
     _say(f"host {fellow.number}: ready; UDP port {fellow.link.port}")
     fellow.stay(work, _say)

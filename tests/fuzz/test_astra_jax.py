@@ -2,13 +2,16 @@
 messages between processes and hosts."""
 
 import asyncio
+import contextlib
 import io
 import ipaddress
+import itertools
 import json
 import math
 import re
 import shutil
 import socket
+import struct
 import types
 import typing
 
@@ -20,9 +23,11 @@ from PIL import Image
 
 from astra_jax.cli.arguments import Integers, Numbers, Texts
 from astra_jax.codecs.config import codec_and_predictor
+from astra_jax.hosts import datagrams
 from astra_jax.hosts.agreement import differences
 from astra_jax.hosts.control import LONGEST, Connection
 from astra_jax.hosts.distributed import parse_address
+from astra_jax.hosts.remote import OF_CONTROL, OF_DATA, Peer, Remote
 from astra_jax.inputs.images import MAX_PIXELS, ImageProcessor, decode_image
 from astra_jax.inputs.tokenizer import Tokenizer
 from astra_jax.mesh.sharding import parse_devices
@@ -233,7 +238,9 @@ def test_tokenizers(folder, files):
         assert type(text) is str and all(type(step) is str for step in steps)
 
 
-# Messages of hosts
+# Messages and packets of hosts
+
+CHANNELS = itertools.count(1 << 20)
 
 
 async def received(content):
@@ -265,6 +272,52 @@ def test_messages(parts, body):
     if found is not REFUSED:
         assert all(type(message) is dict and "bytes" not in message for message in found)
         assert sum(len(message["body"]) for message in found) <= len(content)
+
+
+INNER = (
+    datagrams._DATA.pack(datagrams.DATA, 1, 3, 0, 2, 0) + b"codes",
+    datagrams._DATA.pack(datagrams.DATA, 0, datagrams.TOLD, 0, 1, 0) + b"{}",
+    datagrams._PING.pack(datagrams.PING, 10**15, 7),
+    datagrams._PONG.pack(datagrams.PONG, 10**15),
+    datagrams._LIST.pack(datagrams.ASK, 2) + struct.pack("<2Q", 0, 5),
+    datagrams._LIST.pack(datagrams.VOID, 1) + struct.pack("<Q", 3),
+    datagrams._LATE.pack(datagrams.LATE, 3, 9, 12),
+)
+
+
+@pytest.fixture(scope="module")
+def member():
+    """A host, and how another one, which knows the keys, seals what it says to it."""
+    key, counters = bytes(32), (itertools.count(1), itertools.count(1))
+    with contextlib.closing(datagrams.Datagrams("127.0.0.1")) as link:
+        link.adapts, link.told = True, lambda number, message: None
+        link.enter(0, key)
+        link.meet({1: Peer("127.0.0.1", 9)})
+        link.begin(1, [0, 1])
+        other = Remote(0, 1, key, Peer("127.0.0.1", link.port))
+
+        def sealed(inner, kind=OF_DATA):
+            counter = next(counters[kind])
+            outer = datagrams._OUTER.pack(kind, 1, counter)
+            return outer + other.to.encrypt(datagrams._NONCE.pack(kind, counter), inner, outer)
+
+        yield link, sealed
+
+
+@fuzz
+@given(st.sampled_from(INNER).flatmap(byte_strings), st.sampled_from([OF_DATA, OF_CONTROL]), st.data())
+def test_packets(member, inner, kind, data):
+    """Of a host that has the keys, and of a stranger: whatever comes, the next packet is read."""
+    link, sealed = member
+    packet = sealed(inner, kind)
+    strange = data.draw(byte_strings(packet))
+    attempt("a sealed packet", link._open, packet, ("127.0.0.1", 9), refusals=(Exception,))
+    if strange != packet:
+        assert attempt("a forged packet", link._open, strange, ("127.0.0.1", 9), refusals=(Exception,)) is REFUSED
+    assert set(link._peers) == {1} and 0 <= link._held <= datagrams.MOST_BYTES
+    channel = next(CHANNELS)
+    link._open(sealed(datagrams._DATA.pack(datagrams.DATA, 1, channel, 0, 1, 0) + b"next"), ("127.0.0.1", 9))
+    assert link.wait(channel, [1], [1]) == [{0: b"next"}]
 
 
 @fuzz

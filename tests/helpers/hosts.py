@@ -46,23 +46,25 @@ class Workers:
         self._pipes["env"] = os.environ | environment
         self.processes, self.said = [], []
         listen = f"127.0.0.1:{free_port()}"
-        first = self._start("--listen", listen, *options)
+        first = self._start(self.checkpoint, "--listen", listen, *options)
         while not (line := first.stdout.readline()).startswith("ready: astra run"):
             assert line, first.stderr.read()
         self.invitation = line.split()[-1]
         threading.Thread(target=self._listen, args=(first,), daemon=True).start()
 
     def _start(self, *options):
-        process = subprocess.Popen([ASTRA, "worker", self.checkpoint, *options], **self._pipes)
+        process = subprocess.Popen([ASTRA, "worker", *options], **self._pipes)
         self.processes.append(process)
         return process
 
     def _listen(self, process):
         self.said += iter(process.stdout.readline, "")
 
-    def add(self):
-        """One more, once it is ready."""
-        process = self._start("--join", self.invitation)
+    def add(self, copies=False):
+        """One more, once it is ready; it has the checkpoint, or copies it."""
+        process = self._start(*[] if copies else [self.checkpoint], "--join", self.invitation)
+        if copies:
+            assert process.stdout.readline().startswith("copying the checkpoint of host 0")
         line = process.stdout.readline()
         assert "ready; UDP port" in line, line + process.stderr.read()
         return process

@@ -80,7 +80,8 @@ def test_workers_answer_pictures_again_and_again_and_come_and_go(place):
 @pytest.mark.slow
 def test_workers_go_on_with_texts(place):
     llama, prompt = place / "llama", ["--prompt", "w1 w2 w3 w4 w5 w6 w7", "--max-new-tokens", "6"]
-    with workers(llama, hosts=HOSTS) as company:
+    with workers(llama, hosts=HOSTS - 1, XDG_CACHE_HOME=str(place / "cache")) as company:
+        company.add(copies=True)
         ask = functools.partial(run, place, llama, "--join", company.invitation)
         expected = run(place, llama, *prompt, "--devices", HOSTS)
         for _ in range(2):

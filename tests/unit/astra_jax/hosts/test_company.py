@@ -128,7 +128,7 @@ def test_a_slow_host_gets_fewer_tokens(company):
     class Slow(Sum):
         def run(self, seat):
             self.parts = seat.parts
-            time.sleep(0 if self.link.rehearsing else 0.15)
+            time.sleep(0 if self.link.rehearsing else 0.3)
             super().run(seat)
 
     slow, fast = company.fellows.add(Slow()), company.fellows.add()
