@@ -85,10 +85,11 @@ FAST_TEXT = [
     ("roberta", 2, 1, KV),
     ("mpnet single", 4, 2, HIDDEN),
 ]
-# Every model meets every mesh and every site, every mesh both sites.
+# Every model meets every other mesh and both sites, every mesh both sites.
 PAIRS = [
-    (name, *mesh, (HIDDEN, KV)[(n + m) % 2])
+    (name, *mesh, (HIDDEN, KV)[(n + m) // 2 % 2])
     for (n, name), (m, mesh) in itertools.product(enumerate(TEXT_MODELS), enumerate(MESHES))
+    if (n + m) % 2 == 0
 ]
 ALL_TEXT = list(dict.fromkeys(FAST_TEXT + PAIRS))
 

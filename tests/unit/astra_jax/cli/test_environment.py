@@ -128,8 +128,6 @@ VERBS = {
     "calibrate": "calibrate plain {out} --data {text} --groups 2 --codewords 4 --samples 4 --tokens 32 --length 16",
     "eval": "eval plain coded --data {text} --split train --devices 2 --length 16 --limit 1 --rates 10mbit",
     "run": "run coded --prompt w1 --max-new-tokens 3 --devices 2",
-    "plan": "plan coded --rate 10mbit --devices 2 --tokens 16 --groups 2",
-    "export": "export coded {out}",
 }
 
 
