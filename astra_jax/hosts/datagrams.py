@@ -119,7 +119,7 @@ class Datagrams:
         self._me, self._key = 0, b""
         self._peers: dict[int, Remote] = {}
         self._order: list[int] = []
-        self._pass = 0
+        self._pass, self._worked_from = 0, 0.0
         self._inbox: dict[tuple[int, int, int], _Burst] = {}  # of (pass, channel, host)
         self._over = set[tuple[int, int, int]]()
         self._skipped = set[tuple[int, int]]()
@@ -229,6 +229,7 @@ class Datagrams:
         """
         with self._news:
             self._order, self.rehearsing, self.tally = list(order), rehearsing, Tally()
+            self._worked_from = time.monotonic()
             if not rehearsing:
                 self._pass = number
                 for key in [key for key in self._inbox if key[0] < number]:
@@ -281,7 +282,8 @@ class Datagrams:
                 self.tally.left_out += max(all_of_it - burst.count, 0)
                 if self.adapts and channel >= 0:
                     self._complain(host, burst, all_of_it, begun)
-            self.tally.waited += time.monotonic() - begun
+            self._worked_from = time.monotonic()
+            self.tally.waited += self._worked_from - begun
         return [burst.packets for burst in found]
 
     def train(self, count: int, sender: int, seconds: float) -> tuple[int, float]:
@@ -301,7 +303,7 @@ class Datagrams:
 
     def _complain(self, host: int, burst: _Burst, all_of_it: int, begun: float) -> None:
         """Tells the sender where there is no room for so many packets."""
-        fit = in_time(len(burst.packets), burst.first, burst.last, begun)
+        fit = in_time(len(burst.packets), burst.first, burst.last, begun, begun - self._worked_from)
         if fit is not None and (peer := self._peers.get(host)):
             self._say(peer, _LATE.pack(LATE, fit, len(burst.packets), all_of_it))
 

@@ -9,22 +9,24 @@ has been late for a while (our choice).
 
 import math
 
-GRACE_SECONDS = 0.002  # that may be waited for
+GRACE_SECONDS, GRACE = 0.002, 0.05  # that may be waited for: so long, or that share of what a block's own work takes
 GOOD = 4  # blocks that were not late, after which more is sent
 MOST_GOOD = 64  # where sending more was late again and again
 STEP = 1 / 16  # of all packets: the least by which more is sent
 
 
-def in_time(sent: int, first: float, last: float, waited_from: float) -> int | None:
+def in_time(sent: int, first: float, last: float, waited_from: float, worked: float) -> int | None:
     """How many of so many packets of a block were in time; None where the link did not hold it up.
 
     Args:
       first, last: when the first and the last one came, in seconds.
       waited_from: when there was nothing left to do but wait.
+      worked: seconds of the block's own work before.
     """
-    if sent < 2 or last - max(first, waited_from) <= GRACE_SECONDS:
+    deadline = max(first, waited_from) + max(GRACE_SECONDS, GRACE * worked)
+    if sent < 2 or last <= deadline:
         return None
-    return math.floor(sent * max(waited_from - first, 0.0) / (last - first))
+    return math.floor(sent * (deadline - first) / (last - first))
 
 
 class Room:

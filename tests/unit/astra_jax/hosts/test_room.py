@@ -12,15 +12,23 @@ COUNT = 20
 
 
 def test_what_came_before_it_was_waited_for_is_in_time():
-    assert in_time(10, 1.0, 1.2, waited_from=1.5) is None
-    assert in_time(10, 1.0, 1.2, waited_from=1.2 - GRACE_SECONDS / 2) is None
-    assert in_time(10, 1.0, 1.2, waited_from=1.1) == 5
+    assert in_time(10, 1.0, 1.2, waited_from=1.5, worked=0.0) is None
+    assert in_time(10, 1.0, 1.2, waited_from=1.2 - GRACE_SECONDS / 2, worked=0.0) is None
+    assert in_time(10, 1.0, 1.2, waited_from=1.1, worked=0.0) == 5
+
+
+def test_what_is_little_beside_the_work_is_in_time():
+    assert in_time(10, 1.0, 1.2, waited_from=1.15, worked=1.1) is None
+    assert in_time(10, 1.0, 1.2, waited_from=1.15, worked=0.4) == 8
 
 
 def test_a_sender_that_is_slow_itself_has_room_all_the_same():
-    assert in_time(10, 1.0, 1.001, waited_from=0.1) is None
-    assert in_time(10, 1.0, 2.0, waited_from=0.1) == 0, "but here the link is slow, too"
-    assert in_time(1, 1.0, 1.0, waited_from=0.1) is None and in_time(0, 0.0, 0.0, waited_from=9.0) is None
+    """What it is waited for before its first packet is not the link's."""
+    assert in_time(10, 1.0, 1.001, waited_from=0.1, worked=0.0) is None
+    assert in_time(10, 1.0, 1.02, waited_from=0.1, worked=0.5) is None
+    assert in_time(10, 1.0, 2.0, waited_from=0.1, worked=2.0) == 1, "but here the link is slow, too"
+    assert in_time(1, 1.0, 1.0, waited_from=0.1, worked=0.0) is None
+    assert in_time(0, 0.0, 0.0, waited_from=9.0, worked=0.0) is None
 
 
 def blocks(room, fits, count=COUNT, least=1):
