@@ -6,6 +6,7 @@ those that are left. A host that comes takes part from the next pass on.
 """
 
 import dataclasses
+import itertools
 import json
 import queue
 import secrets
@@ -317,21 +318,28 @@ class Company:
         """How fast every host's packets get to every other one, one way after the other."""
         order, found = self.order(), list[ways.Way]()
         self._meet(order)
-        pairs = [(a, b) for a in range(len(order)) for b in range(len(order)) if a != b]
-        for sender, receiver in pairs:
-            self._passes += 1
-            number, me = self._passes, len(order) - 1
-            self._all(order, {"kind": "measure", "pass": number, "order": order, "way": (sender, receiver)})
-            self.link.begin(number, order)
-            if sender == me:
+        self._measured(order, None, order[:-1], UDP_SECONDS)()  # who has not met a host drops what comes from there
+        for sender, receiver in itertools.permutations(range(len(order)), 2):
+            here = receiver == len(order) - 1
+            told = self._measured(order, (sender, receiver), () if here else [order[receiver]], ways.SECONDS)
+            if sender == len(order) - 1:
                 ways.send(self.link, receiver)
-            if receiver == me:
+            if here:
                 found.append(ways.hear(self.link, order, sender, receiver))
-                continue
-            reply = self._wait("measured", number, [order[receiver]], ways.SECONDS + 1).get(order[receiver])
-            if reply:
-                found.append(ways.Way(*reply["way"]))
+            found += [ways.Way(*way) for way in told().values()]
         return found
+
+    def _measured(
+        self, order: Sequence[int], way: tuple[int, int] | None, replies: Sequence[int], seconds: float
+    ) -> Callable[[], dict[int, Any]]:
+        """Has a way between two shards' hosts measured, or with None all hear each other; gives what is replied."""
+        self._passes += 1
+        number = self._passes
+        self._all(order, {"kind": "measure", "pass": number, "order": order, "way": way})
+        self.link.begin(number, order)
+        return lambda: {
+            host: reply["way"] for host, reply in self._wait("measured", number, replies, seconds + 1).items()
+        }
 
     def forget(self) -> None:
         """Has other hosts drop the programs that they keep in memory."""

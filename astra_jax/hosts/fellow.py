@@ -175,25 +175,24 @@ class Fellow:
           AstraError: it is.
         """
         failed = ""
+        does: dict[str, Callable[[Message], None]] = {
+            "meet": lambda message: self._meet(message["peers"]),
+            "measure": self._measure,
+            "rehearse": lambda message: self._rehearse(message, work, failed),
+            "run": lambda message: self._run(message, work, failed),
+            "forget": lambda message: work.forget(),
+        }
         while True:
             message = self._next()
-            match message.get("kind"):
-                case "meet":
-                    self._meet(message["peers"])
-                case "measure":
-                    self._measure(message)
-                case "read":
-                    failed = _tried(lambda: work.read(self._body(message)))  # noqa: B023
-                case "rehearse":
-                    self._rehearse(message, work, failed)
-                case "run":
-                    self._run(message, work, failed)
-                case "forget":
-                    work.forget()
-                case "let go":
-                    raise AstraError(quietly(message["why"], 1000))
-                case None:
-                    raise AstraError(f"host 0 at {self._where} is gone")
+            kind = message.get("kind")
+            if kind is None:
+                raise AstraError(f"host 0 at {self._where} is gone")
+            if kind == "let go":
+                raise AstraError(quietly(message["why"], 1000))
+            if kind == "read":
+                failed = _tried(lambda: work.read(self._body(message)))  # noqa: B023
+            elif kind in does:
+                does[kind](message)
 
     def _body(self, message: Message) -> bytes:
         """What comes with a message, or beside it where it is long."""
@@ -224,12 +223,15 @@ class Fellow:
         return Seat(order, order.index(self.number), parts and tuple(parts))
 
     def _measure(self, message: Message) -> None:
-        order, (sender, receiver) = tuple(message["order"]), message["way"]
+        order, way = tuple(message["order"]), message["way"]
         self.link.begin(message["pass"], order)
-        if order[sender] == self.number:
+        sender, receiver = way or (None, None)
+        if way is None:
+            self.link.silent(order, UDP_SECONDS)
+        elif order[sender] == self.number:
             ways.send(self.link, receiver)
-        elif order[receiver] == self.number:
-            found = ways.hear(self.link, order, sender, receiver)
+        found = ways.hear(self.link, order, sender, receiver) if way and order[receiver] == self.number else None
+        if found or way is None:
             self._connection.send(kind="measured", **{"pass": message["pass"]}, way=found)
 
     def _rehearse(self, message: Message, work: Work, failed: str) -> None:
