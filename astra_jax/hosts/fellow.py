@@ -223,16 +223,18 @@ class Fellow:
         return Seat(order, order.index(self.number), parts and tuple(parts))
 
     def _measure(self, message: Message) -> None:
-        order, way = tuple(message["order"]), message["way"]
+        order, way, found = tuple(message["order"]), message["way"], None
         self.link.begin(message["pass"], order)
-        sender, receiver = way or (None, None)
         if way is None:
             self.link.silent(order, UDP_SECONDS)
-        elif order[sender] == self.number:
-            ways.send(self.link, receiver)
-        found = ways.hear(self.link, order, sender, receiver) if way and order[receiver] == self.number else None
-        if found or way is None:
-            self._connection.send(kind="measured", **{"pass": message["pass"]}, way=found)
+        else:
+            sender, receiver = way
+            if order[sender] == self.number:
+                ways.send(self.link, receiver)
+            if order[receiver] != self.number:
+                return
+            found = ways.hear(self.link, order, sender, receiver)
+        self._connection.send(kind="measured", **{"pass": message["pass"]}, way=found)
 
     def _rehearse(self, message: Message, work: Work, failed: str) -> None:
         seat = self._seat(message)
