@@ -260,6 +260,17 @@ class Lab:
             raise AstraError(f"a host cannot get {cpu:g} of a core here: give a share to all of the lab first")
         self._cgroups.set(host, cpu)
 
+    def set_packet_loss(self, host: int, loss: float) -> None:
+        """Changes the share of the packets arriving at a host that are lost.
+
+        Raises:
+          AstraError: the lab was made without losses, so that hosts do not cut up what they send.
+        """
+        if not self.packet_loss or not 0 <= loss < 1:
+            raise AstraError(f"{loss:.0%} of the packets cannot be lost here: give a loss to all of the lab first")
+        rule = f"; add rule ip {NAME} input {_dropped(loss)}" if loss else ""
+        self._within(host, "nft", f"flush chain ip {NAME} input{rule}")
+
     def counters(self, host: int) -> tuple[int, int]:
         """Bytes that a host has (sent, received) so far: frames on its link, headers included."""
         text = Path(f"/proc/{self._machines[host].pid}/net/dev").read_text()
@@ -287,8 +298,7 @@ class Lab:
         self._within(host, "ip", "link", "set", "eth0", *(("gso_max_segs", "1") if self.packet_loss else ()), "up")
         self.set_rate(host, self.rates[host])
         if self.packet_loss:
-            lost = f'iifname "eth0" numgen random mod 1000000 < {round(self.packet_loss * 1e6)} drop'
-            chain = f"chain input {{ type filter hook input priority 0; {lost}; }}"
+            chain = f"chain input {{ type filter hook input priority 0; {_dropped(self.packet_loss)}; }}"
             self._within(host, "nft", f"table ip {NAME} {{ {chain}; }}")
 
     def _end(self) -> None:
@@ -387,6 +397,11 @@ def token_bucket(rate: float) -> list[str]:
     burst = max(2 * FRAME, rate / 8 * 1.2e-3)
     queue = max(1 << 16, rate / 8 / 10)
     return ["rate", f"{round(rate)}bit", "burst", f"{round(burst)}b", "limit", f"{round(queue)}b"]
+
+
+def _dropped(loss: float) -> str:
+    """nftables' rule for losing a share of the packets that arrive."""
+    return f'iifname "eth0" numgen random mod 1000000 < {round(loss * 1e6)} drop'
 
 
 def _check_rate(rate: float) -> None:

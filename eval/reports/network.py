@@ -37,9 +37,9 @@ from eval.reports.tables import Rows, insert, markdown
 
 HOSTS, CPU, RATE = 4, 0.4, "10mbit"  # of a core each, which leaves a fifth of two cores to the links between them
 GROUPS = (1, 32)
-LOSSES = ("0%", "5%", "20%")
+LOSSES = (0.0, 0.05, 0.2)
 REQUESTS, FAST = 50, "100mbit"  # of which the middle half are asked over a slow link
-SLOW = "5mbit"
+SLOW = "500kbit"
 UNEQUAL = (0.4, 0.1, 0.4, 0.4)  # of a core
 SPLITS = 16  # requests in which hosts learn how fast they are
 WARM = 2  # answers before any that is measured
@@ -68,7 +68,9 @@ class Args:
     model: str = "vit-base"
     """A ViT whose architecture is known."""
     tokens: int | None = 1024
-    """T."""
+    """T of the first table."""
+    fewer_tokens: int | None = 256
+    """T of the others."""
     repeats: int = 7
     """How often each pass is measured."""
     requests: int = REQUESTS
@@ -96,9 +98,9 @@ class Asker:
         return dict(json.loads(line))
 
 
-def made(args: Args, groups: int, codec: str, folder: Path) -> Path:
+def made(args: Args, tokens: int | None, groups: int, codec: str, folder: Path) -> Path:
     """A checkpoint with random weights and codebooks: times do not depend on them."""
-    work = open_workload(args.model, args.tokens, None, jnp.float32)
+    work = open_workload(args.model, tokens, None, jnp.float32)
     work = dataclasses.replace(work, config=dataclasses.replace(work.config, num_channels=3))
     work = work.of(Setting("astra", HOSTS, groups, codec=codec))
     model = work.model(work.weights(), groups)
@@ -112,9 +114,9 @@ def made(args: Args, groups: int, codec: str, folder: Path) -> Path:
     return path
 
 
-def picture(args: Args, folder: Path) -> Path:
+def picture(args: Args, tokens: int | None, folder: Path) -> Path:
     """A picture that the model reads as it is; smooth, so that its file is small."""
-    side = open_workload(args.model, args.tokens, None, jnp.float32).config.side
+    side = open_workload(args.model, tokens, None, jnp.float32).config.side
     row = np.linspace(0, 255, side).astype(np.uint8)
     Image.fromarray(np.stack(np.broadcast_arrays(row, row[:, None], row[::-1]), -1)).save(folder / "picture.png")
     return folder / "picture.png"
@@ -141,10 +143,10 @@ def _said(process: subprocess.Popen[str], text: str) -> str:
 
 
 @contextmanager
-def asking(args: Args, folder: Path, rate: str = RATE, loss: str = "0%") -> Iterator[tuple[Lab, Asker]]:
+def asking(image: Path, rate: str = RATE, loss: float = 0.0) -> Iterator[tuple[Lab, Asker]]:
     """A lab, and what asks in it."""
-    with Lab(HOSTS, parse_rate(rate), CPU, float(loss.rstrip("%")) / 100) as lab:
-        yield lab, Asker(lab, picture(args, folder))
+    with Lab(HOSTS, parse_rate(rate), CPU, loss) as lab:
+        yield lab, Asker(lab, image)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
@@ -161,8 +163,8 @@ def hosts(args: Args, folder: Path) -> Rows:
     """Several hosts and one, in turns."""
     rows: Rows = []
     for groups in GROUPS:
-        checkpoint = made(args, groups, "vq", folder)
-        with asking(args, folder) as (lab, ask):
+        checkpoint = made(args, args.tokens, groups, "vq", folder)
+        with asking(picture(args, args.tokens, folder)) as (lab, ask):
             several = workers(lab, checkpoint, range(HOSTS))
             alone = workers(lab, checkpoint, [0], port=8888)
             answers = [[ask(checkpoint, where) for where in (several, alone)] for _ in range(WARM + args.repeats)]
@@ -178,29 +180,40 @@ def hosts(args: Args, folder: Path) -> Rows:
 
 
 def losses(args: Args, folder: Path) -> Rows:
-    """Packets that are dropped, where codes are waited for and where they are done without."""
+    """Packets that are dropped, where codes are waited for and where they are done without, in turns."""
     rows: Rows = []
-    checkpoint = made(args, GROUPS[-1], "vq", folder)
-    for loss in LOSSES:
-        for late in ("wait", "predict"):
-            with asking(args, folder, loss=loss) as (lab, ask):
-                invitation = workers(lab, checkpoint, range(HOSTS), "--late", late)
-                answers = [ask(checkpoint, invitation) for _ in range(WARM + args.repeats)][WARM:]
-            of_hosts = [row for answer in answers for row in answer["HostTimes"]["rows"]]
-            rows.append(
-                {"dropped": loss, "--late": late, **summary([a["PassTime"]["seconds"] for a in answers])}
-                | {"sent again": sum(row["sent again"] for row in of_hosts) / len(answers)}
-                | {"done without": sum(row["missing"] for row in of_hosts) / len(answers)}
-            )
+    checkpoint, image = (
+        made(args, args.fewer_tokens, GROUPS[-1], "vq", folder),
+        picture(args, args.fewer_tokens, folder),
+    )
+    with asking(image, loss=LOSSES[-1]) as (lab, ask):
+        for host in range(HOSTS):
+            lab.set_packet_loss(host, 0.0)
+        late = {
+            how: workers(lab, checkpoint, range(HOSTS), "--late", how, port=port)
+            for how, port in (("wait", 7777), ("predict", 8888))
+        }
+        for loss in LOSSES:
+            for host in range(HOSTS):
+                lab.set_packet_loss(host, loss)
+            answers = [{how: ask(checkpoint, where) for how, where in late.items()} for _ in range(WARM + args.repeats)]
+            rows += [lossy(loss, how, [answer[how] for answer in answers[WARM:]]) for how in late]
     for row in rows:
         row["times as long as without losses"] = row["measured s"] / rows[0]["measured s"]
     return rows
 
 
+def lossy(loss: float, late: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of these answers; packets are counted over all hosts, for one of them."""
+    of_hosts = [row for answer in answers for row in answer["HostTimes"]["rows"]]
+    counts = {name: sum(row[name] for row in of_hosts) / len(answers) for name in ("sent again", "missing")}
+    return {"dropped": f"{loss:.0%}", "--late": late, **summary([a["PassTime"]["seconds"] for a in answers]), **counts}
+
+
 def rates(args: Args, folder: Path) -> Rows:
     """A request after the other, while the links of all hosts change from fast to slow and back."""
-    checkpoint, rows = made(args, GROUPS[-1], "nested-pq", folder), []
-    with asking(args, folder, FAST) as (lab, ask):
+    checkpoint, rows = made(args, args.fewer_tokens, GROUPS[-1], "nested-pq", folder), []
+    with asking(picture(args, args.fewer_tokens, folder), FAST) as (lab, ask):
         invitation = workers(lab, checkpoint, range(HOSTS))
         for number in range(WARM + args.requests):
             at = number - WARM
@@ -238,8 +251,8 @@ def by_rate(rows: Rows, requests: int) -> Rows:
 
 def unequal(args: Args, folder: Path) -> Rows:
     """Hosts of which one is slower: how the split is learned."""
-    checkpoint, rows = made(args, 1, "vq", folder), []
-    with asking(args, folder) as (lab, ask):
+    checkpoint, rows = made(args, args.fewer_tokens, 1, "vq", folder), []
+    with asking(picture(args, args.fewer_tokens, folder)) as (lab, ask):
         invitation = workers(lab, checkpoint, range(HOSTS))
         for host, cpu in enumerate(UNEQUAL):
             lab.set_cpu(host, cpu)
@@ -270,7 +283,8 @@ def main(args: Args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Rows] = {}
     for name, (title, measure) in SECTIONS.items():
-        kept = folder / f"{name}-{args.model}-{args.tokens}-{args.repeats}-{args.requests}.json"
+        size = args.tokens if name == "hosts" else args.fewer_tokens
+        kept = folder / f"{name}-{args.model}-{size}-{args.repeats}-{args.requests}.json"
         if not kept.exists():
             with tempfile.TemporaryDirectory(prefix="astra") as scratch:
                 write_atomically(kept, json.dumps(measure(args, Path(scratch)), indent=1))

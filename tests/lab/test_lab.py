@@ -251,6 +251,11 @@ def test_packets_are_lost(nothing_left):
         receiving = python(lab, 1, COUNT_DATAGRAMS)
         python(lab, 0, SEND_DATAGRAMS, lab.address(1), datagrams, 50)
         lost = 1 - int(result(receiving)) / datagrams
+        for more in (0.0, 0.5):
+            lab.set_packet_loss(1, more)
+            receiving = python(lab, 1, COUNT_DATAGRAMS)
+            python(lab, 0, SEND_DATAGRAMS, lab.address(1), 1000, 50)
+            assert abs(1 - int(result(receiving)) / 1000 - more) < 0.1
     assert abs(lost - loss) < 4 * (loss * (1 - loss) / datagrams) ** 0.5
 
 

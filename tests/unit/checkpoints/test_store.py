@@ -175,7 +175,7 @@ def test_folders_that_are_no_checkpoints(folder: Path, tmp_path: Path) -> None:
         ({"labels": ["cat", "dog", None]}, "labels are no names of the 3 classes"),
         ({"dtype": "int8"}, "dtype is missing or of the wrong type"),
         ({"history": ["convert"]}, "history is missing or of the wrong type"),
-        ({"astra": {"codec": "vq", "groups": "2"}}, "wrong type"),
+        ({"astra": {"codec": "vq", "groups": "2"}}, "groups is '2'; it must be a whole number"),
         ({"astra": {"codec": "vq", "bits": 2}}, "unknown ['bits']"),
         ({"astra": {"codec": "vq", "groups": 4, "codewords": 8}}, "do not fit"),
         ({"astra": None}, "do not fit"),

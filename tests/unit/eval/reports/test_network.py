@@ -4,7 +4,7 @@ import checkpoints
 from astra_jax.codecs.config import NestedPQConfig
 from astra_jax.inputs.images import decode_image
 from eval import plots
-from eval.reports.network import SLOW, Args, by_rate, computed, made, picture
+from eval.reports.network import SLOW, Args, by_rate, computed, lossy, made, picture
 
 ROWS = [
     {"request": n, "rate": SLOW if 2 <= n < 6 else "100mbit", "s": 1.0 + n, "left out": 10 * (2 <= n < 6)}
@@ -30,13 +30,21 @@ def test_waiting_is_not_computing():
     assert computed({"HostTimes": {"rows": [row]}}) == [0.75]
 
 
+def test_packets_are_counted_for_an_answer():
+    rows = [{"sent again": 3, "missing": 0}, {"sent again": 1, "missing": 2}]
+    answers = [{"PassTime": {"seconds": s}, "HostTimes": {"rows": rows}} for s in (1.0, 2.0, 6.0)]
+    assert lossy(0.05, "wait", answers) == {
+        "dropped": "5%", "--late": "wait", "measured s": 2.0, "least s": 1.0, "most s": 6.0, "sent again": 4, "missing": 2
+    }  # fmt: skip
+
+
 def test_checkpoint_and_picture_fit_each_other(tiny_vit, tmp_path):
     model = tiny_vit(None, num_channels=3)
     meta = checkpoints.Checkpoint("vit", model.config, None, None, None, {}, "float32", (), model)
     checkpoints.save(tmp_path / "vit", meta)
     args = Args(str(tmp_path / "vit"), None)
-    found = checkpoints.load(made(args, 4, "nested-pq", tmp_path))
+    found = checkpoints.load(made(args, None, 4, "nested-pq", tmp_path))
     assert isinstance(found.astra, NestedPQConfig) and found.astra.groups == 4
-    path = picture(args, tmp_path)
+    path = picture(args, None, tmp_path)
     pixels = found.processor([decode_image(path.read_bytes(), "picture.png")])
     assert pixels.shape == (1, 20, 20, 3)
