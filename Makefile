@@ -45,10 +45,11 @@ accelerators: .venv/installed
 test: .venv/installed-test
 	@$(BIN)/python -m pytest -n 2
 
-# And, of the tests of one room, that all arrays have the shapes that annotations say, which takes half as long again.
+# And of what arrays go through most, that they have the shapes that annotations say, which takes half as long again.
 test-all: test
 	@$(BIN)/python -m pytest -n 2 -m slow
-	@$(BIN)/python -m pytest -n 2 --jaxtyping-packages=astra_jax,checkpoints,train,eval,beartype.beartype tests/unit/astra_jax
+	@$(BIN)/python -m pytest -n 2 --jaxtyping-packages=astra_jax,checkpoints,train,eval,beartype.beartype \
+	  $(addprefix tests/unit/astra_jax/,codecs mesh models strategies)
 
 # Tests of several devices with the newest releases that another Python and JAX allow, beside .venv and without torch:
 # make multidevice PYTHON=python3.13 JAX=0.12.0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PARTS = 64  # that the tokens are split into
-LOOKS = 3  # passes before a split is changed
+LOOKS = 3  # passes after each other before a split is changed
 GAIN = 0.1  # of the slowest host's time above the mean, for which it is changed
 LEAST_SECONDS = 0.2  # of a pass: what is shorter is noise, and fast enough
 MOST_CHANGES = 4
@@ -49,7 +49,10 @@ class Split:
     def learn(self, order: tuple[int, ...], parts: Parts | None, seconds: Sequence[float]) -> None:
         """How long each of these hosts computed in a pass."""
         tried = self._tried.get(order)
-        if tried is None or tried.parts != parts or len(seconds) != len(order) or max(seconds) < LEAST_SECONDS:
+        if tried is None or tried.parts != parts or len(seconds) != len(order):
+            return
+        if max(seconds) < LEAST_SECONDS:
+            tried.seen.clear()  # or else a fast model would be judged by the few passes that something held up
             return
         tried.seen.append(np.asarray(seconds) / np.mean(seconds))
         if len(tried.seen) < LOOKS:

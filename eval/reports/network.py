@@ -181,12 +181,9 @@ def hosts(args: Args, folder: Path) -> Rows:
 
 def losses(args: Args, folder: Path) -> Rows:
     """Packets that are dropped, where codes are waited for and where they are done without, in turns."""
-    rows: Rows = []
-    checkpoint, image = (
-        made(args, args.fewer_tokens, GROUPS[-1], "vq", folder),
-        picture(args, args.fewer_tokens, folder),
-    )
-    with asking(image, loss=LOSSES[-1]) as (lab, ask):
+    rows, tokens = list[dict[str, Any]](), args.fewer_tokens
+    checkpoint = made(args, tokens, GROUPS[-1], "vq", folder)
+    with asking(picture(args, tokens, folder), loss=LOSSES[-1]) as (lab, ask):
         for host in range(HOSTS):
             lab.set_packet_loss(host, 0.0)
         late = {

@@ -79,16 +79,37 @@ def test_workers_answer_pictures_again_and_again_and_come_and_go(place):
 
 @pytest.mark.slow
 def test_workers_go_on_with_texts(place):
+    """One of them has copied the checkpoint, and has no room for three prompts: that is then the answer, and no end."""
     llama, prompt = place / "llama", ["--prompt", "w1 w2 w3 w4 w5 w6 w7", "--max-new-tokens", "6"]
-    with workers(llama, hosts=HOSTS - 1, XDG_CACHE_HOME=str(place / "cache")) as company:
+    path = f"{fails_at_three_prompts(place)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with workers(llama, hosts=HOSTS - 1, XDG_CACHE_HOME=str(place / "cache"), PYTHONPATH=path) as company:
         company.add(copies=True)
         ask = functools.partial(run, place, llama, "--join", company.invitation)
         expected = run(place, llama, *prompt, "--devices", HOSTS)
+        message = ask("--prompt", "w1", "--max-new-tokens", "999", code=2)
+        assert "999 new tokens are more than the model takes" in message
+        message = ask("--prompt", *"abc", "--max-new-tokens", "6", code=2)
+        assert re.fullmatch("astra: error: host [12]: MemoryError: no room on this host", message)
         for _ in range(2):
             found = ask(*prompt)
             assert found["texts"] == expected["texts"] and len(found["hosts"]) == HOSTS
-        message = ask("--prompt", "w1", "--max-new-tokens", "999", code=2)
-        assert "999 new tokens are more than the model takes" in message
+        assert [process.poll() for process in company.processes] == [None] * HOSTS
+
+
+def fails_at_three_prompts(place):
+    """A folder for PYTHONPATH, where what joins others cannot read three prompts."""
+    lines = [
+        "from astra_jax.inputs import token_batches",
+        "def pad(sequences, *rest, pad=token_batches.pad):",
+        "    if len(sequences) == 3:",
+        "        raise MemoryError('no room on this host')",
+        "    return pad(sequences, *rest)",
+        "token_batches.pad = pad",
+    ]
+    (place / "site").mkdir()
+    lines = ["import sys", "if '--join' in sys.orig_argv:", *(f"    {line}" for line in lines)]
+    (place / "site" / "sitecustomize.py").write_text("\n".join(lines))
+    return place / "site"
 
 
 @pytest.mark.slow
@@ -127,29 +148,3 @@ def test_a_host_that_is_gone_in_the_middle_is_done_without(place, how):
             while hosts(ask()[1]) != [0, 2, 3]:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-
-
-@pytest.mark.slow
-def test_an_error_of_one_host_alone_is_the_answer_and_no_end(place):
-    """Host 1 has no room for three prompts."""
-    lines = [
-        "from astra_jax.inputs import token_batches",
-        "def pad(sequences, *rest, pad=token_batches.pad):",
-        "    if len(sequences) == 3:",
-        "        raise MemoryError('no room on this host')",
-        "    return pad(sequences, *rest)",
-        "token_batches.pad = pad",
-    ]
-    (place / "site").mkdir()
-    lines = ["import sys", "if '--join' in sys.orig_argv:", *(f"    {line}" for line in lines)]
-    (place / "site" / "sitecustomize.py").write_text("\n".join(lines))
-    path = f"{place / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    few = ["--max-new-tokens", 2]
-    with workers(place / "llama", hosts=2, PYTHONPATH=path) as company:
-        ask = functools.partial(run, place, place / "llama", "--join", company.invitation)
-        for _ in range(2):
-            message = ask("--prompt", *"abc", *few, code=2)
-            assert message == "astra: error: host 1: MemoryError: no room on this host"
-            found = ask("--prompt", *"ab", *few)
-            assert len(found["texts"]) == len(found["hosts"]) == 2
-        assert [process.poll() for process in company.processes] == [None] * 2

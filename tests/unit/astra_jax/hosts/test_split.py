@@ -61,6 +61,13 @@ def test_short_passes_and_those_of_another_split_say_nothing():
         split.learn((2, 0), None, (9.0, 1.0))
 
 
+def test_a_fast_model_is_not_judged_by_passes_that_something_held_up():
+    split = Split()
+    for n in range(30):
+        assert split.of((1, 0)) is None
+        split.learn((1, 0), None, (0.5, 0.1) if n % 3 else (0.02, 0.02))
+
+
 def test_who_is_left_or_comes_has_what_is_known_of_him():
     split = Split()
     splits((1.0, 4.0, 4.0), 5 * LOOKS, (1, 2, 0), split)

@@ -33,9 +33,9 @@ def test_waiting_is_not_computing():
 def test_packets_are_counted_for_an_answer():
     rows = [{"sent again": 3, "missing": 0}, {"sent again": 1, "missing": 2}]
     answers = [{"PassTime": {"seconds": s}, "HostTimes": {"rows": rows}} for s in (1.0, 2.0, 6.0)]
-    assert lossy(0.05, "wait", answers) == {
-        "dropped": "5%", "--late": "wait", "measured s": 2.0, "least s": 1.0, "most s": 6.0, "sent again": 4, "missing": 2
-    }  # fmt: skip
+    found = lossy(0.05, "wait", answers)
+    assert (found["dropped"], found["--late"], found["measured s"]) == ("5%", "wait", 2.0)
+    assert (found["sent again"], found["missing"]) == (4, 2)
 
 
 def test_checkpoint_and_picture_fit_each_other(tiny_vit, tmp_path):
