@@ -18,7 +18,7 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from astra_jax.hosts.counters import Usual
 from astra_jax.hosts.remote import OF_CONTROL, OF_DATA, Peer, Remote
-from astra_jax.hosts.room import in_time
+from astra_jax.hosts.room import Room, in_time
 from astra_jax.hosts.sockets import listening
 
 Late = Literal["wait", "predict"]  # what becomes of codes that are late: they are waited for, or done without
@@ -118,6 +118,7 @@ class Datagrams:
         self.told: Callable[[int, bytes], Any] = lambda number, message: None
         self._me, self._key = 0, b""
         self._peers: dict[int, Remote] = {}
+        self._rooms = defaultdict[int, Room](Room)  # on the way to each of them
         self._order: list[int] = []
         self._pass, self._worked_from = 0, 0.0
         self._inbox: dict[tuple[int, int, int], _Burst] = {}  # of (pass, channel, host)
@@ -147,7 +148,7 @@ class Datagrams:
         """This host's number, and the key that all hosts have of this run. Nothing is left of an earlier one."""
         with self._news, self._to_send:
             self._me, self._key, self._pass, self._held = me, key, 0, 0
-            for left in (self._peers, self._inbox, self._over, self._skipped, self._urgent, self._queue):
+            for left in (self._peers, self._rooms, self._inbox, self._over, self._skipped, self._urgent, self._queue):
                 left.clear()
 
     def meet(self, where: Mapping[int, Peer]) -> None:
@@ -192,8 +193,10 @@ class Datagrams:
     def round_trip(self, number: int, seconds: float) -> float | None:
         """Seconds to a host and back, as measured lately; None where nothing comes back within so many seconds."""
         with self._news:
-            self._news.wait_for(lambda: self._peers[number].round_trip is not None, seconds)
-            return self._peers[number].round_trip
+            self._news.wait_for(
+                lambda: number not in self._peers or self._peers[number].round_trip is not None, seconds
+            )
+            return self._peers[number].round_trip if number in self._peers else None
 
     def tell(self, number: int, message: bytes) -> None:
         """Tells a host something of at most `MOST_TOLD` bytes. It comes, and in order, unless the host is gone."""
@@ -253,7 +256,7 @@ class Datagrams:
             self._to_send.notify()
 
     def _count(self, peer: Remote, least: int, count: int) -> int:
-        return peer.room.packets(least, count) if self.adapts and least < count else count
+        return self._rooms[peer.number].packets(least, count) if self.adapts and least < count else count
 
     def wait(self, channel: int, packets: Sequence[int], senders: Sequence[int]) -> list[dict[int, bytes]]:
         """See `Link.wait`."""
@@ -291,7 +294,8 @@ class Datagrams:
         being sent again, within so many seconds, and the seconds between the first and the last of these."""
         key = (self._pass, TRAIN, self._order[sender])
         with self._news:
-            self._news.wait_for(lambda: not self._due(key, count), seconds)
+            gone = lambda: self._absent(self._order[sender], time.monotonic())  # noqa: E731
+            self._news.wait_for(lambda: gone() or not self._due(key, count), seconds)
             burst = self._inbox.pop(key, _Burst(count, 0.0, 0.0))
             self._held -= burst.size
             self._over.add(key)
@@ -387,7 +391,7 @@ class Datagrams:
                 before = peer.round_trip
                 peer.round_trip = seconds if before is None else 0.8 * before + 0.2 * seconds
         elif kind == LATE:
-            peer.room.late(*_LATE.unpack(inner)[1:])
+            self._rooms[peer.number].late(*_LATE.unpack(inner)[1:])
         elif kind in (ASK, VOID):
             _, count = _LIST.unpack_from(inner)
             counters = struct.unpack_from(f"<{count}Q", inner, _LIST.size)

@@ -121,7 +121,8 @@ def join(hosts: Hosts, devices: int | None = None) -> int:
     try:
         jax.distributed.initialize(**where, initialization_timeout=START_SECONDS, shutdown_timeout_seconds=WAIT_SECONDS)
     except Exception as error:  # of many types
-        raise AstraError(f"JAX did not bring the hosts together: {first_line(error)}") from error
+        hint = "" if where else ": where nothing started the hosts, give the address of host 0, --hosts and --host"
+        raise AstraError(f"JAX did not bring the hosts together ({first_line(error)}){hint}") from error
     _keep_output()
     jax.config.update("jax_num_cpu_devices", _share(devices, global_state.num_processes))
     return int(global_state.process_id)

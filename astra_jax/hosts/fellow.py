@@ -112,7 +112,7 @@ class Fellow:
             say(f"host {self.number}: ready again")
 
     def _come_again(self, why: str) -> None:
-        """Raises AstraError with the reason for which this host has to, where it cannot."""
+        """Raises AstraError with the reason for which this host has to, and why it cannot."""
         told, deadline = self.told, time.monotonic() + AGAIN_SECONDS
         while True:
             try:
@@ -121,10 +121,10 @@ class Fellow:
                 break
             except Unreachable as error:
                 if time.monotonic() > deadline:
-                    raise AstraError(why) from error
+                    raise AstraError(f"{why}; {error}") from error
                 time.sleep(2.0)
             except AstraError as error:
-                raise AstraError(why) from error
+                raise AstraError(f"{why}; {error}") from error
         if self.told != told:
             raise AstraError("host 0 has loaded something else now: start this host again")
 

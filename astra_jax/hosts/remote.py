@@ -7,7 +7,6 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from astra_jax.hosts.counters import WINDOW, Counters
 from astra_jax.hosts.keys import derived
-from astra_jax.hosts.room import Room
 
 OF_DATA, OF_CONTROL = 0, 1  # classes of packets: each has counters of its own
 MOST_ASKED = 64  # counters in one packet
@@ -37,7 +36,6 @@ class Remote:
         self.top = 0  # data that was sent up to here, as far as is known
         self.missing: dict[int, list[float]] = {}  # counter -> when it was missed, and asked for
         self.reordered = ORDER_SECONDS
-        self.room = Room()
         self.heard_at = time.monotonic()
         self.data_at = self.ping_at = 0.0
         self.round_trip: float | None = None

@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     def request() -> Request:
         return Request(tuple(map(str, args.image)), tuple(map(read, args.image)), args.prompt, args.wishes, args.pair)
 
-    if args.setup.several.host is None:
+    if args.setup.several.coordinator is None:
         request()  # before a model is loaded; of several hosts, when they meet: who cannot read says so to all
     with Screen(report, args.prompt) as screen:
         for message in answer(args, request):

@@ -67,7 +67,8 @@ FEATURES = {
     "relative positions": r"^relative$|relative_positions|RelativePositions|^Bias$",
     "codes that go only where they are seen": r"^[hH]ops?$",
     "hosts with programs of their own": r"^OnHosts$",
-    "runs that outlive a host": r"[lL]ifeline|heartbeat|^_shrink$",
+    "codes for which a link has no room": r"^adapts$|^Room$|^in_time$",
+    "copies of a checkpoint": r"^[oO]ffer$|^fetch$",
 }
 # Tests of what is no file or room of its own.
 OTHER_TESTS = {"test_rooms.py", "test_wheel.py"} | {

@@ -1,5 +1,6 @@
 """Several hosts as one mesh: options and addresses. That they compute together is in tests/multihost."""
 
+import jax
 import pytest
 
 from astra_jax.errors import AstraError
@@ -54,6 +55,16 @@ def test_devices_that_only_a_cluster_knows_have_to_be_said():
     assert Hosts().devices(4) == 4 and Hosts("10.0.0.1:1", 3, 0).devices(4) == 3
     with pytest.raises(AstraError, match="--coordinator auto does not say how many devices there are: add --devices"):
         Hosts("auto").devices(4)
+
+
+def test_where_nothing_started_the_hosts_jax_finds_none(monkeypatch):
+    def initialize(**options):
+        assert "coordinator_address" not in options
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(AstraError, match="should be defined.*: where nothing started the hosts, give the address"):
+        join(Hosts("auto"))
 
 
 def test_one_host_needs_no_options_and_agrees_with_itself():
